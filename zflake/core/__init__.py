@@ -1,0 +1,11 @@
+"""The rules, and nothing but rules: time, randomness and I/O are handed in as arguments.
+
+layout.py    bit fields of an ID: compose, decompose, presets
+lease.py     the words of the lease protocol: requests, records, answers
+lessor.py    how a delegator decides on a request, given a record
+tenant.py    how a holder takes, renews, loses and gives back a lease
+mint.py      how IDs come out of a lease's windows
+timeline.py  how a holder follows the cluster's clock
+
+The same code runs in the daemons and under test, with a clock and a network made of variables.
+"""

@@ -1,0 +1,169 @@
+"""The words of the lease protocol: what a holder asks, what a delegator records, what it answers.
+
+Requests travel from holder to delegator, `Record` and `Meta` lie in the store, answers travel back.  All
+are immutable.  Ticks count from the layout's epoch; tokens are 16 random bytes, drawn by the holder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+from zflake.core.layout import Layout
+
+TOKEN_BYTES: Final = 16
+SCHEMA: Final = 1
+
+Token: TypeAlias = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease, for people and for the directory; no rule reads it."""
+
+    name: str = ""
+    host: str = ""
+    pid: int = 0
+    address: str = ""
+    """The endpoint at which the holder serves ID requests; empty where it serves none."""
+
+
+# --- requests ---
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """Asks for any free machine ID."""
+
+    next: Token
+    holder: Holder = field(default_factory=Holder)
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Asks for the next window on a machine ID that the holder has."""
+
+    machine: int
+    token: Token
+    gen: int
+    next: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Gives a machine ID back.
+
+    `next` is the token of a renewal that was never answered, or None.  `last` is the last tick minted in,
+    as the generator says and no clock, or None where nothing was minted.
+    """
+
+    machine: int
+    token: Token
+    next: Token | None
+    last: int | None
+
+
+Request: TypeAlias = Acquire | Renew | Release
+
+
+# --- records ---
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What holds for the whole store."""
+
+    store_id: str
+    layout: Layout
+    ttl: int
+    """The length of a window, in ticks."""
+    first_machine: int
+    last_machine: int
+    """The machine IDs that are leased: first to last, both included."""
+    floor: int = 0
+    """No window begins below this tick, on any machine."""
+    version: int = 1
+    """+1 with every change of this record."""
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is durable of one machine ID.  One that was never used is all zeros."""
+
+    machine: int
+    fence: int = 0
+    """The exclusive upper bound of every tick granted on this machine and not given back."""
+    gen: int = 0
+    """+1 with every write of this record."""
+    token: Token | None = None
+    """What the next renewal must show; None after a release."""
+    start: int = 0
+    """Where the newest window begins; it ends at the fence."""
+    tenancy_start: int = 0
+    """Where the first window of this tenancy began."""
+    holder: Holder = field(default_factory=Holder)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A write: put `new` in place of the record whose gen is `new.gen - 1`, under meta's `version`."""
+
+    new: Record
+    version: int
+
+
+# --- answers ---
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The window `[start, end)` on a machine ID.
+
+    It answers the request that drew `token`, which is also what the next renewal shows.
+    """
+
+    machine: int
+    gen: int
+    start: int
+    end: int
+    token: Token
+    layout: Layout
+    ttl: int
+    """Ticks; a holder renews when a third of it has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The release stands; `fence` is the first tick that the machine's next holder may have."""
+
+    machine: int
+    fence: int
+
+
+class Refused(StrEnum):
+    """Why a request was not granted; the values are the wire's error codes."""
+
+    LOST = "lost"
+    """The record has moved on: this tenancy is over."""
+    TOO_EARLY = "too_early"
+    """The holder has a whole ttl ahead already; ask again after `retry_after_ms`."""
+    NO_FREE_MACHINE = "no_free_machine"
+    """Every machine is inside a window; the first may fall free after `retry_after_ms`."""
+    EXHAUSTED = "exhausted"
+    """The layout has no ticks left, ever."""
+    UNAVAILABLE = "unavailable"
+    """The store did not settle the request; ask again, with the same token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that was not granted.  Nothing was written for it."""
+
+    reason: Refused
+    message: str
+    retry_after_ms: int | None = None
+
+
+Answer: TypeAlias = Grant | Released | Refusal

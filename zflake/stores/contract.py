@@ -1,0 +1,69 @@
+"""What every store does for the lessor, and what it promises.
+
+- `swap` is atomic and durable: when it says True, the record survives any crash of this process and, but
+  for `memory:`, of this machine.
+- Every read sees every swap that was answered before.
+- A machine ID that was never used reads as `Record(machine)`, all zeros.
+- Every failure is a `StoreError`.  A swap that failed so is *unknown*: it may have happened or may still
+  happen; the caller reads again.
+
+A store is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from zflake.core.lease import Meta, Record, Swap, Token
+
+
+class Store(ABC):
+    """Records by machine ID and by token, and one `Meta` for the whole."""
+
+    url: str
+    """Names the store to people."""
+
+    @abstractmethod
+    def meta(self) -> Meta | None:
+        """What holds for the whole store; None where it was never initialised."""
+
+    @abstractmethod
+    def initialise(self, meta: Meta) -> None:
+        """Make this store's first meta; `StoreError` where it has one."""
+
+    @abstractmethod
+    def swap_meta(self, new: Meta) -> bool:
+        """Put `new` in place of the meta whose version is `new.version - 1`; False where that is not it."""
+
+    @abstractmethod
+    def by_machine(self, machine: int) -> Record:
+        """The record of a machine ID."""
+
+    @abstractmethod
+    def by_token(self, token: Token) -> Record | None:
+        """The record whose token this is."""
+
+    @abstractmethod
+    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        """Up to `limit` records of the machines `first` to `last` with the lowest fences, ascending.
+
+        Never-used machines have the lowest of all.  The time this takes must not grow with the number of
+        machines.
+        """
+
+    @abstractmethod
+    def held(self, now: int) -> Sequence[Record]:
+        """The records that have a token and whose fence lies above tick `now`: who holds a lease."""
+
+    @abstractmethod
+    def swap(self, swaps: Sequence[Swap]) -> list[bool]:
+        """Try all swaps in one commit, each for itself, in order.
+
+        True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable
+        now.  False for each that lost the race; that one wrote nothing.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the store; what was swapped stays."""
