@@ -276,4 +276,5 @@ def _values(meta: Meta) -> dict[str, Any]:
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    return Record(*row[:6], Holder(*row[6:]))
+    machine, fence, gen, token, start, tenancy_start, *person = row
+    return Record(machine, fence, gen, token, start, tenancy_start, Holder(*person))
