@@ -1,0 +1,144 @@
+"""One MessagePack-RPC message to a body frame, and back.
+
+    request   [0, msgid, method, params]
+    response  [1, msgid, error, result]     error: nil, or [code, message, retry_after_ms]
+
+Whatever bytes come in, the answer is a message or a `ProtocolError`, and memory is bounded by their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import msgpack
+
+from zflake.errors import ProtocolError
+
+REQUEST: Final = 0
+RESPONSE: Final = 1
+NOTIFICATION: Final = 2
+"""MessagePack-RPC has notifications; zflake has none."""
+MAX_MSGID: Final = 2**32 - 1
+
+Request: TypeAlias = tuple[int, str, list[Any]]
+"""`(msgid, method, params)` as they came in; what params hold is not checked yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class WireError:
+    """The error of a response."""
+
+    code: str
+    message: str
+    retry_after_ms: int | None = None
+
+
+class Response(NamedTuple):
+    """A response as it came in.  `msgid` is None where the peer could not read the request's."""
+
+    msgid: int | None
+    error: WireError | None
+    result: Any
+
+
+class BadRequest(ProtocolError):  # noqa: N818  (a condition of the peer's, not of ours)
+    """A body that is no request; `msgid` is what could be read of it.
+
+    `answerable` is False for a response or a notification, which must not be answered.
+    """
+
+    def __init__(self, message: str, *, msgid: int | None = None, answerable: bool = True) -> None:
+        super().__init__(message)
+        self.msgid = msgid
+        self.answerable = answerable
+
+
+def packer() -> Callable[[Any], bytes]:
+    """A function that packs faster than `msgpack.packb`, for use by one thread."""
+    pack: Callable[[Any], bytes] = msgpack.Packer().pack
+    return pack
+
+
+def encode_request(msgid: int, method: str, params: list[Any] | tuple[Any, ...]) -> bytes:
+    """The body of a request."""
+    packed: bytes = msgpack.packb((REQUEST, msgid, method, params))
+    return packed
+
+
+def encode_result(msgid: int, result: Any) -> bytes:
+    """The body of a response that carries a result."""
+    packed: bytes = msgpack.packb((RESPONSE, msgid, None, result))
+    return packed
+
+
+def encode_error(msgid: int | None, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
+    """The body of a response that carries an error."""
+    packed: bytes = msgpack.packb((RESPONSE, msgid, (code, message, retry_after_ms), None))
+    return packed
+
+
+def decode_request(body: bytes) -> Request:
+    """The request in `body`; raises `BadRequest` where there is none."""
+    message = _unpack(body)
+    try:
+        kind, msgid, method, params = message
+    except (TypeError, ValueError):
+        raise _no_request(message) from None
+    if (
+        kind == REQUEST
+        and type(msgid) is int
+        and 0 <= msgid <= MAX_MSGID
+        and type(method) is str
+        and type(params) is list
+    ):
+        return msgid, method, params
+    raise _no_request(message)
+
+
+def decode_response(body: bytes) -> Response:
+    """The response in `body`; raises `ProtocolError` where there is none."""
+    message = _unpack(body)
+    if type(message) is not list or len(message) != 4 or message[0] != RESPONSE:  # noqa: PLR2004
+        raise ProtocolError("a response is an array [1, msgid, error, result]")
+    _, msgid, error, result = message
+    if msgid is not None and not _is_msgid(msgid):
+        raise ProtocolError(f"a response's msgid is a number from 0 to 2**32 - 1, not {_show(msgid)}")
+    if error is None:
+        return Response(msgid, None, result)
+    match error:
+        case [str(code), str(message), None | int() as retry_after_ms]:
+            return Response(msgid, WireError(code, message, retry_after_ms), None)
+    raise ProtocolError(f"a response's error is [code, message, retry_after_ms], not {_show(error)}")
+
+
+def _no_request(message: Any) -> BadRequest:
+    rule = "a request is [0, msgid, method, params]: a number from 0 to 2**32 - 1, a string, an array"
+    if type(message) is not list or not message:
+        return BadRequest(rule)
+    msgid = message[1] if len(message) > 1 and _is_msgid(message[1]) else None
+    answerable = message[0] not in (RESPONSE, NOTIFICATION)
+    return BadRequest(rule, msgid=msgid if answerable else None, answerable=answerable)
+
+
+def _unpack(body: bytes) -> Any:
+    try:
+        return msgpack.unpackb(body)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        # ExtraData, StackError and FormatError are ValueErrors; an unhashable map key is a TypeError.
+        raise BadRequest(f"not one MessagePack value: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}{': ' if text else ''}{text[:80]}"
+
+
+def _is_msgid(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_MSGID
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."  # noqa: PLR2004

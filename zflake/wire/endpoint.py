@@ -1,0 +1,99 @@
+"""Where sockets bind and connect: `tcp://host:port` and `ipc://path`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from zflake.errors import ConfigError
+
+DEFAULT_DELEGATOR: Final = "tcp://127.0.0.1:7410"
+
+_TCP: Final = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+|\*):(?P<port>\d{1,5}|\*)")
+_IPC: Final = re.compile(r"ipc://(?P<path>[^\s*]+)")
+_MAX_PORT: Final = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A parsed endpoint; `str` gives it back as ZeroMQ takes it."""
+
+    text: str
+    host: str
+    """The host of a tcp endpoint (`*`: every interface); empty for ipc."""
+    port: int | None
+    """None for a free port of the system's choice, and for ipc."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        if not self.host or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it names every interface, and so is no address to give to others."""
+        return self.host in ("*", "0.0.0.0", "[::]")  # noqa: S104
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether its host is an IPv6 address."""
+        return self.host.startswith("[")
+
+
+def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
+    """Parse an endpoint; only one `to_bind` may have `*` for its host or port.
+
+    Raises `ConfigError` for anything but `tcp://host:port` and `ipc://path`.
+    """
+    if match := _IPC.fullmatch(text):
+        return Endpoint(text, "", None)
+    match = _TCP.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"no endpoint {text!r}: write tcp://host:port, such as {DEFAULT_DELEGATOR}, or ipc://path"
+        )
+    host, port = match["host"], match["port"]
+    if not to_bind and "*" in (host, port):
+        raise ConfigError(f"endpoint {text!r} can be bound but not connected to: name a host and a port")
+    if port != "*" and not (0 if to_bind else 1) <= int(port) <= _MAX_PORT:
+        raise ConfigError(f"endpoint {text!r} has port {port}: ports go from 1 to {_MAX_PORT}")
+    return Endpoint(text, host, None if port in ("*", "0") else int(port))
+
+
+def check_bind(endpoint: Endpoint, *, insecure: bool) -> None:
+    """Refuse to bind where strangers could connect, unless `insecure` says that this is meant.
+
+    Refuse also an ipc path at which somebody serves: ZeroMQ would silently take it over.
+
+    Raises `ConfigError`.
+    """
+    if not endpoint.is_local and not insecure:
+        raise ConfigError(
+            f"refused to bind {endpoint}: other machines could reach it, and nothing checks who they are. "
+            "Bind a loopback address, or say --insecure if the network keeps strangers out"
+        )
+    if endpoint.text.startswith("ipc://") and _is_served(Path(endpoint.text.removeprefix("ipc://"))):
+        raise ConfigError(f"{endpoint} is in use: another process serves at that path")
+
+
+def _is_served(path: Path) -> bool:
+    try:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise ConfigError(f"ipc://{path} is no socket but a file; name another path")
+    except OSError:
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0

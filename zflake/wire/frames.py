@@ -1,0 +1,25 @@
+"""The envelope: `[envelope...][b""][body]`.
+
+A REQ socket sends the empty frame and the body; a ROUTER puts the peer's identity before them; each further
+hop adds a frame.  A server keeps everything up to and including the first empty frame as it came and sends
+it back before the answer.  More than `MAX_ENVELOPE` frames before the empty one, or anything but one body
+behind it, is not zflake's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_ENVELOPE: Final = 4
+MAX_REQUEST_BYTES: Final = 64 * 1024
+"""The largest frame that a server takes (`ZMQ_MAXMSGSIZE`)."""
+MAX_RESPONSE_BYTES: Final = 64 * 1024 * 1024
+"""The largest frame that a client takes: the directory of a full cluster."""
+
+
+def split(frames: list[bytes]) -> tuple[list[bytes], bytes] | None:
+    """The prefix to send back and the body; None where the frames are not `[envelope...][b""][body]`."""
+    at = len(frames) - 2
+    if 0 <= at <= MAX_ENVELOPE and not frames[at] and b"" not in frames[:at]:
+        return frames[:-1], frames[-1]
+    return None

@@ -1,0 +1,255 @@
+"""The methods, their parameters and results, and the error codes: PROTOCOL.md as code.
+
+Functions come in pairs, one for each side of the wire.  What a peer sends is checked here, in full, once;
+behind this module values have their types and ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+from zflake.core.layout import Layout
+from zflake.core.lease import (
+    TOKEN_BYTES,
+    Acquire,
+    Answer,
+    Grant,
+    Holder,
+    Refusal,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Request,
+)
+from zflake.core.mint import Run
+from zflake.errors import (
+    AuthError,
+    LayoutError,
+    LeaseExpired,
+    LeaseLost,
+    NoFreeMachine,
+    Overloaded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+    ZflakeError,
+)
+from zflake.wire.codec import WireError
+
+PROTOCOL_VERSION: Final = 1
+MAX_COUNT: Final = 1_000_000
+"""The most IDs that one `ids.next` may ask for."""
+MAX_TIMEOUT_MS: Final = 3_600_000
+MAX_TEXT: Final = 255
+_MAX_INT: Final = 2**63 - 1
+
+
+class Method(StrEnum):
+    """The methods that a server may know."""
+
+    HELLO = "hello"
+    PING = "ping"
+    IDS_NEXT = "ids.next"
+    LEASE_ACQUIRE = "lease.acquire"
+    LEASE_RENEW = "lease.renew"
+    LEASE_RELEASE = "lease.release"
+    CLUSTER_WORKERS = "cluster.workers"
+    CLUSTER_STATUS = "cluster.status"
+
+
+class Code(StrEnum):
+    """The codes of error responses."""
+
+    BAD_REQUEST = "bad_request"
+    UNKNOWN_METHOD = "unknown_method"
+    TIMEOUT = "timeout"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    LEASE_EXPIRED = "lease_expired"
+    LOST = "lost"
+    TOO_EARLY = "too_early"
+    NO_FREE_MACHINE = "no_free_machine"
+    EXHAUSTED = "exhausted"
+    DENIED = "denied"
+
+
+_ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
+    Code.BAD_REQUEST: ProtocolError,
+    Code.UNKNOWN_METHOD: ProtocolError,
+    Code.TIMEOUT: Timeout,
+    Code.OVERLOADED: Overloaded,
+    Code.UNAVAILABLE: Unavailable,
+    Code.LEASE_EXPIRED: LeaseExpired,
+    Code.LOST: LeaseLost,
+    Code.TOO_EARLY: Unavailable,
+    Code.NO_FREE_MACHINE: NoFreeMachine,
+    Code.EXHAUSTED: LayoutError,
+    Code.DENIED: AuthError,
+}
+
+
+def exception_of(error: WireError) -> ZflakeError:
+    """The exception that an error response stands for; an unknown code is a `ProtocolError`."""
+    retry_after = None if error.retry_after_ms is None else error.retry_after_ms / 1000
+    return _ERRORS.get(error.code, ProtocolError)(error.message, retry_after=retry_after)
+
+
+# --- ids.next ---
+
+
+def check_next(params: list[Any]) -> tuple[int, int]:
+    """The `count` and `timeout_ms` of an `ids.next`; raises `ProtocolError` where they are not right."""
+    if len(params) != 2:  # noqa: PLR2004
+        raise ProtocolError("ids.next takes [count, timeout_ms]")
+    count, timeout_ms = params
+    if type(count) is not int or not 1 <= count <= MAX_COUNT:
+        raise ProtocolError(f"count is a number from 1 to {MAX_COUNT}, not {_show(count)}")
+    if type(timeout_ms) is not int or not 0 <= timeout_ms <= MAX_TIMEOUT_MS:
+        raise ProtocolError(f"timeout_ms is a number from 0 to {MAX_TIMEOUT_MS}, not {_show(timeout_ms)}")
+    return count, timeout_ms
+
+
+def check_run(result: Any, asked: int) -> Run:
+    """The run in the result of an `ids.next` for `asked` IDs; raises `ProtocolError` where it is none."""
+    match result:
+        case [int(first), int(step), int(count)] if (
+            1 <= count <= asked and step >= 1 and first >= 0 and first + step * (count - 1) < 1 << 64
+        ):
+            return first, step, count
+    raise ProtocolError(f"the answer to ids.next is [first, step, count], not {_show(result)}")
+
+
+def check_no_params(params: list[Any]) -> None:
+    """Raise `ProtocolError` where a method that takes nothing was given something."""
+    if params:
+        raise ProtocolError(f"this method takes no params, not {_show(params)}")
+
+
+# --- leases ---
+
+
+def lease_call(request: Request) -> tuple[Method, list[Any]]:
+    """The method and params of a lease request."""
+    match request:
+        case Acquire(next=token, holder=holder):
+            return Method.LEASE_ACQUIRE, [token, holder.name, holder.host, holder.pid, holder.address]
+        case Renew(machine=machine, token=shown, gen=gen, next=token):
+            return Method.LEASE_RENEW, [machine, shown, gen, token]
+        case Release(machine=machine, token=shown, next=pending, last=last):
+            return Method.LEASE_RELEASE, [machine, shown, pending, last]
+
+
+def check_acquire(params: list[Any]) -> Acquire:
+    """The request of a `lease.acquire`; raises `ProtocolError` where it is not right."""
+    token, name, host, pid, address = _take(params, "next", "name", "host", "pid", "address")
+    return Acquire(
+        _token("next", token),
+        Holder(_text("name", name), _text("host", host), _number("pid", pid), _text("address", address)),
+    )
+
+
+def check_renew(params: list[Any]) -> Renew:
+    """The request of a `lease.renew`; raises `ProtocolError` where it is not right."""
+    machine, token, gen, pending = _take(params, "machine", "token", "gen", "next")
+    return Renew(
+        _number("machine", machine), _token("token", token), _number("gen", gen), _token("next", pending)
+    )
+
+
+def check_release(params: list[Any]) -> Release:
+    """The request of a `lease.release`; raises `ProtocolError` where it is not right."""
+    machine, token, pending, last = _take(params, "machine", "token", "next", "last")
+    return Release(
+        _number("machine", machine),
+        _token("token", token),
+        None if pending is None else _token("next", pending),
+        None if last is None else _number("last", last),
+    )
+
+
+LEASE_REQUESTS: Final[Mapping[str, Callable[[list[Any]], Request]]] = {
+    Method.LEASE_ACQUIRE: check_acquire,
+    Method.LEASE_RENEW: check_renew,
+    Method.LEASE_RELEASE: check_release,
+}
+
+
+def lease_result(answer: Grant | Released, now_us: int) -> dict[str, Any]:
+    """The result of a lease request that was granted; `now_us` is the timeline's now at the send."""
+    if isinstance(answer, Released):
+        return {"machine": answer.machine, "fence": answer.fence, "now_us": now_us}
+    return {
+        "machine": answer.machine,
+        "gen": answer.gen,
+        "start": answer.start,
+        "end": answer.end,
+        "token": answer.token,
+        "ttl": answer.ttl,
+        "layout": answer.layout.to_map(),
+        "now_us": now_us,
+    }
+
+
+def lease_answer(method: Method, error: WireError | None, result: Any) -> Answer:
+    """What a response to a lease request says; raises `ProtocolError` where it says nothing sound.
+
+    An error that is no decision of the lessor's (overloaded, denied, ...) reads as `unavailable`.
+    """
+    if error is not None:
+        known = error.code in set(Refused)
+        reason = Refused(error.code) if known else Refused.UNAVAILABLE
+        return Refusal(reason, error.message, error.retry_after_ms)
+    if type(result) is not dict:
+        raise ProtocolError(f"the answer to {method} is a map, not {_show(result)}")
+    if method is Method.LEASE_RELEASE:
+        return Released(*(_number(key, result.get(key)) for key in ("machine", "fence")))
+    try:
+        layout = Layout.from_map(result.get("layout", {}))
+        layout.check_machine(result.get("machine", -1))
+    except LayoutError as error_:
+        raise ProtocolError(f"the answer to {method} has no sound layout: {error_}") from error_
+    machine, gen, start, end, ttl = (
+        _number(key, result.get(key)) for key in ("machine", "gen", "start", "end", "ttl")
+    )
+    return Grant(machine, gen, start, end, _token("token", result.get("token")), layout, ttl)
+
+
+def now_of(result: Any) -> int | None:
+    """The `now_us` of a delegator's result (µs since the Unix epoch), where it carries one."""
+    now_us = result.get("now_us") if type(result) is dict else None
+    return now_us if type(now_us) is int and 0 <= now_us <= _MAX_INT else None
+
+
+def _take(params: list[Any], *names: str) -> list[Any]:
+    if len(params) != len(names):
+        raise ProtocolError(f"params are [{', '.join(names)}], not {len(params)} values")
+    return params
+
+
+def _token(name: str, value: Any) -> bytes:
+    if type(value) is not bytes or len(value) != TOKEN_BYTES:
+        raise ProtocolError(f"{name} is {TOKEN_BYTES} bytes (MessagePack's bin), not {_show(value)}")
+    return value
+
+
+def _number(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_INT:
+        raise ProtocolError(f"{name} is a number from 0 to 2**63 - 1, not {_show(value)}")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    # Names end up in logs and on terminals: nothing that a terminal would obey.
+    if type(value) is not str or len(value) > MAX_TEXT or not value.isprintable():
+        raise ProtocolError(
+            f"{name} is a text of at most {MAX_TEXT} printable characters, not {_show(value)}"
+        )
+    return value
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004
