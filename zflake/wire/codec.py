@@ -88,7 +88,7 @@ def decode_request(body: bytes) -> Request:
         raise _no_request(message) from None
     if (
         kind == REQUEST
-        and type(msgid) is int
+        and type(kind) is type(msgid) is int
         and 0 <= msgid <= MAX_MSGID
         and type(method) is str
         and type(params) is list

@@ -1,0 +1,242 @@
+"""The lease keeper: takes a machine ID from a delegator, renews it, and gives it back.
+
+It has a socket of its own, with one request outstanding, so that no flood of ID requests can delay a
+renewal.  A request without an answer is sent again, with the same token, to the next endpoint; the old
+socket is closed with whatever was under way on it.
+
+Between lease requests it pings, several times a second: each answer carries the timeline's now, which is
+what the holder's clock runs on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import secrets
+from collections.abc import Sequence
+from typing import Any, Final
+
+import zmq
+
+from zflake.core.layout import Layout
+from zflake.core.lease import TOKEN_BYTES, Grant, Holder, Refusal, Refused, Release, Request
+from zflake.core.mint import Mint
+from zflake.core.tenant import RETRY_US, State, Tenant
+from zflake.errors import LayoutError, ProtocolError
+from zflake.holder.clock import Clock, local_us
+from zflake.wire.codec import Response, decode_response, encode_request
+from zflake.wire.endpoint import Endpoint
+from zflake.wire.messages import Method, lease_answer, lease_call, now_of
+from zflake.wire.sockets import connected_dealer
+
+PING_US: Final = 250_000
+ANSWER_US: Final = RETRY_US
+QUIET_US: Final = 10_000_000
+"""How often an outage that goes on is logged again."""
+
+_log = logging.getLogger("zflake.lease")
+
+
+class LeaseKeeper:
+    """A leased machine ID: `mint` mints while a window is open, `clock` says the timeline's now.
+
+    The owner polls `socket` for input, and calls `service` then and at `wake_us` (local clock).
+    Used by one thread.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoints: Sequence[Endpoint],
+        holder: Holder,
+        *,
+        layout: Layout | None = None,
+    ) -> None:
+        self.clock = Clock()
+        self.tenant = Tenant(
+            holder,
+            draw_token=lambda: secrets.token_bytes(TOKEN_BYTES),
+            jitter=random.random,
+            layout=layout,
+        )
+        self._context = context
+        self._endpoints = endpoints
+        self._layout = layout
+        self._turn = -1
+        self._msgid = 0
+        self._pending: Request | Method | None = None
+        self._answer_by_us = 0
+        self._greeted = False
+        self._ping_at_us = 0
+        self._hold_until_us = 0
+        self._quiet_until_us = 0
+        self._connect_next()
+
+    @property
+    def mint(self) -> Mint | None:
+        """The mint of the current tenancy; None where there is none."""
+        return self.tenant.mint
+
+    @property
+    def wake_us(self) -> int:
+        """When `service` wants to be called though nothing came in (local clock)."""
+        if self._pending is not None:
+            return self._answer_by_us
+        return max(min(self.tenant.send_at_us, self._ping_at_us), self._hold_until_us)
+
+    @property
+    def retry_after_ms(self) -> int:
+        """How long a caller should wait where no window is open."""
+        return max(50, min(1000, (self.wake_us - local_us()) // 1000))
+
+    def service(self, now_local_us: int) -> None:
+        """Take in what came, send what is due.
+
+        Raises `LayoutError` where the delegator's layout is not the one that this holder was told to use.
+        """
+        self._receive()
+        if self._pending is not None and now_local_us >= self._answer_by_us:
+            self._complain(now_local_us, "%s does not answer", self._endpoint)
+            self._connect_next()
+        self._follow()
+        if self._pending is None and now_local_us >= self._hold_until_us:
+            self._send_due(now_local_us)
+
+    def release(self, deadline_us: int) -> None:
+        """Stop minting for good and give the machine ID back, until `deadline_us` (local clock) at most.
+
+        Where no delegator answers in time, the lease runs out by itself.
+        """
+        request = self.tenant.close()
+        if request is None:
+            return
+        self._send(request, local_us())
+        while self._pending is not None and (left_us := deadline_us - local_us()) > 0:
+            self.socket.poll(max(1, left_us // 1000))
+            self._receive()
+        if self._pending is not None:
+            _log.warning("machine %d was not given back: it rests until its window ends", request.machine)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close(linger=0)
+
+    @property
+    def _endpoint(self) -> Endpoint:
+        return self._endpoints[self._turn]
+
+    def _connect_next(self) -> None:
+        if self._turn >= 0:
+            self.socket.close(linger=0)
+        self._turn = (self._turn + 1) % len(self._endpoints)
+        # One message is under way at a time: let it wait for the peer.
+        self.socket: zmq.Socket[bytes] = connected_dealer(self._context, self._endpoint, queue=True)
+        self._pending = None
+        self._greeted = False
+
+    def _send_due(self, now_local_us: int) -> None:
+        if not self._greeted:
+            self._send(Method.HELLO, now_local_us)
+        elif request := self.tenant.poll(now_local_us):
+            self._send(request, now_local_us)
+        elif now_local_us >= self._ping_at_us:
+            self._send(Method.PING, now_local_us)
+
+    def _send(self, what: Request | Method, now_local_us: int) -> None:
+        method, params = (what, []) if isinstance(what, Method) else lease_call(what)
+        self._msgid = (self._msgid + 1) & 0xFFFF_FFFF
+        with contextlib.suppress(zmq.Again):  # the same as a lost message: it is sent again
+            self.socket.send_multipart([b"", encode_request(self._msgid, method, params)], zmq.NOBLOCK)
+        self._pending = what
+        self._answer_by_us = now_local_us + ANSWER_US
+        self._ping_at_us = now_local_us + PING_US
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            received_us = local_us()
+            try:
+                response = decode_response(frames[-1])
+                if self._pending is not None and response.msgid == self._msgid:
+                    self._take(response, received_us)
+            except ProtocolError as error:
+                self._complain(received_us, "%s: %s", self._endpoint, error)
+
+    def _take(self, response: Response, received_us: int) -> None:
+        pending, self._pending = self._pending, None
+        if (now_us := now_of(response.result)) is not None:
+            self.clock.exchange(now_us, received_us, step=self.tenant.state is not State.HELD)
+        if pending is Method.HELLO:
+            self._greet(response, received_us)
+        elif pending is not None and not isinstance(pending, Method):
+            self._settle(pending, response, received_us)
+
+    def _greet(self, response: Response, received_us: int) -> None:
+        hello: Any = response.result
+        if response.error is not None or type(hello) is not dict or hello.get("service") != "delegator":
+            said = response.error.message if response.error else f"it is a {_service(hello)}"
+            self._hold_until_us = received_us + RETRY_US
+            self._complain(received_us, "%s is no delegator: %s", self._endpoint, said)
+            self._connect_next()
+            return
+        if self._layout is not None:
+            theirs = Layout.from_map(hello.get("layout", {}))
+            if not theirs.same_ids(self._layout):
+                raise LayoutError(
+                    f"the delegator at {self._endpoint} leases layout {theirs.name} ({theirs}, epoch "
+                    f"{theirs.epoch.isoformat()}), not {self._layout.name} ({self._layout}, epoch "
+                    f"{self._layout.epoch.isoformat()}): leave --layout and --epoch out to take the delegator's"
+                )
+        self._greeted = True
+
+    def _settle(self, request: Request, response: Response, received_us: int) -> None:
+        method, _ = lease_call(request)
+        answer = lease_answer(method, response.error, response.result)
+        if isinstance(request, Release):
+            return
+        before = self.tenant.mint
+        layout = answer.layout if isinstance(answer, Grant) else before.layout if before else None
+        now = -1 if layout is None else self.clock.tick(layout)
+        self.tenant.receive(answer, received_us, now)
+        if isinstance(answer, Refusal):
+            self._refused(answer, before, received_us)
+        elif isinstance(answer, Grant):
+            self._quiet_until_us = 0
+            if before is None:
+                _log.info("holding machine %d, layout %s", answer.machine, answer.layout.name)
+            _log.debug("machine %d: window [%d, %d)", answer.machine, answer.start, answer.end)
+
+    def _refused(self, refusal: Refusal, before: Mint | None, received_us: int) -> None:
+        if refusal.reason is Refused.LOST:
+            assert before is not None
+            _log.warning("lost machine %d: %s", before.machine, refusal.message)
+            return
+        if refusal.reason is not Refused.TOO_EARLY:
+            self._complain(received_us, "%s: %s: %s", self._endpoint, refusal.reason, refusal.message)
+        if refusal.reason is Refused.UNAVAILABLE and len(self._endpoints) > 1:
+            self._connect_next()
+
+    def _follow(self) -> None:
+        mint = self.tenant.mint
+        if mint is None or not self.clock.known:
+            return
+        before = self.tenant.state
+        self.tenant.observe(self.clock.tick(mint.layout))
+        if self.tenant.state is not before:
+            if self.tenant.state is State.LAPSED:
+                _log.warning("machine %d: the window has run out; no IDs until it is renewed", mint.machine)
+            else:
+                _log.info("machine %d: a window is open again", mint.machine)
+
+    def _complain(self, now_local_us: int, message: str, *args: object) -> None:
+        if now_local_us >= self._quiet_until_us:
+            self._quiet_until_us = now_local_us + QUIET_US
+            _log.warning(message, *args)
+
+
+def _service(hello: object) -> str:
+    return str(hello.get("service", "stranger")) if isinstance(hello, dict) else "stranger"

@@ -1,0 +1,56 @@
+"""ZeroMQ sockets with the options that the protocol needs, set before they bind or connect."""
+
+from __future__ import annotations
+
+import zmq
+
+from zflake.errors import ConfigError
+from zflake.wire.endpoint import Endpoint
+from zflake.wire.frames import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
+
+RECONNECT_MS = 50
+RECONNECT_MAX_MS = 1000
+
+
+def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> zmq.Socket[bytes]:
+    """A server's ROUTER.  Raises `ConfigError` where it can't bind (port in use, no such address)."""
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 500)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that left fails and is counted
+    router.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+    router.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
+    router.setsockopt(zmq.BACKLOG, 1024)
+    try:
+        router.bind(endpoint.text)
+    except zmq.ZMQError as error:
+        router.close(linger=0)
+        raise ConfigError(f"can't bind {endpoint}: {error.strerror}") from error
+    return router
+
+
+def connected_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, *, queue: bool = False
+) -> zmq.Socket[bytes]:
+    """A DEALER to one peer.
+
+    What is sent while the peer is not there fails with EAGAIN, or with `queue` waits for it.
+
+    One peer a socket, always: over several a DEALER deals its messages out in turn, to the dead as well.
+    No ZMTP heartbeats: on the connecting side they can abort the process (libzmq issue 3937).
+    """
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.IMMEDIATE, int(not queue))
+    dealer.setsockopt(zmq.MAXMSGSIZE, MAX_RESPONSE_BYTES)
+    dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    dealer.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
+    dealer.connect(endpoint.text)
+    return dealer
+
+
+def address_of(router: zmq.Socket[bytes]) -> str:
+    """Where a bound socket can be reached: its endpoint with the port that the system chose."""
+    address = router.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(address, bytes)
+    return address.rstrip(b"\0").decode()

@@ -1,0 +1,210 @@
+"""How a worker answers: requests in, responses out, no socket and no clock of its own.
+
+`ids.next` mints in the current tick.  Once that is used up, requests are parked until the next one begins,
+and then share it: each gets a run, if a short one.  Nobody is parked twice: where the next tick could not
+give each waiting request an ID, the newest are told `overloaded` at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from zflake.core.layout import Layout
+from zflake.core.mint import Mint
+from zflake.core.timeline import tick_of, us_until
+from zflake.errors import ProtocolError
+from zflake.wire.codec import BadRequest, decode_request, encode_error, packer
+from zflake.wire.messages import PROTOCOL_VERSION, Code, Method, check_next, check_no_params
+
+
+class Hold(Protocol):
+    """What a handler needs of a machine ID, leased or static."""
+
+    @property
+    def mint(self) -> Mint | None:
+        """The mint; None while there is no machine ID."""
+
+    @property
+    def retry_after_ms(self) -> int:
+        """How long a caller should wait where no window is open."""
+
+
+class Parked(NamedTuple):
+    """An `ids.next` that waits for the next tick."""
+
+    prefix: list[bytes]
+    msgid: int
+    count: int
+    deadline_us: int
+
+
+@dataclass
+class Figures:
+    """What a worker has done since it started."""
+
+    requests: int = 0
+    ids: int = 0
+    dropped: int = 0
+    """Messages that were no requests and could not be answered, and answers whose asker had gone."""
+
+
+class Handler:
+    """Answers the requests of all clients from one mint.
+
+    `now_us` gives the timeline's now (µs since the Unix epoch), or None while it is not known; `describe`
+    gives what the worker says of itself, beside its figures.
+    """
+
+    def __init__(
+        self, hold: Hold, now_us: Callable[[], int | None], describe: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.figures = Figures()
+        self.errors: Counter[str] = Counter()
+        self.draining = False
+        """Whether ID requests are refused, since the lease is about to be given back."""
+        self._hold = hold
+        self._now_us = now_us
+        self._describe = describe
+        self._parked: list[Parked] = []
+        self._pack = packer()
+
+    def handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
+        """The answer to one request; None where it was parked, or must not be answered.
+
+        `arrived_us` is when it came, on the local clock.
+        """
+        self.figures.requests += 1
+        try:
+            msgid, method, params = decode_request(body)
+            if method == "ids.next":
+                count, timeout_ms = check_next(params)
+                return self._next(prefix, msgid, count, arrived_us + timeout_ms * 1000, arrived_us)
+            return self._other(msgid, method, params)
+        except BadRequest as error:
+            if not error.answerable:
+                self.figures.dropped += 1
+                return None
+            return self._refuse(error.msgid, Code.BAD_REQUEST, str(error))
+        except ProtocolError as error:
+            return self._refuse(msgid, Code.BAD_REQUEST, str(error))
+
+    def turn(self, local_us: int) -> list[tuple[list[bytes], bytes]]:
+        """The answers to what was parked, once the tick that it waits for has begun."""
+        if not self._parked or self.wait_us():
+            return []
+        parked, self._parked = self._parked, []
+        answers = []
+        left = 0 if (mint := self._hold.mint) is None else mint.layout.ids_per_tick
+        for waiting in range(len(parked), 0, -1):
+            prefix, msgid, count, deadline_us = parked[len(parked) - waiting]
+            if deadline_us < local_us:
+                answers.append(
+                    (prefix, self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted"))
+                )
+                continue
+            share = max(1, min(count, left // waiting))
+            answer = self._mint(msgid, share)
+            left -= share
+            answers.append((prefix, answer or self._refuse_for_now(msgid)))
+        return answers
+
+    def wait_us(self) -> int:
+        """How long `turn` must wait for the next tick, in microseconds; only while something is parked."""
+        mint, now_us = self._hold.mint, self._now_us()
+        if mint is None or now_us is None:
+            return 0
+        opens = mint.opens(tick_of(mint.layout, now_us))
+        return 0 if opens is None else us_until(mint.layout, opens, now_us)
+
+    @property
+    def parked(self) -> int:
+        """How many requests wait for the next tick."""
+        return len(self._parked)
+
+    def _next(
+        self, prefix: list[bytes], msgid: int, count: int, deadline_us: int, arrived_us: int
+    ) -> bytes | None:
+        if deadline_us <= arrived_us:
+            return self._refuse(msgid, Code.TIMEOUT, "the request came with no time left; nothing was minted")
+        if self.draining:
+            return self._refuse(msgid, Code.UNAVAILABLE, "this worker is shutting down; ask another", 0)
+        parked = self._parked
+        if not parked and (answer := self._mint(msgid, count)) is not None:
+            return answer
+        mint, now_us = self._hold.mint, self._now_us()
+        if mint is None or now_us is None:
+            return self._refuse_for_now(msgid)
+        now = tick_of(mint.layout, now_us)
+        opens = mint.opens(now)
+        if opens is None or opens > now + 1:
+            return self._refuse_for_now(msgid)
+        if len(parked) >= mint.layout.ids_per_tick:
+            return self._refuse(
+                msgid,
+                Code.OVERLOADED,
+                f"{len(parked)} requests wait for the next tick, which has no more IDs",
+                mint.layout.tick_ms,
+            )
+        parked.append(Parked(prefix, msgid, count, deadline_us))
+        return None
+
+    def _mint(self, msgid: int, count: int) -> bytes | None:
+        mint, now_us = self._hold.mint, self._now_us()
+        if mint is None or now_us is None:
+            return None
+        run = mint.take(tick_of(mint.layout, now_us), count)
+        if run is None:
+            return None
+        self.figures.ids += run[2]
+        return self._pack((1, msgid, None, run))
+
+    def _refuse_for_now(self, msgid: int) -> bytes:
+        return self._refuse(
+            msgid,
+            Code.LEASE_EXPIRED,
+            "this worker holds no open window; ask another",
+            self._hold.retry_after_ms,
+        )
+
+    def _refuse(
+        self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None
+    ) -> bytes:
+        self.errors[code] += 1
+        return encode_error(msgid, code, message, retry_after_ms)
+
+    def _other(self, msgid: int, method: str, params: list[Any]) -> bytes:
+        match method:
+            case Method.PING:
+                check_no_params(params)
+                return self._pack((1, msgid, None, {"now_us": self._now_us()}))
+            case Method.HELLO:
+                check_no_params(params)
+                return self._pack((1, msgid, None, self._hello()))
+            case Method.CLUSTER_STATUS:
+                check_no_params(params)
+                return self._pack((1, msgid, None, self._hello() | self._status()))
+        return self._refuse(msgid, Code.UNKNOWN_METHOD, f"a worker has no method {method[:60]!r}")
+
+    def _hello(self) -> dict[str, Any]:
+        layout: Layout | None = None if self._hold.mint is None else self._hold.mint.layout
+        return {
+            "service": "worker",
+            "protocol": PROTOCOL_VERSION,
+            "layout": None if layout is None else layout.to_map(),
+            "machine": None if self._hold.mint is None else self._hold.mint.machine,
+            "now_us": self._now_us(),
+            **self._describe(),
+        }
+
+    def _status(self) -> dict[str, Any]:
+        figures = self.figures
+        return {
+            "requests": figures.requests,
+            "ids": figures.ids,
+            "dropped": figures.dropped,
+            "parked": len(self._parked),
+            "errors": dict(self.errors),
+        }
