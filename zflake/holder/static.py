@@ -31,6 +31,8 @@ class StaticHold:
 
     def __init__(self, layout: Layout, machine: int) -> None:
         self.mint: Mint = Mint(layout, machine)
+        self.socket = None
+        """There is nothing to poll."""
         self.clock = Clock()
         self.wake_us = 0
         """When `service` wants to be called again (local clock)."""

@@ -34,7 +34,10 @@ class Store(ABC):
 
     @abstractmethod
     def swap_meta(self, new: Meta) -> bool:
-        """Put `new` in place of the meta whose version is `new.version - 1`; False where that is not it."""
+        """Put `new` in place of the meta that has its `store_id` and the version `new.version - 1`.
+
+        False where there is no such meta; then nothing is written.
+        """
 
     @abstractmethod
     def by_machine(self, machine: int) -> Record:
@@ -61,9 +64,9 @@ class Store(ABC):
         """Try all swaps in one commit, each for itself, in order.
 
         True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable
-        now.  False for each that lost the race; that one wrote nothing.
+        now.  False for each that lost the race, or whose token is another machine's; that one wrote nothing.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the store; what was swapped stays."""
+        """Let go of the store; what was swapped stays.  Closing it again does nothing."""

@@ -29,7 +29,8 @@ class MemoryStore(Store):
         self._meta = meta
 
     def swap_meta(self, new: Meta) -> bool:
-        if self._meta is None or self._meta.version != new.version - 1:
+        old = self._meta
+        if old is None or (old.store_id, old.version) != (new.store_id, new.version - 1):
             return False
         self._meta = new
         return True
@@ -56,6 +57,8 @@ class MemoryStore(Store):
         new = swap.new
         old = self.by_machine(new.machine)
         if self._meta is None or self._meta.version != swap.version or old.gen != new.gen - 1:
+            return False
+        if new.token is not None and self._tokens.get(new.token, new.machine) != new.machine:
             return False
         if old.token is not None:
             del self._tokens[old.token]

@@ -2,7 +2,8 @@
 
 WAL with `synchronous=FULL`: a commit returns after fsync.  One connection, and a lock file beside the
 database, held for as long as the process lives, so that a second delegator on the same file is refused
-and not merely serialised.  Never on NFS, whose locks can't be relied upon.
+and not merely serialised.  The lock file is never removed: whoever had opened it before would lock a file
+that nobody else finds.  Never on NFS, whose locks can't be relied upon.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +51,7 @@ CREATE TABLE machine (
 CREATE INDEX machine_by_fence ON machine (fence, machine);
 """
 
+_META: Final = "store_id, layout, ttl, first_machine, last_machine, floor, version"
 _COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, name, host, pid, address"
 
 # The numbers first to last that have no row yet.  The walk stops at the limit.
@@ -56,6 +59,16 @@ _UNUSED: Final = """
 WITH RECURSIVE number (n) AS (SELECT :first UNION ALL SELECT n + 1 FROM number WHERE n < :last)
 SELECT n FROM number WHERE NOT EXISTS (SELECT 1 FROM machine WHERE machine = n) LIMIT :limit
 """
+
+_ADVICE: Final = {
+    sqlite3.SQLITE_BUSY: "close the other program that has it open",
+    sqlite3.SQLITE_CANTOPEN: "let this user read and write the file and its folder",
+    sqlite3.SQLITE_CORRUPT: "nothing was changed; restore a copy, or name a new file",
+    sqlite3.SQLITE_FULL: "make room on the disk",
+    sqlite3.SQLITE_IOERR: "look at the disk",
+    sqlite3.SQLITE_NOTADB: "nothing was changed; restore a copy, or name a new file",
+    sqlite3.SQLITE_READONLY: "let this user write the file and its folder",
+}
 
 
 def path_of(url: str) -> Path:
@@ -65,8 +78,11 @@ def path_of(url: str) -> Path:
     """
     prefix = "sqlite:///"
     path = url.removeprefix(prefix)
-    if not url.startswith(prefix) or not path or path.endswith("/"):
-        raise ConfigError(f"no file in {url!r}: write sqlite:///relative/path or sqlite:////absolute/path")
+    if not url.startswith(prefix) or path in {"", ":memory:"} or path.endswith("/") or "\0" in path:
+        raise ConfigError(
+            f"no file in {url!r}: write sqlite:///relative/path or sqlite:////absolute/path,"
+            " or memory: for a store that forgets"
+        )
     return Path(path)
 
 
@@ -79,26 +95,18 @@ class SqliteStore(Store):
 
     def __init__(self, path: Path) -> None:
         self.url = f"sqlite:///{path}"
-        self._path = path
-        if not path.parent.is_dir():
-            absolute = (
-                "" if path.is_absolute() else f" (an absolute path takes four slashes: sqlite:////{path})"
-            )
-            raise StoreError(f"{self.url}: there is no folder {path.parent}{absolute}")
-        self._lock = self._take_lock()
+        # Links resolved, so that one file has one lock; absolute, so that no name means more to SQLite.
+        self._path = Path(os.path.realpath(path))
         # By the range's first machine: from where on to look for never-used ones.  None becomes unused again.
         self._unused_from: dict[int, int] = {}
-        try:
-            self._db = self._open()
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with ExitStack() as held:
+            self._take_lock(held)
+            self._db = self._open(held)
+            self._held = held.pop_all()
 
     def meta(self) -> Meta | None:
         with self._errors():
-            row = self._db.execute(
-                "SELECT store_id, layout, ttl, first_machine, last_machine, floor, version FROM meta"
-            ).fetchone()
+            row = self._db.execute(f"SELECT {_META} FROM meta").fetchone()
             if row is None:
                 return None
             store_id, layout, *numbers = row
@@ -109,7 +117,8 @@ class SqliteStore(Store):
             if self._db.execute("SELECT 1 FROM meta").fetchone() is not None:
                 raise StoreError(f"{self.url} is initialised already")
             self._db.execute(
-                "INSERT INTO meta VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version)",
+                f"INSERT INTO meta (one, {_META})"
+                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version)",
                 _values(meta),
             )
 
@@ -132,9 +141,12 @@ class SqliteStore(Store):
         with self._errors():
             bounds = {"first": self._unused_from.get(first, first), "last": last, "limit": limit}
             unused = [n for (n,) in self._db.execute(_UNUSED, bounds) if n <= last]
-            self._unused_from[first] = unused[0] if unused else last + 1
+            if limit > 0:
+                self._unused_from[first] = unused[0] if unused else last + 1
+            # Left to itself, SQLite takes the range by machine and sorts all of it.
             used = self._db.execute(
-                f"SELECT {_COLUMNS} FROM machine WHERE machine BETWEEN ? AND ? ORDER BY fence, machine LIMIT ?",
+                f"SELECT {_COLUMNS} FROM machine INDEXED BY machine_by_fence WHERE machine BETWEEN ? AND ?"
+                " ORDER BY fence, machine LIMIT ?",
                 (first, last, limit - len(unused)),
             )
             return [*map(Record, unused), *map(_record, used)]
@@ -153,19 +165,18 @@ class SqliteStore(Store):
             return [swap.version == version and self._swap(swap.new) for swap in swaps]
 
     def close(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self._db.close()
-        os.close(self._lock)
+        with self._errors():
+            self._held.close()
 
     def _swap(self, new: Record) -> bool:
         held = new.holder
         row = (new.fence, new.gen, new.token, new.start, new.tenancy_start)
         person = (held.name, held.host, held.pid, held.address)
         if new.gen == 1:
-            sql = f"INSERT INTO machine ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT (machine) DO NOTHING"
+            sql = f"INSERT INTO machine ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO NOTHING"
             return self._db.execute(sql, (new.machine, *row, *person)).rowcount == 1
         sql = (
-            "UPDATE machine SET fence = ?, gen = ?, token = ?, start = ?, tenancy_start = ?,"
+            "UPDATE OR IGNORE machine SET fence = ?, gen = ?, token = ?, start = ?, tenancy_start = ?,"
             " name = ?, host = ?, pid = ?, address = ? WHERE machine = ? AND gen = ?"
         )
         return self._db.execute(sql, (*row, *person, new.machine, new.gen - 1)).rowcount == 1
@@ -177,59 +188,73 @@ class SqliteStore(Store):
 
     # --- opening ---
 
-    def _take_lock(self) -> int:
+    def _take_lock(self, held: ExitStack) -> None:
         path = self._path.with_name(self._path.name + ".lock")
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StoreError(f"{self.url}: can't write {path}: {error.strerror}") from error
-        try:
+            if self._path.is_dir():
+                raise StoreError(f"{self.url} is a folder; name a file in it")
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            held.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.url}: there is no folder {path.parent}; make it first"
+                " (an absolute path takes four slashes: sqlite:////path)"
+            ) from error
+        except BlockingIOError as error:
+            pid = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
+            raise StoreError(
+                f"{self.url} is in use by another delegator (pid {pid}); stop that one or name another file"
+            ) from error
         except OSError as error:
-            holder = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
-            os.close(lock)
-            raise StoreError(f"{self.url} is in use by another delegator (pid {holder})") from error
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
-        return lock
+            raise StoreError(f"{self.url}: can't write and lock {path}: {error.strerror}") from error
 
-    def _open(self) -> sqlite3.Connection:
-        try:
+    def _open(self, held: ExitStack) -> sqlite3.Connection:
+        with self._errors():
             db = sqlite3.connect(self._path, isolation_level=None, timeout=0, check_same_thread=False)
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.url}: {error}") from error
-        try:
+            held.callback(db.close)
             if not self._recognise(db):
                 _create(db)
-            db.execute("PRAGMA journal_mode = WAL")
+            (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise StoreError(f"{self.url}: no write-ahead log on this file system; take a local disk")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA fullfsync = ON")  # macOS: fsync() alone does not reach the disk there
-            db.execute("BEGIN IMMEDIATE")  # a read-only file or disk shows here, not at the first grant
+            # A read-only file or disk shows here, not at the first grant; so does another process that has
+            # the file open though it holds another lock file: a hard link, a lock file that was removed.
+            # The read comes first: a log first read in exclusive mode stays so, and then a forked child
+            # that merely exits would remove it.
+            db.execute("SELECT 1 FROM meta").fetchone()
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("PRAGMA locking_mode = NORMAL")
             db.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            db.close()
-            raise StoreError(f"{self.url}: {error}") from error
-        except BaseException:
-            db.close()
-            raise
+            self._file = self._path.stat()
         return db
 
     def _recognise(self, db: sqlite3.Connection) -> bool:
         """Whether the file is zflake's and sound; False where it is empty, `StoreError` otherwise."""
         (application,) = db.execute("PRAGMA application_id").fetchone()
-        (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master WHERE sql IS NOT NULL").fetchone()
         if application == tables == 0:
             return False
         if application != APPLICATION_ID:
-            raise StoreError(f"{self.url} is an SQLite file of another program; nothing was changed")
+            raise StoreError(
+                f"{self.url} is an SQLite file of another program; nothing was changed; name another file"
+            )
         (schema,) = db.execute("PRAGMA user_version").fetchone()
         if schema != SCHEMA:
             raise StoreError(
                 f"{self.url} has schema {schema}, this zflake reads schema {SCHEMA}; upgrade zflake"
             )
-        (check,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        (check,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+        if check == "ok" and tables < _SCHEMA.count("CREATE"):
+            check = "tables are missing"
         if check != "ok":
-            raise StoreError(f"{self.url} is corrupt: {check}; nothing was changed")
+            reason = " ".join(check.split())  # SQLite's has several lines
+            raise StoreError(f"{self.url} is corrupt ({reason}); {_ADVICE[sqlite3.SQLITE_CORRUPT]}")
         return True
 
     # --- errors and transactions ---
@@ -238,20 +263,35 @@ class SqliteStore(Store):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:
+        except sqlite3.Error as error:
+            # The low byte is the kind of error, the rest its variety; misuse of the module has neither.
+            advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+            raise StoreError(f"{self.url}: {error}" + (f"; {advice}" if advice else "")) from error
+        except (OSError, OverflowError, ValueError) as error:
             raise StoreError(f"{self.url}: {error}") from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
+        if not self._in_place():
+            raise StoreError(
+                f"{self.url} was moved or replaced while in use; put it back, or stop this process first"
+            )
         with self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _in_place(self) -> bool:
+        """Whether the path still names the open file: whoever opens the path next must find what we write."""
+        try:
+            return os.path.samestat(self._path.stat(), self._file)
+        except OSError:
+            return False
 
 
 def _create(db: sqlite3.Connection) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Final
 
 MAX_ENVELOPE: Final = 4
+MAX_FRAMES: Final = MAX_ENVELOPE + 3
+"""One more than any message has: enough to see that it is none."""
 MAX_REQUEST_BYTES: Final = 64 * 1024
 """The largest frame that a server takes (`ZMQ_MAXMSGSIZE`)."""
 MAX_RESPONSE_BYTES: Final = 64 * 1024 * 1024

@@ -6,7 +6,7 @@ import zmq
 
 from zflake.errors import ConfigError
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.frames import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
+from zflake.wire.frames import MAX_FRAMES, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
@@ -47,6 +47,33 @@ def connected_dealer(
     dealer.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
     dealer.connect(endpoint.text)
     return dealer
+
+
+def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
+    """The frames of the next message that has come in; None where there is none.
+
+    Of a message with more frames than the protocol knows only the first ones are kept.
+    """
+    try:
+        frames = [socket.recv(zmq.NOBLOCK)]
+    except zmq.Again:
+        return None
+    while socket.getsockopt(zmq.RCVMORE):
+        frame = socket.recv(zmq.NOBLOCK)
+        if len(frames) < MAX_FRAMES:
+            frames.append(frame)
+    return frames
+
+
+def send(router: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:
+    """Send an answer, never waiting; False where the peer has gone or takes no more."""
+    try:
+        router.send_multipart([*prefix, body], zmq.NOBLOCK)
+    except zmq.ZMQError as error:
+        if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            raise
+        return False
+    return True
 
 
 def address_of(router: zmq.Socket[bytes]) -> str:

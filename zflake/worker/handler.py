@@ -37,7 +37,7 @@ class Parked(NamedTuple):
 
     prefix: list[bytes]
     msgid: int
-    count: int
+    asked: int
     deadline_us: int
 
 
@@ -99,13 +99,13 @@ class Handler:
         answers = []
         left = 0 if (mint := self._hold.mint) is None else mint.layout.ids_per_tick
         for waiting in range(len(parked), 0, -1):
-            prefix, msgid, count, deadline_us = parked[len(parked) - waiting]
+            prefix, msgid, asked, deadline_us = parked[len(parked) - waiting]
             if deadline_us < local_us:
                 answers.append(
                     (prefix, self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted"))
                 )
                 continue
-            share = max(1, min(count, left // waiting))
+            share = max(1, min(asked, left // waiting))
             answer = self._mint(msgid, share)
             left -= share
             answers.append((prefix, answer or self._refuse_for_now(msgid)))

@@ -1,0 +1,241 @@
+"""The lease desk: settles lease requests against the store, in a thread beside the router loop.
+
+Requests that are waiting commit together, each with its own outcome.  Every round reads what the store
+holds, has the lessor decide, and tries the swaps that come of it; what was tried is read again in the next
+round, whatever became of it.  So an answer to a grant only ever comes off the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from zflake.core import lessor
+from zflake.core.lease import (
+    Acquire,
+    Answer,
+    Grant,
+    Meta,
+    Record,
+    Refusal,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Request,
+    Swap,
+)
+from zflake.errors import StoreError
+from zflake.stores.contract import Store
+
+BATCH: Final = 256
+"""How many requests commit together, at most."""
+ROUNDS: Final = 8
+"""How often a request that loses its race is decided again."""
+FAILURES: Final = 2
+"""After how many failures of the store a batch is given up."""
+RETRY_MS: Final = 500
+STALE_US: Final = 2_000_000
+"""A request that sat for longer is dropped: whoever sent it has sent it again."""
+
+_log = logging.getLogger("zflake.lease")
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request on its way through the desk."""
+
+    request: Request
+    arrived_us: int
+    prefix: list[bytes]
+    msgid: int
+
+
+class Settled(NamedTuple):
+    """What came of a request: the answer, and the record as it is stored where the request changed it."""
+
+    answer: Answer
+    record: Record | None
+
+
+class LeaseDesk:
+    """Settles lease requests: `settle` at once, or `submit` and later `collect` through the thread.
+
+    `now` gives the timeline's tick, `local_us` a clock for the age of requests, `ring` is called in the
+    thread when there is something to collect.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        meta: Meta,
+        *,
+        now: Callable[[], int],
+        local_us: Callable[[], int],
+        ring: Callable[[], None],
+        pick: Callable[[int], int] = secrets.randbelow,
+    ) -> None:
+        self._store = store
+        self._meta = meta
+        self._now = now
+        self._local_us = local_us
+        self._ring = ring
+        self._pick = pick
+        self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._done: deque[tuple[Ticket, Settled]] = deque()
+        self._thread = threading.Thread(target=self._work, name="lease-desk", daemon=True)
+        self.stale = 0
+        """How many requests were dropped for their age."""
+
+    # --- the router loop's side ---
+
+    def start(self) -> None:
+        """Start the thread; from now on it alone uses the store."""
+        self._thread.start()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Hand a request in."""
+        self._waiting.put(ticket)
+
+    @property
+    def backlog(self) -> int:
+        """How many requests wait."""
+        return self._waiting.qsize()
+
+    def collect(self) -> list[tuple[Ticket, Settled]]:
+        """What was settled since the last call."""
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def stop(self, timeout_s: float) -> bool:
+        """Settle what waits, then end the thread; False where the store keeps it for longer."""
+        self._waiting.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # --- the thread's side ---
+
+    def settle(self, requests: Sequence[Request]) -> list[Settled]:
+        """Settle requests together; one that the store does not settle is `unavailable`."""
+        settled: dict[int, Settled] = {}
+        pending = list(range(len(requests)))
+        failures = 0
+        for _ in range(ROUNDS):
+            swaps: dict[int, Swap] = {}
+            try:
+                self._decide(requests, pending, swaps, settled)
+                if not swaps:
+                    break
+                committed = self._store.swap(list(swaps.values()))
+            except StoreError as error:
+                # Whatever was tried may have happened.  The next round reads the outcome, if the store
+                # can be read at all.
+                _log.error("%s", error)
+                pending = [i for i in pending if i not in settled]
+                failures += 1
+                if failures == FAILURES:
+                    break
+                continue
+            for (i, swap), done in zip(swaps.items(), committed, strict=True):
+                if done and isinstance(requests[i], Release):
+                    # Nothing of a release is left to be read: its token is gone.
+                    settled[i] = Settled(Released(swap.new.machine, swap.new.fence), swap.new)
+            pending = [i for i in swaps if i not in settled]
+            if not pending:
+                break
+        unsettled = Settled(
+            Refusal(Refused.UNAVAILABLE, "the store did not settle the request; send it again", RETRY_MS),
+            None,
+        )
+        return [settled.get(i, unsettled) for i in range(len(requests))]
+
+    def _decide(
+        self,
+        requests: Sequence[Request],
+        pending: list[int],
+        swaps: dict[int, Swap],
+        settled: dict[int, Settled],
+    ) -> None:
+        now = self._now()
+        lowest: Sequence[Record] | None = None
+        taken: set[int] = set()
+        for i in pending:
+            request = requests[i]
+            record: Record | None
+            if isinstance(request, Acquire):
+                record = self._store.by_token(request.next)
+                if record is None and lowest is None:
+                    meta = self._meta
+                    lowest = self._store.lowest(meta.first_machine, meta.last_machine, lessor.OFFER)
+                free = [r for r in lowest or () if r.machine not in taken]
+                decision = lessor.acquire(
+                    self._meta, now, request, repeat=record, lowest=free, pick=self._pick
+                )
+            elif isinstance(request, Renew):
+                record = self._store.by_machine(request.machine)
+                decision = lessor.renew(self._meta, now, request, record=record)
+            else:
+                record = self._store.by_machine(request.machine)
+                decision = lessor.release(self._meta, now, request, record=record)
+            if isinstance(decision, Swap):
+                taken.add(decision.new.machine)
+                swaps[i] = decision
+            else:
+                settled[i] = Settled(decision, record if isinstance(decision, Grant) else None)
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            fresh = []
+            for ticket in batch:
+                if self._local_us() - ticket.arrived_us > STALE_US:
+                    self.stale += 1
+                else:
+                    fresh.append(ticket)
+            if not fresh:
+                continue
+            settled = self.settle([ticket.request for ticket in fresh])
+            for ticket, outcome in zip(fresh, settled, strict=True):
+                _record_grant(ticket.request, outcome)
+            self._done.extend(zip(fresh, settled, strict=True))
+            self._ring()
+
+    def _next_batch(self) -> list[Ticket] | None:
+        first = self._waiting.get()
+        batch = [] if first is None else [first]
+        while first is not None and len(batch) < BATCH:
+            try:
+                ticket = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if ticket is None:
+                self._waiting.put(None)  # this batch first
+                break
+            batch.append(ticket)
+        return batch or None
+
+
+def _record_grant(request: Request, settled: Settled) -> None:
+    """Log what was granted before anyone is told of it: the log is complete whenever the process dies."""
+    answer, record = settled
+    if isinstance(answer, Grant) and record is not None:
+        verb = "acquired" if isinstance(request, Acquire) else "renewed"
+        _log.info(
+            "machine %d %s: window [%d, %d)",
+            answer.machine,
+            verb,
+            answer.start,
+            answer.end,
+            extra={"lease": [verb, answer.machine, answer.gen, answer.start, answer.end]},
+        )
+    elif isinstance(answer, Released) and record is not None:
+        _log.info(
+            "machine %d released: free from %d",
+            answer.machine,
+            answer.fence,
+            extra={"lease": ["released", answer.machine, record.gen, record.start, answer.fence]},
+        )

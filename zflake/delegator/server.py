@@ -1,0 +1,267 @@
+"""The delegator's process: one ROUTER, one store, one poll loop, and the lease desk's thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import zmq
+
+from zflake import __version__
+from zflake.core.lease import Record, Refusal
+from zflake.core.timeline import tick_of
+from zflake.daemon import Alarm, tell_supervisor
+from zflake.delegator.desk import LeaseDesk, Settled, Ticket
+from zflake.delegator.directory import Directory
+from zflake.delegator.setup import Wishes, settle_meta
+from zflake.errors import ProtocolError
+from zflake.holder.clock import local_us
+from zflake.stores import open_store
+from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result
+from zflake.wire.endpoint import Endpoint, check_bind
+from zflake.wire.frames import split
+from zflake.wire.messages import (
+    LEASE_REQUESTS,
+    PROTOCOL_VERSION,
+    Code,
+    Method,
+    check_no_params,
+    lease_result,
+)
+from zflake.wire.sockets import address_of, bound_router, receive, send
+
+BATCH: Final = 256
+IDLE_MS: Final = 500
+MAX_BACKLOG: Final = 10_000
+"""How many lease requests may wait for the store; the next ones are `overloaded`."""
+DRAIN_S: Final = 2.0
+
+_log = logging.getLogger("zflake.delegator")
+
+
+@dataclass(frozen=True, slots=True)
+class DelegatorConfig:
+    """What a delegator is told at its start."""
+
+    bind: Endpoint
+    store: str
+    """The store's URL."""
+    wishes: Wishes = field(default_factory=Wishes)
+    insecure: bool = False
+    """Whether binding an address that other machines reach is meant."""
+
+
+class Timeline:
+    """The cluster's clock, as its delegator carries it: the wall clock is read once, at the start."""
+
+    def __init__(self) -> None:
+        self._origin_us = time.time_ns() // 1000 - local_us()
+
+    def now_us(self) -> int:
+        """Microseconds since the Unix epoch."""
+        return self._origin_us + local_us()
+
+
+class Delegator:
+    """One delegator: `run` serves until `alarm` says stop.
+
+    Raises `ConfigError` where it can't bind or the flags contradict the store, `StoreError` where the
+    store can't be used.
+    """
+
+    def __init__(self, config: DelegatorConfig, alarm: Alarm) -> None:
+        self._alarm = alarm
+        self._timeline = Timeline()
+        self._started_us = local_us()
+        self._woke_us = local_us()
+        check_bind(config.bind, insecure=config.insecure)
+        self._store = open_store(config.store)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._meta = settle_meta(self._store, config.wishes, self._timeline.now_us())
+            self._router = bound_router(self._context, config.bind)
+        except BaseException:
+            self._context.destroy(linger=0)
+            self._store.close()
+            raise
+        self.address = address_of(self._router)
+        self._directory = Directory(self._store.held(self._now()))
+        self._desk = LeaseDesk(self._store, self._meta, now=self._now, local_us=local_us, ring=alarm.ring)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        alarm.register(self._poller)
+        self._requests: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._dropped = 0
+
+    def run(self) -> None:
+        """Serve until told to stop, then drain: settle and answer what waits, close."""
+        try:
+            self._desk.start()
+            meta = self._meta
+            _log.info(
+                "delegator serves at %s: layout %s, store %s, ttl %d ms, machines %d to %d",
+                self.address,
+                meta.layout.name,
+                self._store.url,
+                meta.ttl * meta.layout.tick_ms,
+                meta.first_machine,
+                meta.last_machine,
+            )
+            tell_supervisor("READY=1")
+            while not self._alarm.stopping:
+                self._tick()
+            tell_supervisor("STOPPING=1")
+            self._drain()
+        finally:
+            self._router.close()
+            self._context.term()
+
+    def _tick(self) -> None:
+        events = dict(self._poller.poll(IDLE_MS))
+        # A request may have come at any time since the loop overslept.
+        woke_us = local_us()
+        arrived_us = woke_us - max(0, woke_us - self._woke_us - IDLE_MS * 1000)
+        self._woke_us = woke_us
+        if self._router in events:
+            self._receive(arrived_us)
+        self._alarm.hear(events)
+        self._answer_settled()
+
+    def _drain(self) -> None:
+        self._receive(local_us())
+        if self._desk.stop(DRAIN_S):
+            self._answer_settled()
+            self._store.close()
+        else:
+            _log.error("the store does not answer: left without waiting for it")
+        _log.info("delegator at %s has stopped", self.address)
+
+    # --- requests ---
+
+    def _receive(self, arrived_us: int) -> None:
+        for _ in range(BATCH):
+            frames = receive(self._router)
+            if frames is None:
+                return
+            message = split(frames)
+            if message is None:
+                self._dropped += 1
+                continue
+            prefix, body = message
+            answer = self._handle(prefix, body, arrived_us)
+            if answer is not None:
+                self._send(prefix, answer)
+
+    def _handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
+        try:
+            msgid, method, params = decode_request(body)
+            if (check := LEASE_REQUESTS.get(method)) is not None:
+                self._requests[method] += 1
+                if self._desk.backlog >= MAX_BACKLOG:
+                    return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
+                self._desk.submit(Ticket(check(params), arrived_us, prefix, msgid))
+                return None
+            return self._other(msgid, method, params)
+        except BadRequest as error:
+            if not error.answerable:
+                self._dropped += 1
+                return None
+            return self._refuse(error.msgid, Code.BAD_REQUEST, str(error))
+        except ProtocolError as error:
+            return self._refuse(msgid, Code.BAD_REQUEST, str(error))
+
+    def _other(self, msgid: int, method: str, params: list[Any]) -> bytes:
+        answers = {
+            Method.HELLO: self._hello,
+            Method.PING: self._ping,
+            Method.CLUSTER_WORKERS: self._workers,
+            Method.CLUSTER_STATUS: self._status,
+        }
+        if method not in answers:
+            hint = ": ask a worker, cluster.workers says where" if method == Method.IDS_NEXT else ""
+            return self._refuse(
+                msgid, Code.UNKNOWN_METHOD, f"a delegator has no method {method[:60]!r}{hint}"
+            )
+        check_no_params(params)
+        self._requests[method] += 1
+        return encode_result(msgid, answers[Method(method)]())
+
+    def _answer_settled(self) -> None:
+        for ticket, settled in self._desk.collect():
+            if settled.record is not None:
+                self._directory.learn(settled.record)
+            self._send(ticket.prefix, self._lease_answer(ticket.msgid, settled))
+
+    def _lease_answer(self, msgid: int, settled: Settled) -> bytes:
+        answer = settled.answer
+        if isinstance(answer, Refusal):
+            return self._refuse(msgid, Code(answer.reason.value), answer.message, answer.retry_after_ms)
+        return encode_result(msgid, lease_result(answer, self._timeline.now_us()))
+
+    def _refuse(
+        self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None
+    ) -> bytes:
+        self._errors[code] += 1
+        return encode_error(msgid, code, message, retry_after_ms)
+
+    def _send(self, prefix: list[bytes], answer: bytes) -> None:
+        if not send(self._router, prefix, answer):
+            self._dropped += 1
+
+    # --- what it says of itself ---
+
+    def _now(self) -> int:
+        return tick_of(self._meta.layout, self._timeline.now_us())
+
+    def _ping(self) -> dict[str, Any]:
+        return {"now_us": self._timeline.now_us()}
+
+    def _hello(self) -> dict[str, Any]:
+        return {
+            "service": "delegator",
+            "protocol": PROTOCOL_VERSION,
+            "version": __version__,
+            "layout": self._meta.layout.to_map(),
+            "store_id": self._meta.store_id,
+            "address": self.address,
+            "pid": os.getpid(),
+            "uptime_ms": (local_us() - self._started_us) // 1000,
+            "now_us": self._timeline.now_us(),
+        }
+
+    def _workers(self) -> dict[str, Any]:
+        now = self._now()
+        workers = [self._holder(record, now) for record in self._directory.held(now) if record.holder.address]
+        return {"workers": workers, "now_us": self._timeline.now_us()}
+
+    def _status(self) -> dict[str, Any]:
+        now, meta = self._now(), self._meta
+        leases = [self._holder(record, now) for record in self._directory.held(now)]
+        return self._hello() | {
+            "store": self._store.url,
+            "ttl_ms": meta.ttl * meta.layout.tick_ms,
+            "machines": [meta.first_machine, meta.last_machine],
+            "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
+            "leases": leases,
+            "backlog": self._desk.backlog,
+            "stale": self._desk.stale,
+            "dropped": self._dropped,
+            "requests": dict(self._requests),
+            "errors": dict(self._errors),
+        }
+
+    def _holder(self, record: Record, now: int) -> dict[str, Any]:
+        return {
+            "machine": record.machine,
+            "address": record.holder.address,
+            "name": record.holder.name,
+            "host": record.holder.host,
+            "pid": record.holder.pid,
+            "gen": record.gen,
+            "ends_in_ms": (record.fence - now) * self._meta.layout.tick_ms,
+        }

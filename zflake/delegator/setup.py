@@ -1,0 +1,127 @@
+"""What a store says and what the command line says, brought together before anything is granted."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass, replace
+from typing import Final
+
+from zflake.core.layout import DEFAULT, Layout
+from zflake.core.lease import Meta
+from zflake.core.timeline import tick_of
+from zflake.errors import ConfigError, StoreError
+from zflake.stores.contract import Store
+
+DEFAULT_TTL_MS: Final = 30_000
+MIN_TTL_MS: Final = 1_000
+REST_MS: Final = 60_000
+MARGIN_MS: Final = 10_000
+
+_log = logging.getLogger("zflake.delegator")
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a delegator was told about its store; None: what the store says, or the default."""
+
+    layout: Layout | None = None
+    """Without regard to its epoch, which `epoch_ms` states."""
+    epoch_ms: int | None = None
+    ttl_ms: int | None = None
+    machines: tuple[int, int] | None = None
+    """First and last leased machine ID, both included."""
+    new: bool = False
+    """Whether the operator knows that no cluster ever ran on what this store replaces."""
+
+
+def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
+    """The meta to lease by: the store's, changed where it may be, or a first one.
+
+    A store without a meta may be a new cluster's, or the ruins of one whose holders still mint.  Nobody can
+    tell, so nothing is granted until every window that such a cluster could have granted has ended, unless
+    `wishes.new` says that there was none.
+
+    Raises `ConfigError` where a wish contradicts the store or the layout, `StoreError` where the store
+    fails.
+    """
+    meta = store.meta()
+    if meta is None:
+        return _initialise(store, wishes, now_us)
+    if wishes.new:
+        _log.warning("--new does nothing: %s has been initialised before", store.url)
+    _check_layout(store, meta.layout, wishes)
+    first, last = _machines(meta.layout, wishes) or (meta.first_machine, meta.last_machine)
+    wished = replace(
+        meta,
+        ttl=meta.ttl if wishes.ttl_ms is None else _ttl(meta.layout, wishes.ttl_ms),
+        first_machine=first,
+        last_machine=last,
+    )
+    if wished == meta:
+        return meta
+    wished = replace(wished, version=meta.version + 1)
+    if not store.swap_meta(wished):
+        raise StoreError(f"{store.url}: another delegator changed the store's settings; start again")
+    _log.warning("the store's settings changed: ttl %d ticks, machines %d to %d", wished.ttl, first, last)
+    return wished
+
+
+def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
+    layout = wishes.layout or DEFAULT
+    if wishes.epoch_ms is not None:
+        layout = layout.with_epoch(wishes.epoch_ms)
+    now = tick_of(layout, now_us)
+    if not 0 <= now < layout.end_tick:
+        raise ConfigError(
+            f"layout {layout.name} goes from {layout.epoch.isoformat()} to {layout.overflows.isoformat()}, "
+            "and it is not that time now: take another --epoch, or set the clock"
+        )
+    ttl = _ttl(layout, DEFAULT_TTL_MS if wishes.ttl_ms is None else wishes.ttl_ms)
+    first, last = _machines(layout, wishes) or (0, layout.machines - 1)
+    rest_ms = 0 if wishes.new else max(REST_MS, ttl * layout.tick_ms) + MARGIN_MS
+    floor = 0 if wishes.new else now + 1 + -(-rest_ms // layout.tick_ms)
+    meta = Meta(secrets.token_hex(16), layout, ttl, first, last, floor=min(floor, layout.end_tick))
+    store.initialise(meta)
+    if wishes.new:
+        _log.info("made a new store: %s", store.url)
+    else:
+        _log.warning(
+            "%s was empty. In case it replaces one that was lost, nothing is granted for %d s; "
+            "start a cluster that is new with --new to skip that",
+            store.url,
+            -(-rest_ms // 1000),
+        )
+    return meta
+
+
+def _check_layout(store: Store, layout: Layout, wishes: Wishes) -> None:
+    wished = wishes.layout or layout
+    epoch_ms = wished.epoch_ms if wishes.layout and wishes.epoch_ms is None else wishes.epoch_ms
+    wished = wished.with_epoch(layout.epoch_ms if epoch_ms is None else epoch_ms)
+    if not wished.same_ids(layout):
+        raise ConfigError(
+            f"{store.url} has layout {layout.name} ({layout}, epoch {layout.epoch.isoformat()}), not "
+            f"{wished.name} ({wished}, epoch {wished.epoch.isoformat()}): a store keeps its layout for good. "
+            "Leave --layout and --epoch out, or take another store"
+        )
+
+
+def _ttl(layout: Layout, ttl_ms: int) -> int:
+    if ttl_ms < MIN_TTL_MS or ttl_ms % layout.tick_ms:
+        raise ConfigError(
+            f"a ttl is at least {MIN_TTL_MS} ms and a whole number of ticks "
+            f"({layout.tick_ms} ms in layout {layout.name}), not {ttl_ms} ms"
+        )
+    return ttl_ms // layout.tick_ms
+
+
+def _machines(layout: Layout, wishes: Wishes) -> tuple[int, int] | None:
+    if wishes.machines is None:
+        return None
+    first, last = wishes.machines
+    if not 0 <= first <= last < layout.machines:
+        raise ConfigError(
+            f"machines {first}-{last} do not fit layout {layout.name}, which has 0-{layout.machines - 1}"
+        )
+    return first, last

@@ -1,0 +1,208 @@
+"""The worker's process: one ROUTER for ID requests, one machine ID, one poll loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import zmq
+
+from zflake import __version__
+from zflake.core.layout import Layout
+from zflake.core.lease import Holder
+from zflake.daemon import Alarm, tell_supervisor
+from zflake.errors import ConfigError
+from zflake.holder.clock import local_us
+from zflake.holder.keeper import LeaseKeeper
+from zflake.holder.static import StaticHold
+from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
+from zflake.wire.frames import split
+from zflake.wire.sockets import address_of, bound_router, receive, send
+from zflake.worker.handler import Handler
+
+BATCH: Final = 256
+"""How many requests are answered before the lease gets its turn."""
+IDLE_US: Final = 500_000
+"""The longest sleep of the poll loop."""
+DRAIN_US: Final = 250_000
+"""How long requests that are on their way when the worker is told to stop are still answered."""
+RELEASE_US: Final = 2_000_000
+
+_log = logging.getLogger("zflake.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What a worker is told at its start; endpoints and layout are checked already."""
+
+    delegators: Sequence[Endpoint]
+    bind: Endpoint
+    advertise: Endpoint | None = None
+    """Where clients reach this worker, if not where it binds; a port of `*` stands for the bound one."""
+    name: str = ""
+    machine: int | None = None
+    """The machine ID of a static worker; None: lease one."""
+    layout: Layout | None = None
+    """The layout to insist on; a static worker needs one."""
+    insecure: bool = False
+    """Whether binding an address that other machines reach is meant."""
+
+
+class Worker:
+    """One worker: `run` serves until `alarm` says stop.
+
+    Raises `ConfigError` where it can't bind or the configuration contradicts itself, `LayoutError` where
+    machine or layout do not fit.
+    """
+
+    def __init__(self, config: WorkerConfig, alarm: Alarm) -> None:
+        self._config = config
+        self._alarm = alarm
+        self._name = config.name or f"{socket.gethostname()}-{os.getpid()}"
+        self._started_us = local_us()
+        self._woke_us = local_us()
+        check_bind(config.bind, insecure=config.insecure)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._router = bound_router(self._context, config.bind)
+            self.address = _advertised(config, address_of(self._router))
+            self._hold = self._take_hold()
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._handler = Handler(self._hold, self._now_us, self._describe)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._alarm.register(self._poller)
+        self._polled: zmq.Socket[bytes] | None = None
+
+    def run(self) -> None:
+        """Serve until told to stop, then drain: answer what is queued, give the lease back, close."""
+        try:
+            _log.info("worker %s serves at %s", self._name, self.address)
+            ready = False
+            while not self._alarm.stopping:
+                self._tick()
+                if not ready and self._hold.mint is not None:
+                    ready = True
+                    tell_supervisor("READY=1")
+            tell_supervisor("STOPPING=1")
+            self._drain()
+        finally:
+            self._hold.close()
+            self._router.close()
+            self._context.term()
+
+    def _take_hold(self) -> LeaseKeeper | StaticHold:
+        config = self._config
+        if config.machine is None:
+            holder = Holder(self._name, socket.gethostname(), os.getpid(), self.address)
+            return LeaseKeeper(self._context, config.delegators, holder, layout=config.layout)
+        if config.layout is None:
+            raise ConfigError("a static worker (--machine) needs a --layout")
+        return StaticHold(config.layout, config.machine)
+
+    def _tick(self) -> None:
+        events = self._poll()
+        if self._router in events:
+            self._answer()
+        self._alarm.hear(events)
+        now_us = local_us()
+        self._hold.service(now_us)
+        for prefix, answer in self._handler.turn(now_us):
+            self._send(prefix, answer)
+
+    def _poll(self) -> dict[Any, int]:
+        self._follow_keeper()
+        sleep_us = min(max(0, self._hold.wake_us - local_us()), IDLE_US)
+        poll_ms = -(-sleep_us // 1000)
+        if self._handler.parked:
+            # A poll's time-out is in whole milliseconds, and the tick's turn is not to be overslept.
+            sleep_us = min(sleep_us, self._handler.wait_us())
+            poll_ms = sleep_us // 1000
+            if poll_ms == 0:
+                time.sleep(sleep_us / 1e6)
+        events = dict(self._poller.poll(poll_ms))
+        # A request may have come at any time since the loop overslept: a process that was stopped must not
+        # mint for callers who have long given up.
+        woke_us = local_us()
+        overslept_us = woke_us - self._woke_us - sleep_us
+        self._woke_us = woke_us
+        self._arrived_us = woke_us - max(0, overslept_us)
+        return events
+
+    def _follow_keeper(self) -> None:
+        current = self._hold.socket
+        if current is not self._polled:
+            if self._polled is not None:
+                self._poller.unregister(self._polled)
+            if current is not None:
+                self._poller.register(current, zmq.POLLIN)
+            self._polled = current
+
+    def _answer(self) -> int:
+        router, handler = self._router, self._handler
+        for served in range(BATCH):
+            frames = receive(router)
+            if frames is None:
+                return served
+            message = split(frames)
+            if message is None:
+                handler.figures.dropped += 1
+                continue
+            prefix, body = message
+            answer = handler.handle(prefix, body, self._arrived_us)
+            if answer is not None:
+                self._send(prefix, answer)
+        return BATCH
+
+    def _send(self, prefix: list[bytes], answer: bytes) -> None:
+        if not send(self._router, prefix, answer):
+            self._handler.figures.dropped += 1
+
+    def _drain(self) -> None:
+        until_us = local_us() + DRAIN_US
+        while self._handler.parked and local_us() < until_us:
+            self._tick()
+        while self._answer() and local_us() < until_us:
+            pass
+        self._handler.draining = True  # whoever comes now is sent to another worker
+        self._hold.release(local_us() + RELEASE_US)
+        until_us = local_us() + DRAIN_US
+        while (left_us := until_us - local_us()) > 0:
+            if self._router.poll(max(1, left_us // 1000)):
+                self._arrived_us = local_us()
+                self._answer()
+        _log.info("worker %s has stopped; it minted %d IDs", self._name, self._handler.figures.ids)
+
+    def _now_us(self) -> int | None:
+        clock = self._hold.clock
+        return clock.now_us() if clock.known else None
+
+    def _describe(self) -> dict[str, Any]:
+        hold = self._hold
+        return {
+            "version": __version__,
+            "name": self._name,
+            "address": self.address,
+            "pid": os.getpid(),
+            "uptime_ms": (local_us() - self._started_us) // 1000,
+            "state": hold.tenant.state.name if isinstance(hold, LeaseKeeper) else "STATIC",
+        }
+
+
+def _advertised(config: WorkerConfig, bound: str) -> str:
+    if config.advertise is not None:
+        port = parse_endpoint(bound).port
+        return config.advertise.text if config.advertise.port else f"tcp://{config.advertise.host}:{port}"
+    if config.bind.is_wildcard:
+        raise ConfigError(
+            f"{config.bind} is every interface, and no address that clients could connect to: say which with "
+            "--advertise tcp://HOST:*"
+        )
+    return bound
