@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import zmq
 
-from zflake import __version__
 from zflake.core.lease import Record, Refusal
 from zflake.core.timeline import tick_of
 from zflake.daemon import Alarm, tell_supervisor
@@ -21,6 +20,7 @@ from zflake.delegator.setup import Wishes, settle_meta
 from zflake.errors import ProtocolError
 from zflake.holder.clock import local_us
 from zflake.stores import open_store
+from zflake.version import __version__
 from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.endpoint import Endpoint, check_bind
 from zflake.wire.frames import split

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from zflake.core.layout import Layout
 from zflake.core.mint import Mint
@@ -18,6 +18,9 @@ from zflake.core.timeline import tick_of, us_until
 from zflake.errors import ProtocolError
 from zflake.wire.codec import BadRequest, decode_request, encode_error, packer
 from zflake.wire.messages import PROTOCOL_VERSION, Code, Method, check_next, check_no_params
+
+GONE_MS: Final = 10_000
+"""For how long clients should not come back to a worker that shuts down."""
 
 
 class Hold(Protocol):
@@ -130,7 +133,7 @@ class Handler:
         if deadline_us <= arrived_us:
             return self._refuse(msgid, Code.TIMEOUT, "the request came with no time left; nothing was minted")
         if self.draining:
-            return self._refuse(msgid, Code.UNAVAILABLE, "this worker is shutting down; ask another", 0)
+            return self._refuse(msgid, Code.UNAVAILABLE, "this worker is shutting down; ask another", GONE_MS)
         parked = self._parked
         if not parked and (answer := self._mint(msgid, count)) is not None:
             return answer

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import zmq
 
-from zflake import __version__
 from zflake.core.layout import Layout
 from zflake.core.lease import Holder
 from zflake.daemon import Alarm, tell_supervisor
@@ -20,6 +19,7 @@ from zflake.errors import ConfigError
 from zflake.holder.clock import local_us
 from zflake.holder.keeper import LeaseKeeper
 from zflake.holder.static import StaticHold
+from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.frames import split
 from zflake.wire.sockets import address_of, bound_router, receive, send

@@ -1,0 +1,125 @@
+"""`Client`: IDs for blocking code."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from zflake.client import conversation
+from zflake.client.conversation import Ask, Budget, Conversation, Roster
+from zflake.client.transport import Transport
+from zflake.core.layout import Layout
+from zflake.errors import ConfigError
+from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
+
+ROUTES = ("auto", "direct")
+
+
+class Client:
+    """Takes IDs from a cluster.
+
+    `endpoints` is one endpoint or several, of delegators or of workers.  A delegator is asked where the
+    workers are, and those are then asked directly.  `timeout` is the whole budget of a call in seconds,
+    retries on other endpoints included.
+
+    Safe to share between threads, and usable in the child of a fork.  Connects at the first call.
+
+    Raises `ConfigError` for endpoints that are none, a timeout that is not positive, an unknown route.
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Iterable[str] = DEFAULT_DELEGATOR,
+        *,
+        timeout: float = 5.0,
+        route: str = "auto",
+    ) -> None:
+        seeds = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        if not seeds:
+            raise ConfigError("a client needs at least one endpoint")
+        if route not in ROUTES:
+            raise ConfigError(f"no route {route!r}: take one of {', '.join(ROUTES)}")
+        if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+            raise ConfigError(f"a timeout is a positive number of seconds, not {timeout!r}")
+        self._timeout = timeout
+        self._transport = Transport()
+        self._roster = Roster(
+            dict.fromkeys(parse_endpoint(seed).text for seed in seeds), now=time.monotonic, draw=random.random
+        )
+        _all.add(self)
+
+    def next_id(self) -> int:
+        """One ID, greater than the worker's earlier ones.
+
+        Raises `Timeout`, `Unavailable`, `LeaseExpired` or `Overloaded` once the timeout is spent,
+        `ProtocolError` where an endpoint is not zflake's, `Closed` after `close`.
+        """
+        ((first, _step, _count),) = self._drive(conversation.take(self._roster, 1, self._budget()))
+        id_: int = first
+        return id_
+
+    def next_ids(self, count: int) -> list[int]:
+        """Exactly `count` IDs (1 or more), ascending as long as one worker gave them all.
+
+        Raises what `next_id` raises, and `ConfigError` where `count` is no positive whole number.  IDs that
+        had come before an error are given up: they are used by nobody.
+        """
+        if type(count) is not int or count < 1:
+            raise ConfigError(f"count is a whole number of at least 1, not {count!r}")
+        runs = self._drive(conversation.take(self._roster, count, self._budget()))
+        ids: list[int] = []
+        for first, step, length in runs:
+            ids.extend(range(first, first + step * length, step))
+        return ids
+
+    def layout(self) -> Layout:
+        """The layout of this cluster's IDs; asked for at the first call.
+
+        Raises what `next_id` raises.
+        """
+        layout: Layout = self._drive(conversation.introduce(self._roster, self._budget()))
+        return layout
+
+    def close(self) -> None:
+        """Close the connections; calls after this raise `Closed`."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _budget(self) -> Budget:
+        return Budget(self._timeout, time.monotonic)
+
+    def _drive(self, talk: Conversation) -> Any:
+        response = None
+        try:
+            while True:
+                step = talk.send(response)
+                if isinstance(step, Ask):
+                    response = self._transport.ask(step)
+                else:
+                    response = None
+                    time.sleep(step.seconds)
+        except StopIteration as end:
+            return end.value
+
+
+_all: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for client in list(_all):
+        client._roster.unlock()  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_after_fork)
