@@ -111,6 +111,7 @@ class Delegator:
                 meta.ttl * meta.layout.tick_ms,
                 meta.first_machine,
                 meta.last_machine,
+                extra={"address": self.address},
             )
             tell_supervisor("READY=1")
             while not self._alarm.stopping:

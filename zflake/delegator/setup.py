@@ -67,6 +67,15 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
     return wished
 
 
+def check_wishes(wishes: Wishes) -> None:
+    """Raise `ConfigError` where the wishes contradict each other, as far as can be told without a store."""
+    layout = wishes.layout or DEFAULT
+    if wishes.ttl_ms is not None:
+        _ttl(layout, wishes.ttl_ms)
+    if wishes.layout is not None:
+        _machines(layout, wishes)
+
+
 def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
     layout = wishes.layout or DEFAULT
     if wishes.epoch_ms is not None:

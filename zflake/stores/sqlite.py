@@ -139,10 +139,11 @@ class SqliteStore(Store):
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         with self._errors():
-            bounds = {"first": self._unused_from.get(first, first), "last": last, "limit": limit}
+            begin = self._unused_from.get(first, first)
+            bounds = {"first": begin, "last": last, "limit": limit}
             unused = [n for (n,) in self._db.execute(_UNUSED, bounds) if n <= last]
             if limit > 0:
-                self._unused_from[first] = unused[0] if unused else last + 1
+                self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
             # Left to itself, SQLite takes the range by machine and sorts all of it.
             used = self._db.execute(
                 f"SELECT {_COLUMNS} FROM machine INDEXED BY machine_by_fence WHERE machine BETWEEN ? AND ?"
@@ -189,7 +190,7 @@ class SqliteStore(Store):
     # --- opening ---
 
     def _take_lock(self, held: ExitStack) -> None:
-        path = self._path.with_name(self._path.name + ".lock")
+        path = Path(f"{self._path}.lock")
         try:
             if self._path.is_dir():
                 raise StoreError(f"{self.url} is a folder; name a file in it")
@@ -222,14 +223,15 @@ class SqliteStore(Store):
                 raise StoreError(f"{self.url}: no write-ahead log on this file system; take a local disk")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA fullfsync = ON")  # macOS: fsync() alone does not reach the disk there
-            # A read-only file or disk shows here, not at the first grant; so does another process that has
-            # the file open though it holds another lock file: a hard link, a lock file that was removed.
-            # The read comes first: a log first read in exclusive mode stays so, and then a forked child
-            # that merely exits would remove it.
+            # Another process may have the file open and yet hold another lock file: by a hard link, or
+            # since the lock file was removed.  The read comes first: a log first read in exclusive mode
+            # stays so, and then a forked child that merely exits would remove it.
             db.execute("SELECT 1 FROM meta").fetchone()
             db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("BEGIN IMMEDIATE")
             db.execute("PRAGMA locking_mode = NORMAL")
+            # A read-only file or disk shows at a write, not at BEGIN, and here, not at the first grant.
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
             db.execute("ROLLBACK")
             self._file = self._path.stat()
         return db

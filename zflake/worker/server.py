@@ -84,7 +84,7 @@ class Worker:
     def run(self) -> None:
         """Serve until told to stop, then drain: answer what is queued, give the lease back, close."""
         try:
-            _log.info("worker %s serves at %s", self._name, self.address)
+            _log.info("worker %s serves at %s", self._name, self.address, extra={"address": self.address})
             ready = False
             while not self._alarm.stopping:
                 self._tick()

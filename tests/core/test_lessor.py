@@ -1,0 +1,695 @@
+"""The lessor: windows on one machine never overlap, whoever asks, how often, and by whatever clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from zflake.core.layout import Field, Layout
+from zflake.core.lease import (
+    Acquire,
+    Answer,
+    Grant,
+    Holder,
+    Meta,
+    Record,
+    Refusal,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Request,
+    Swap,
+    Token,
+)
+from zflake.core.lessor import OFFER, POOL, acquire, release, renew, ticks_to_ms
+from zflake.core.mint import Mint
+from zflake.stores.memory import MemoryStore
+
+T = TypeVar("T")
+
+thorough = settings(deadline=None, max_examples=250)
+
+TTL = 30
+# Small, so that histories meet in the same machines and reach the end; a tick of 10 ms, so that ticks are
+# not milliseconds.
+LAYOUT = Layout("small", (Field("time", 9), Field("machine", 3), Field("sequence", 2)), tick_ms=10)
+META = Meta("store", LAYOUT, TTL, first_machine=2, last_machine=4)
+WIDE = replace(
+    META,
+    layout=Layout("wide", (Field("time", 20), Field("machine", 10), Field("sequence", 2))),
+    first_machine=0,
+    last_machine=1023,
+)
+
+ME = Holder("me", "here", 7)
+
+
+def token(n: int) -> Token:
+    return n.to_bytes(16, "big")
+
+
+A, B, C = token(1), token(2), token(3)
+
+
+def first(_n: int) -> int:
+    return 0
+
+
+def swap(decision: Answer | Swap) -> Record:
+    """The record that a decision would write."""
+    assert isinstance(decision, Swap), decision
+    return decision.new
+
+
+def refusal(decision: Answer | Swap) -> Refusal:
+    assert isinstance(decision, Refusal), decision
+    return decision
+
+
+def wait_of(decision: Answer | Swap, meta: Meta = META) -> int:
+    """A refusal's hint in ticks, which is whole ticks in milliseconds."""
+    ms = refusal(decision).retry_after_ms
+    assert ms is not None
+    assert ms % meta.layout.tick_ms == 0
+    return ms // meta.layout.tick_ms
+
+
+def of(kind: type[T], decision: object) -> T:
+    assert isinstance(decision, kind), decision
+    return decision
+
+
+# --- a desk: decide, try, read again ---
+
+
+class Desk:
+    """A delegator's loop around the rules, which checks every write and every answer against a model.
+
+    `spans` holds the windows granted on each machine, in order, as truncated by releases.
+    """
+
+    def __init__(self, meta: Meta) -> None:
+        self.store = MemoryStore()
+        self.store.initialise(meta)
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+        self.pick: Callable[[int], int] = first
+
+    @property
+    def meta(self) -> Meta:
+        meta = self.store.meta()
+        assert meta is not None
+        return meta
+
+    def ask(self, request: Request, now: int, *, meanwhile: Callable[[], object] | None = None) -> Answer:
+        """The answer to `request`; `meanwhile` happens between the first decision and its swap."""
+        while True:
+            before = self.snapshot()
+            meta = self.meta
+            decision = self.decide(request, now)
+            assert self.snapshot() == before, "a decision wrote something"
+            if not isinstance(decision, Swap):
+                self._check_answer(meta, request, decision, now)
+                return decision
+            assert decision.version == meta.version
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
+            old = self.store.by_machine(decision.new.machine)
+            if self.store.swap([decision]) == [True]:
+                self._check_write(meta, request, old, decision.new, now)
+                if isinstance(request, Release):
+                    return Released(decision.new.machine, decision.new.fence)
+
+    def decide(self, request: Request, now: int) -> Answer | Swap:
+        meta, store = self.meta, self.store
+        if isinstance(request, Acquire):
+            lowest = store.lowest(meta.first_machine, meta.last_machine, OFFER)
+            repeat = store.by_token(request.next)
+            return acquire(meta, now, request, repeat=repeat, lowest=lowest, pick=self.pick)
+        decide = renew if isinstance(request, Renew) else release
+        return decide(meta, now, request, record=store.by_machine(request.machine))  # type: ignore[arg-type]
+
+    def raise_floor(self, floor: int) -> None:
+        meta = self.meta
+        assert self.store.swap_meta(replace(meta, floor=floor, version=meta.version + 1))
+
+    def snapshot(self) -> list[Record]:
+        return [self.store.by_machine(machine) for machine in range(self.meta.layout.machines)]
+
+    def _check_write(self, meta: Meta, request: Request, old: Record, new: Record, now: int) -> None:
+        assert (new.machine, new.gen) == (old.machine, old.gen + 1)
+        spans = self.spans.setdefault(new.machine, [])
+        if isinstance(request, Release):
+            assert new.fence <= old.fence
+            assert new.token is None
+            assert old.token in (request.token, request.next)
+            spans[:] = [(start, min(end, new.fence)) for start, end in spans if start < new.fence]
+            return
+        assert new.token == request.next
+        assert new.fence > old.fence, "a grant lowered a fence, or moved nothing"
+        assert new.start < new.fence, "an empty window"
+        assert new.start >= max(old.fence, meta.floor, now)
+        assert new.fence <= min(now + meta.ttl, meta.layout.end_tick)
+        assert meta.first_machine <= new.machine <= meta.last_machine
+        assert all(end <= new.start for _, end in spans), "windows overlap"
+        spans.append((new.start, new.fence))
+        if isinstance(request, Acquire):
+            assert max(old.fence, meta.floor) <= now, "took a machine that is not free"
+            assert (new.tenancy_start, new.holder) == (new.start, request.holder)
+        else:
+            assert old.token == request.token
+            assert (new.tenancy_start, new.holder) == (old.tenancy_start, old.holder)
+
+    def _check_answer(self, meta: Meta, request: Request, answer: Answer, now: int) -> None:
+        """What was answered is what is stored, and a refusal's hint is the truth to the tick."""
+        if isinstance(answer, Grant):
+            assert not isinstance(request, Release)
+            assert answer.token == request.next
+            stored = self.store.by_machine(answer.machine)
+            assert answer == Grant(
+                stored.machine, stored.gen, stored.start, stored.fence, request.next, meta.layout, meta.ttl
+            )
+            return
+        if refusal(answer).retry_after_ms is None:
+            assert refusal(answer).reason in (Refused.LOST, Refused.EXHAUSTED)
+            return
+        assert refusal(answer).reason in (Refused.TOO_EARLY, Refused.NO_FREE_MACHINE)
+        wait = wait_of(answer, meta)
+        assert wait > 0
+        assert refusal(self.decide(request, now + wait - 1)).reason == refusal(answer).reason
+        then = self.decide(request, now + wait)
+        assert isinstance(then, Swap) or refusal(then).reason is Refused.EXHAUSTED
+
+
+class Party:
+    """An honest holder, or a copy of one."""
+
+    def __init__(self, drawn: Token) -> None:
+        self.next: Token | None = drawn
+        self.token = b""
+        self.gen = 0
+        self.mint: Mint | None = None
+        self.closed = False
+        self.copied = False
+
+    def request(self, draw: Callable[[], Token]) -> Acquire | Renew:
+        if self.next is None:
+            self.next = draw()
+        if self.mint is None:
+            return Acquire(self.next, ME)
+        return Renew(self.mint.machine, self.token, self.gen, self.next)
+
+    def receive(self, answer: Answer) -> None:
+        if self.closed:
+            return
+        if isinstance(answer, Grant) and answer.token == self.next:
+            self.mint = self.mint or Mint(answer.layout, answer.machine)
+            self.mint.grant(answer.start, answer.end)
+            self.token, self.gen, self.next = answer.token, answer.gen, None
+        elif isinstance(answer, Refusal) and answer.reason is Refused.LOST:
+            self.closed = True
+
+    def release(self) -> Release | None:
+        self.closed = True
+        return (
+            None
+            if self.mint is None
+            else Release(self.mint.machine, self.token, self.next, self.mint.close())
+        )
+
+
+class Histories(RuleBasedStateMachine):
+    """Holders, copies of holders, lost and late replies, repeats of everything, races, and any clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.desk = Desk(META)
+        self.clock = 0
+        self.drawn = 0
+        self.parties: list[Party] = []
+        self.sent: list[Request] = []
+        self.late: list[tuple[Party, Answer]] = []
+        self.minted: set[int] = set()
+
+    def draw_token(self) -> Token:
+        self.drawn += 1
+        return token(self.drawn)
+
+    def party(self, choice: int) -> Party:
+        return self.parties[choice % len(self.parties)]
+
+    def send(self, request: Request, skew: int, race: int | None) -> Answer:
+        """Ask a delegator whose clock is off by `skew`; with `race`, another request comes between."""
+        self.sent.append(request)
+        now = self.clock + skew
+        if race is None:
+            return self.desk.ask(request, now)
+        rival = self.sent[race % len(self.sent)]
+        return self.desk.ask(request, now, meanwhile=lambda: self.desk.ask(rival, self.clock))
+
+    skews = st.sampled_from([0, 0, -1, 1]) | st.integers(-3 * TTL, 3 * TTL)
+    races = st.none() | st.integers(0, 1000)
+    choices = st.integers(0, 1000)
+    fates = st.sampled_from(["arrives", "arrives", "late", "lost"])
+
+    @initialize(start=st.sampled_from([0, 0, 200, LAYOUT.end_tick - 2 * TTL]), seed=st.integers(0, 7))
+    def begin(self, start: int, seed: int) -> None:
+        self.clock = start
+        self.desk.pick = lambda n: seed % n
+
+    @rule(ticks=st.integers(0, TTL) | st.sampled_from([1, TTL, TTL + 1]))
+    def time_passes(self, ticks: int) -> None:
+        self.clock += ticks
+
+    @rule()
+    def a_holder_comes(self) -> None:
+        self.parties.append(Party(self.draw_token()))
+
+    @precondition(lambda self: self.parties)
+    @rule(choice=choices, skew=skews, race=races, fate=fates)
+    def a_holder_asks(self, choice: int, skew: int, race: int | None, fate: str) -> None:
+        party = self.party(choice)
+        if party.closed:
+            return
+        answer = self.send(party.request(self.draw_token), skew, race)
+        if fate == "arrives":
+            party.receive(answer)
+        elif fate == "late" and isinstance(answer, Grant):
+            self.late.append((party, answer))
+
+    @precondition(lambda self: self.late)
+    @rule(choice=choices)
+    def a_late_grant_arrives(self, choice: int) -> None:
+        party, answer = self.late.pop(choice % len(self.late))
+        party.receive(answer)
+
+    @precondition(lambda self: self.sent)
+    @rule(choice=choices, skew=skews, race=races)
+    def a_message_is_repeated(self, choice: int, skew: int, race: int | None) -> None:
+        self.send(self.sent[choice % len(self.sent)], skew, race)
+
+    @precondition(lambda self: self.sent)
+    @rule(choice=choices, skew=skews, later=skews)
+    def the_same_message_twice_writes_once(self, choice: int, skew: int, later: int) -> None:
+        request = self.sent[choice % len(self.sent)]
+        answer = self.send(request, skew, None)
+        before = self.desk.snapshot()
+        again = self.desk.ask(request, self.clock + later)
+        if isinstance(answer, Grant):
+            assert again == answer
+            assert self.desk.snapshot() == before
+        elif isinstance(request, Release):
+            assert refusal(again).reason is Refused.LOST
+            assert self.desk.snapshot() == before
+
+    @precondition(lambda self: self.parties)
+    @rule(choice=choices)
+    def a_holder_is_copied(self, choice: int) -> None:
+        party = self.party(choice)
+        party.copied = True
+        self.parties.append(deepcopy(party))
+
+    @precondition(lambda self: self.parties)
+    @rule(choice=choices, skew=skews, count=st.integers(1, 5))
+    def a_holder_mints(self, choice: int, skew: int, count: int) -> None:
+        party = self.party(choice)
+        if party.mint is None or party.copied:
+            return  # copies may repeat one another until their windows end: an honest limit
+        run = party.mint.take(self.clock + skew, count)
+        if run is not None:
+            ids = {run[0] + i * run[1] for i in range(run[2])}
+            assert not ids & self.minted, "an ID was minted twice"
+            self.minted |= ids
+
+    @precondition(lambda self: self.parties)
+    @rule(choice=choices, skew=skews, race=races, arrives=st.booleans())
+    def a_holder_leaves(self, choice: int, skew: int, race: int | None, arrives: bool) -> None:
+        party = self.party(choice)
+        request = None if party.closed else party.release()
+        if request is not None and arrives:
+            self.send(request, skew, race)
+
+    @rule(above=st.integers(1, 2 * TTL))
+    def the_floor_is_raised(self, above: int) -> None:
+        self.desk.raise_floor(max(self.desk.meta.floor, self.clock) + above)
+
+
+TestNoHistoryMakesWindowsOverlap = Histories.TestCase
+TestNoHistoryMakesWindowsOverlap.settings = settings(deadline=None, max_examples=120, stateful_step_count=50)
+
+
+# --- acquire ---
+
+
+def test_an_acquire_takes_a_window_of_one_ttl_from_now() -> None:
+    desk = Desk(META)
+    grant = desk.ask(Acquire(A, ME), 100)
+    assert grant == Grant(2, 1, 100, 100 + TTL, A, LAYOUT, TTL)
+    assert desk.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME)
+
+
+def test_a_machine_is_free_from_its_fence_on_and_no_tick_sooner() -> None:
+    lowest = [Record(2, 100, 5), Record(3, 101, 5)]
+    for now, expected in ((99, None), (100, 2), (150, 2)):
+        decision = acquire(META, now, Acquire(A), repeat=None, lowest=lowest, pick=first)
+        if expected is None:
+            assert refusal(decision).reason is Refused.NO_FREE_MACHINE
+            assert wait_of(decision) == 1
+        else:
+            record = swap(decision)
+            assert (record.machine, record.start, record.gen) == (expected, now, 6)
+
+
+def test_nothing_is_granted_below_the_floor() -> None:
+    floored = replace(META, floor=50)
+    decision = acquire(floored, 49, Acquire(A), repeat=None, lowest=[Record(2)], pick=first)
+    assert refusal(decision).reason is Refused.NO_FREE_MACHINE
+    assert wait_of(decision) == 1
+    assert swap(acquire(floored, 50, Acquire(A), repeat=None, lowest=[Record(2)], pick=first)).start == 50
+    held = Record(2, 40, 1, A, 10, 10)
+    assert swap(renew(floored, 45, Renew(2, A, 1, B), record=held)).start == 50
+
+
+@thorough
+@given(st.integers(0, 400), st.integers(0, 400), st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_no_free_machine_says_when_the_first_one_may_fall_free(
+    now: int, floor: int, fences: list[int]
+) -> None:
+    meta = replace(META, floor=floor, first_machine=0, last_machine=len(fences) - 1)
+    lowest = [Record(machine, fence, 1, C) for machine, fence in enumerate(sorted(fences))]
+
+    def asked(at: int) -> Answer | Swap:
+        return acquire(meta, at, Acquire(A), repeat=None, lowest=lowest, pick=first)
+
+    decision = asked(now)
+    if isinstance(decision, Refusal):
+        assert decision.reason is Refused.NO_FREE_MACHINE
+        wait = wait_of(decision)
+        assert isinstance(asked(now + wait), Swap)
+        assert refusal(asked(now + wait - 1)).reason is Refused.NO_FREE_MACHINE
+    else:
+        assert max(floor, min(fences)) <= now
+
+
+@pytest.mark.parametrize(
+    ("free", "pool"),
+    [(1, 1), (3, 1), (4, 1), (7, 1), (8, 2), (100, 25), (255, 63), (256, 64), (260, 64), (1024, 64)],
+)
+def test_the_machine_is_drawn_from_a_quarter_of_the_free_ones_and_from_64_at_most(
+    free: int, pool: int
+) -> None:
+    # Fences ascend, so the pool is those that have rested longest; two held ones stand behind.
+    lowest = [Record(m, m) for m in range(free)] + [Record(free, 10_000), Record(free + 1, 10_001)]
+    asked: list[int] = []
+
+    def last(n: int) -> int:
+        asked.append(n)
+        return n - 1
+
+    record = swap(acquire(WIDE, 5_000, Acquire(A), repeat=None, lowest=lowest, pick=last))
+    assert asked == [pool]
+    assert record.machine == pool - 1
+
+
+def test_offering_no_more_than_it_needs_narrows_no_pool() -> None:
+    assert OFFER // 4 == POOL == 64
+
+
+def test_a_machine_never_used_goes_before_one_that_rests() -> None:
+    desk = Desk(META)
+    grants = []
+    for now, drawn in ((0, A), (TTL, B), (2 * TTL, C)):
+        grants.append(of(Grant, desk.ask(Acquire(drawn), now)).machine)
+    assert grants == [2, 3, 4]
+    assert of(Grant, desk.ask(Acquire(token(9)), 3 * TTL)).machine == 2
+
+
+def test_only_the_leased_range_is_leased() -> None:
+    desk = Desk(META)
+    grants = [desk.ask(Acquire(token(i)), 10) for i in range(1, 4)]
+    assert sorted(of(Grant, grant).machine for grant in grants) == [2, 3, 4]
+    fourth = desk.ask(Acquire(token(9)), 10)
+    assert refusal(fourth).reason is Refused.NO_FREE_MACHINE
+    assert wait_of(fourth) == TTL
+
+
+def test_an_acquire_repeated_on_any_clock_gets_the_same_window_and_writes_nothing() -> None:
+    desk = Desk(META)
+    grant = desk.ask(Acquire(A, ME), 100)
+    before = desk.snapshot()
+    for now in (0, 100, 101, 100 + TTL, 500, LAYOUT.end_tick + 5):
+        assert desk.ask(Acquire(A, ME), now) == grant
+    assert desk.snapshot() == before
+
+
+# --- renew ---
+
+
+def test_a_renewal_grants_the_window_that_follows_and_stretches_nothing() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    grant = desk.ask(Renew(2, A, 1, B), 110)
+    assert grant == Grant(2, 2, 100 + TTL, 110 + TTL, B, LAYOUT, TTL)
+    assert desk.spans[2] == [(100, 130), (130, 140)]
+
+
+def test_a_renewal_after_a_gap_starts_at_now() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    grant = of(Grant, desk.ask(Renew(2, A, 1, B), 200))
+    assert (grant.start, grant.end) == (200, 200 + TTL)
+    assert desk.store.by_machine(2).tenancy_start == 100
+
+
+def test_a_renewal_repeated_gets_the_same_window_and_writes_nothing() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    grant = desk.ask(Renew(2, A, 1, B), 110)
+    before = desk.snapshot()
+    for now in (0, 110, 111, 500):
+        assert desk.ask(Renew(2, A, 1, B), now) == grant
+    assert desk.snapshot() == before
+
+
+def test_of_two_copies_of_a_holder_only_the_first_to_renew_goes_on() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    assert isinstance(desk.ask(Renew(2, A, 1, B), 110), Grant)
+    before = desk.snapshot()
+    assert refusal(desk.ask(Renew(2, A, 1, C), 110)).reason is Refused.LOST
+    assert refusal(desk.ask(Release(2, A, C, None), 110)).reason is Refused.LOST
+    assert desk.snapshot() == before
+
+
+def test_a_machine_that_went_to_another_is_lost_to_the_first() -> None:
+    desk = Desk(replace(META, last_machine=2))
+    desk.ask(Acquire(A), 100)
+    assert isinstance(desk.ask(Acquire(B), 100 + TTL), Grant)
+    assert refusal(desk.ask(Renew(2, A, 1, C), 100 + TTL)).reason is Refused.LOST
+
+
+def test_a_lease_that_ran_out_is_still_its_holders_until_another_takes_it() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    assert isinstance(desk.ask(Renew(2, A, 1, B), 480), Grant)
+
+
+@pytest.mark.parametrize("machine", [0, 1, 5, 7])
+def test_a_machine_taken_out_of_the_leased_range_is_lost_at_its_next_renewal(machine: int) -> None:
+    record = Record(machine, 130, 1, A, 100, 100)
+    assert refusal(renew(META, 110, Renew(machine, A, 1, B), record=record)).reason is Refused.LOST
+    # What was granted before stands: a repeat is answered, a release is taken.
+    assert isinstance(renew(META, 110, Renew(machine, B, 0, A), record=record), Grant)
+    assert swap(release(META, 110, Release(machine, A, None, 105), record=record)).fence == 110
+
+
+def test_a_machine_that_was_never_leased_is_lost_whatever_is_shown() -> None:
+    for shown in (A, b"", token(0)):
+        assert refusal(renew(META, 10, Renew(2, shown, 0, B), record=Record(2))).reason is Refused.LOST
+        assert refusal(release(META, 10, Release(2, shown, None, 5), record=Record(2))).reason is Refused.LOST
+
+
+@thorough
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 200))
+def test_too_early_says_how_long_to_the_tick(fence: int, now: int, floor: int) -> None:
+    meta = replace(META, floor=floor)
+    held = Record(2, fence, 7, A, max(0, fence - 5), 0)
+
+    def asked(at: int) -> Answer | Swap:
+        return renew(meta, at, Renew(2, A, 7, B), record=held)
+
+    decision = asked(now)
+    if isinstance(decision, Refusal):
+        assert decision.reason is Refused.TOO_EARLY
+        wait = wait_of(decision)
+        assert wait > 0
+        granted = swap(asked(now + wait))
+        assert granted.fence - granted.start == 1
+        assert refusal(asked(now + wait - 1)).reason is Refused.TOO_EARLY
+    else:
+        granted = swap(decision)
+        assert granted.start == max(now, fence, floor) < granted.fence == min(now + TTL, LAYOUT.end_tick)
+
+
+def test_a_renewal_on_a_clock_that_went_back_is_told_to_wait_and_never_lost() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    for now in (0, 50, 99, 100):
+        answer = desk.ask(Renew(2, A, 1, B), now)
+        assert refusal(answer).reason is Refused.TOO_EARLY
+        assert wait_of(answer) == 101 - now
+    assert isinstance(desk.ask(Renew(2, A, 1, B), 101), Grant)
+
+
+# --- the layout's end ---
+
+
+def test_the_last_window_ends_with_the_layout_and_then_it_is_exhausted() -> None:
+    end = LAYOUT.end_tick
+    desk = Desk(META)
+    grant = of(Grant, desk.ask(Acquire(A), end - 1))
+    assert (grant.start, grant.end) == (end - 1, end)
+    for now in (end - 1, end, end + 100):
+        assert refusal(desk.ask(Renew(2, A, 1, B), now)).reason is Refused.EXHAUSTED
+        assert refusal(desk.ask(Renew(2, A, 1, B), now)).retry_after_ms is None
+    assert refusal(desk.ask(Acquire(C), end)).reason is Refused.EXHAUSTED
+    assert refusal(desk.ask(Acquire(C), end)).retry_after_ms is None
+
+
+# --- release ---
+
+
+@pytest.mark.parametrize(
+    ("last", "now", "fence"),
+    [
+        (None, 100, 100),  # nothing minted: everything from now on is given back
+        (None, 90, 100),  # never below the tenancy's start
+        (None, 112, 112),  # never below now
+        (105, 100, 106),  # the last tick minted in stays
+        (105, 112, 112),
+        (129, 100, 130),
+        (500, 100, 130),  # never above the fence, whatever the holder states
+        (105, 400, 130),
+        (3, 90, 100),
+        (-5, 90, 100),
+    ],
+)
+def test_a_release_gives_back_what_can_not_have_been_minted_in(
+    last: int | None, now: int, fence: int
+) -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    assert desk.ask(Release(2, A, None, last), now) == Released(2, fence)
+    record = desk.store.by_machine(2)
+    assert (record.fence, record.gen, record.token) == (fence, 2, None)
+
+
+def test_a_release_reaches_back_over_all_windows_of_the_tenancy() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    desk.ask(Renew(2, A, 1, B), 120)
+    assert desk.ask(Release(2, B, None, 101), 90) == Released(2, 102)
+    assert desk.spans[2] == [(100, 102)]
+
+
+def test_a_release_stops_at_the_tenancy_before_it() -> None:
+    desk = Desk(replace(META, last_machine=2))
+    desk.ask(Acquire(A), 100)
+    desk.ask(Acquire(B), 130)
+    assert desk.ask(Release(2, B, None, None), 0) == Released(2, 130)
+    assert desk.spans[2] == [(100, 130)]
+
+
+def test_a_released_machine_is_free_again_at_once() -> None:
+    desk = Desk(replace(META, last_machine=2))
+    desk.ask(Acquire(A), 100)
+    desk.ask(Release(2, A, None, 104), 105)
+    grant = of(Grant, desk.ask(Acquire(B), 105))
+    assert (grant.machine, grant.start) == (2, 105)
+
+
+def test_a_release_with_the_token_of_an_unanswered_renewal_stands() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    desk.ask(Renew(2, A, 1, B), 110)  # the reply is lost
+    assert desk.ask(Release(2, A, B, 111), 112) == Released(2, 112)
+    assert refusal(desk.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
+
+
+def test_a_renewal_that_arrives_after_the_release_is_lost() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    assert desk.ask(Release(2, A, B, 111), 112) == Released(2, 112)
+    assert refusal(desk.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
+
+
+def test_a_release_repeated_is_lost_and_writes_nothing() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    desk.ask(Release(2, A, None, 105), 106)
+    before = desk.snapshot()
+    for last in (105, None):
+        assert refusal(desk.ask(Release(2, A, None, last), 300)).reason is Refused.LOST
+    assert desk.snapshot() == before
+
+
+def test_no_token_matches_a_record_that_has_none() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    desk.ask(Release(2, A, None, 105), 106)
+    assert refusal(desk.ask(Release(2, b"", None, 1), 106)).reason is Refused.LOST
+    assert refusal(desk.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
+
+
+# --- races ---
+
+
+def test_of_two_that_race_for_a_machine_one_decides_again() -> None:
+    desk = Desk(META)
+    rival: list[Answer] = []
+    mine = desk.ask(Acquire(A), 100, meanwhile=lambda: rival.append(desk.ask(Acquire(B), 100)))
+    assert (of(Grant, rival[0]).machine, of(Grant, mine).machine) == (2, 3)
+
+
+def test_a_renewal_that_a_copy_overtakes_is_lost_and_not_granted() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A), 100)
+    answer = desk.ask(Renew(2, A, 1, B), 110, meanwhile=lambda: desk.ask(Renew(2, A, 1, C), 110))
+    assert refusal(answer).reason is Refused.LOST
+    assert desk.store.by_machine(2).token == C
+
+
+def test_a_request_that_races_with_its_own_repeat_is_granted_once() -> None:
+    for request in (Acquire(B), Renew(2, A, 1, B)):
+        desk = Desk(META)
+        desk.ask(Acquire(A), 100)
+        other: list[Answer] = []
+
+        def repeat(desk: Desk = desk, request: Request = request, other: list[Answer] = other) -> None:
+            other.append(desk.ask(request, 111))
+
+        assert desk.ask(request, 110, meanwhile=repeat) == other[0]
+        assert [record.token for record in desk.snapshot()].count(B) == 1
+
+
+def test_a_floor_raised_while_a_grant_is_under_way_holds_for_it() -> None:
+    desk = Desk(META)
+    answer = desk.ask(Acquire(A), 100, meanwhile=lambda: desk.raise_floor(150))
+    assert refusal(answer).reason is Refused.NO_FREE_MACHINE
+    assert desk.snapshot() == [Record(machine) for machine in range(8)]
+
+
+# --- units ---
+
+
+@pytest.mark.parametrize(("ticks", "ms"), [(0, 0), (-7, 0), (1, 10), (30, 300)])
+def test_ticks_are_told_in_milliseconds_and_never_below_zero(ticks: int, ms: int) -> None:
+    assert ticks_to_ms(META, ticks) == ms

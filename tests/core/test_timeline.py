@@ -1,0 +1,260 @@
+"""The timeline as a holder sees it: behind by no more than a flight, never ahead, never needlessly back."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zflake.core.layout import DEFAULT, PRESETS
+from zflake.core.timeline import HORIZON_US, SLEW, Estimator, tick_of, us_until
+
+thorough = settings(deadline=None, max_examples=250)
+
+TRUE_US = 1_700_000_000_000_000
+"""The timeline's now when the local clock shows 0."""
+MS = 1_000
+
+flights = st.integers(0, 500 * MS)
+pauses = st.integers(0, 900 * MS)
+
+
+def follower(*exchanges: tuple[int, int]) -> Estimator:
+    """An estimator after exchanges of (local time of arrival, how far its offset lies below TRUE_US)."""
+    estimator = Estimator()
+    for received, late in exchanges:
+        estimator.exchange(TRUE_US + received - late, received, step=False)
+    return estimator
+
+
+def lag(estimator: Estimator, local_us: int) -> int:
+    """How far its now lies behind TRUE_US + local."""
+    return TRUE_US + local_us - estimator.now_us(local_us)
+
+
+# --- the estimate ---
+
+
+@thorough
+@given(st.lists(st.tuples(pauses, flights), min_size=1, max_size=40), st.integers(0, 5_000 * MS))
+def test_a_holder_is_behind_by_no_more_than_one_flight_and_never_ahead(
+    beats: list[tuple[int, int]], later: int
+) -> None:
+    estimator = Estimator()
+    local, arrived = 0, []
+    for pause, flight in beats:
+        local += pause
+        arrived.append((local, flight))
+        # Sent at timeline TRUE_US + local - flight, received at local.
+        estimator.exchange(TRUE_US + local - flight, local, step=False)
+        newest = [flight for at, flight in arrived if at >= local - HORIZON_US]
+        assert 0 <= lag(estimator, local) <= min(newest)
+    assert 0 <= lag(estimator, local + later) <= arrived[-1][1]
+
+
+@thorough
+@given(st.lists(st.tuples(pauses, flights), min_size=1, max_size=40))
+def test_with_steps_the_offset_is_the_largest_of_the_last_two_seconds(beats: list[tuple[int, int]]) -> None:
+    estimator = Estimator()
+    local, arrived = 0, []
+    for pause, flight in beats:
+        local += pause
+        arrived.append((local, flight))
+        estimator.exchange(TRUE_US + local - flight, local, step=True)
+        assert lag(estimator, local) == min(f for at, f in arrived if at >= local - HORIZON_US)
+
+
+def test_an_exchange_has_a_say_for_two_seconds_and_not_longer() -> None:
+    for age, expected in ((HORIZON_US, 1 * MS), (HORIZON_US + 1, 9 * MS)):
+        estimator = follower((0, 1 * MS))
+        estimator.exchange(TRUE_US + age - 9 * MS, age, step=True)
+        assert lag(estimator, age) == expected
+
+
+def test_exchanges_with_several_delegators_are_pooled() -> None:
+    # One delegator sits far away, the other near; the near one decides, in whichever order they answer.
+    for near_first in (True, False):
+        estimator = Estimator()
+        for i in range(10):
+            flight = 2 * MS if (i % 2 == 0) == near_first else 80 * MS
+            estimator.exchange(TRUE_US + i * 100 * MS - flight, i * 100 * MS, step=False)
+            assert i == 0 or lag(estimator, i * 100 * MS) == 2 * MS
+
+
+def test_without_an_exchange_there_is_no_time() -> None:
+    estimator = Estimator()
+    assert not estimator.known
+    with pytest.raises(AssertionError):
+        estimator.now_us(0)
+    estimator.exchange(TRUE_US, 0, step=False)
+    assert estimator.known
+    assert estimator.now_us(5) == TRUE_US + 5
+
+
+def test_the_memory_of_exchanges_is_bounded_by_the_horizon() -> None:
+    estimator = Estimator()
+    for i in range(1_000):  # ever slower flights: each one may still become the largest
+        estimator.exchange(TRUE_US + i * 10 * MS - i, i * 10 * MS, step=False)
+    assert len(estimator._exchanges) <= HORIZON_US // (10 * MS) + 1
+
+
+# --- forward and backward ---
+
+
+def test_it_steps_forward_at_once() -> None:
+    estimator = follower((0, 40 * MS), (100 * MS, 3 * MS))
+    assert lag(estimator, 100 * MS) == 3 * MS
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_it_steps_forward_with_or_without_leave_to_step_back(step: bool) -> None:
+    estimator = follower((0, 40 * MS))
+    estimator.exchange(TRUE_US + 100 * MS, 100 * MS, step=step)
+    assert lag(estimator, 100 * MS) == 0
+
+
+def test_it_slews_backward_by_a_tenth_of_the_time_that_passes() -> None:
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 100 * MS, away, step=False)
+    assert lag(estimator, away) == 0
+    for passed in (10 * MS, 50 * MS, 500 * MS, 990 * MS):
+        assert lag(estimator, away + passed) == passed // SLEW
+    for passed in (1_000 * MS, 1_001 * MS, 10_000 * MS):
+        assert lag(estimator, away + passed) == 100 * MS
+
+
+def test_a_slew_read_often_is_as_fast_as_one_read_once() -> None:
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 100 * MS, away, step=False)
+    for passed in range(0, 10 * MS, 3):  # each too short for a whole microsecond of correction
+        estimator.now_us(away + passed)
+    assert lag(estimator, away + 10 * MS) == 10 * MS // SLEW
+
+
+def test_a_slew_goes_on_through_further_exchanges() -> None:
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    for passed in range(0, 1_000 * MS, 10 * MS):
+        estimator.exchange(TRUE_US + away + passed - 100 * MS, away + passed, step=False)
+    assert lag(estimator, away + 1_000 * MS) == 100 * MS
+
+
+def test_a_slew_begins_with_the_exchange_that_calls_for_it_and_not_before() -> None:
+    # A long quiet stretch before is no credit: spent at once, it would set now back by a tenth of it.
+    estimator = follower((0, 0))
+    away = 3_600_000 * MS
+    before = estimator.now_us(away)
+    estimator.exchange(TRUE_US + away - 60_000 * MS, away, step=False)
+    assert estimator.now_us(away) == before
+
+
+def test_a_second_slew_gets_no_credit_from_the_first() -> None:
+    estimator = follower((0, 0))
+    first = HORIZON_US + 1
+    estimator.exchange(TRUE_US + first - MS, first, step=False)
+    assert lag(estimator, first + 100 * MS) == MS
+    second = first + 100_000 * MS
+    before = estimator.now_us(second)
+    estimator.exchange(TRUE_US + second - 500 * MS, second, step=False)
+    assert estimator.now_us(second) == before
+
+
+def test_with_leave_it_steps_back_at_once() -> None:
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 3_600_000 * MS, away, step=True)
+    assert lag(estimator, away) == 3_600_000 * MS
+
+
+def test_leave_to_step_ends_a_slew() -> None:
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 100 * MS, away, step=False)
+    estimator.exchange(TRUE_US + away + MS - 100 * MS, away + MS, step=True)
+    assert lag(estimator, away + MS) == 100 * MS
+
+
+def test_a_rise_to_above_the_offset_ends_a_slew() -> None:
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 100 * MS, away, step=False)
+    assert lag(estimator, away + 100 * MS) == 10 * MS
+    estimator.exchange(TRUE_US + away + 100 * MS - 5 * MS, away + 100 * MS, step=False)
+    assert lag(estimator, away + 100 * MS) == 5 * MS
+    assert lag(estimator, away + 1_000 * MS) == 5 * MS
+
+
+@thorough
+@given(
+    st.lists(
+        st.tuples(
+            pauses, st.integers(-60_000 * MS, 60_000 * MS), st.lists(st.integers(0, 50 * MS), max_size=4)
+        ),
+        min_size=1,
+        max_size=25,
+    )
+)
+def test_now_never_goes_back_without_leave_and_moves_at_nine_tenths_at_least(
+    beats: list[tuple[int, int, list[int]]],
+) -> None:
+    estimator = Estimator()
+    local, shown, shown_at = 0, None, 0
+    for pause, error, reads in beats:
+        local += pause
+        estimator.exchange(TRUE_US + local + error, local, step=False)
+        for wait in [0, *reads]:
+            local += wait
+            now = estimator.now_us(local)
+            if shown is not None:
+                assert now - shown >= (local - shown_at) * (SLEW - 1) // SLEW
+            shown, shown_at = now, local
+
+
+# --- ticks ---
+
+
+def test_a_tick_begins_exactly_when_it_is_due() -> None:
+    sonyflake = PRESETS["sonyflake"]
+    due = (sonyflake.epoch_ms + 7 * 10) * 1000
+    assert tick_of(sonyflake, due) == 7
+    assert tick_of(sonyflake, due - 1) == 6
+    assert tick_of(sonyflake, due + 9_999) == 7
+    assert tick_of(sonyflake, due + 10_000) == 8
+
+
+def test_us_until_is_what_is_left_and_nothing_once_it_has_begun() -> None:
+    due = (DEFAULT.epoch_ms + 1000) * 1000
+    assert us_until(DEFAULT, 1000, due - 1) == 1
+    assert us_until(DEFAULT, 1000, due) == 0
+    assert us_until(DEFAULT, 1000, due + 1) == 0
+    assert us_until(DEFAULT, 1001, due) == 1000
+
+
+@thorough
+@given(
+    st.sampled_from(sorted(PRESETS)),
+    st.integers(0, 10**13),
+    st.integers(0, TRUE_US * 2),
+    st.integers(1, 10**6),
+)
+def test_waiting_until_a_tick_arrives_in_it_and_waiting_less_does_not(
+    name: str, tick: int, now_us: int, less: int
+) -> None:
+    layout = PRESETS[name]
+    wait = us_until(layout, tick, now_us)
+    assert tick_of(layout, now_us + wait) >= tick
+    if wait:
+        assert tick_of(layout, now_us + wait) == tick
+        assert tick_of(layout, now_us + wait - min(less, wait)) < tick
+
+
+@thorough
+@given(st.sampled_from(sorted(PRESETS)), st.integers(0, TRUE_US * 2))
+def test_a_tick_is_the_one_that_the_layout_reads_off_a_datetime(name: str, now_us: int) -> None:
+    layout = PRESETS[name]
+    when = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=now_us)
+    assert tick_of(layout, now_us) == layout.tick_of(when)

@@ -1,0 +1,268 @@
+"""What every store promises, on every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from zflake.core.layout import PRESETS, Layout
+from zflake.core.lease import Holder, Meta, Record, Swap
+from zflake.errors import StoreError
+from zflake.stores import Store, open_store
+
+# A further engine is one more line: from a folder of its own to the URL of an empty store.
+ENGINES: Final[dict[str, Callable[[Path], str]]] = {
+    "memory": lambda _: "memory:",
+    "sqlite": lambda folder: f"sqlite:///{folder}/store.db",
+}
+
+META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
+FURTHEST: Final = (1 << 62) - 1  # the last tick of the longest time field
+
+
+@pytest.fixture(params=ENGINES)
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    store = open_store(ENGINES[request.param](tmp_path))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def store(empty: Store) -> Store:
+    empty.initialise(META)
+    return empty
+
+
+def token(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def write(store: Store, *records: Record, version: int = 1) -> list[bool]:
+    return store.swap([Swap(record, version) for record in records])
+
+
+# --- meta ---
+
+
+def test_a_store_that_was_never_initialised_has_no_meta_and_takes_no_write(empty: Store) -> None:
+    assert empty.meta() is None
+    assert not empty.swap_meta(replace(META, version=1))
+    assert write(empty, Record(1, fence=9, gen=1, token=token(1))) == [False]
+    assert empty.by_machine(1) == Record(1)
+
+
+@pytest.mark.parametrize("layout", PRESETS.values(), ids=PRESETS)
+def test_meta_reads_back_whole(empty: Store, layout: Layout) -> None:
+    meta = replace(META, layout=layout, ttl=7, first_machine=3, last_machine=5, floor=FURTHEST, version=4)
+    empty.initialise(meta)
+    assert empty.meta() == meta
+
+
+def test_initialising_twice_is_refused_and_the_first_stands(store: Store) -> None:
+    with pytest.raises(StoreError, match="initialised already"):
+        store.initialise(replace(META, store_id="store-2", ttl=1))
+    assert store.meta() == META
+
+
+def test_meta_is_swapped_only_from_the_version_before(store: Store) -> None:
+    second = replace(META, version=2, floor=5, ttl=60_000, last_machine=9)
+    assert not store.swap_meta(replace(second, version=1))
+    assert not store.swap_meta(replace(second, version=3))
+    assert store.meta() == META
+    assert store.swap_meta(second)
+    assert store.meta() == second
+    assert not store.swap_meta(replace(second, floor=6))  # the same step again
+    assert store.meta() == second
+
+
+def test_meta_of_another_store_is_not_swapped_in(store: Store) -> None:
+    assert not store.swap_meta(replace(META, store_id="store-2", version=2))
+    assert store.meta() == META
+
+
+# --- records ---
+
+
+def test_a_machine_that_was_never_used_reads_as_zeros(store: Store) -> None:
+    assert store.by_machine(1023) == Record(1023, 0, 0, None, 0, 0, Holder("", "", 0, ""))
+    assert store.by_token(token(1)) is None
+
+
+def test_a_record_reads_back_whole_by_machine_and_by_token(store: Store) -> None:
+    holder = Holder("wörker ☃ 'one'", "host\0name", 4_194_304, "tcp://10.0.0.1:7411")
+    record = Record(FURTHEST, FURTHEST, 1, bytes(range(240, 256)), FURTHEST - 1, FURTHEST - 2, holder)
+    assert write(store, record) == [True]
+    assert store.by_machine(record.machine) == record
+    assert store.by_token(bytes(range(240, 256))) == record
+    second = replace(record, gen=2, token=None, fence=7, start=6, tenancy_start=5, holder=Holder("b"))
+    assert write(store, second) == [True]
+    assert store.by_machine(record.machine) == second
+
+
+@pytest.mark.parametrize("gen", [0, 1, 2, 4, 5])
+def test_a_swap_from_another_generation_loses_and_writes_nothing(store: Store, gen: int) -> None:
+    now = Record(1, fence=20, gen=2, token=token(2))
+    assert write(store, Record(1, fence=10, gen=1, token=token(1)), now) == [True, True]
+    assert write(store, Record(1, fence=99, gen=gen, token=token(9))) == [False]
+    assert store.by_machine(1) == now
+    assert store.by_token(token(9)) is None
+    assert store.by_token(token(2)) == now
+
+
+@pytest.mark.parametrize("gen", [-1, 0, 2])
+def test_a_machine_that_was_never_used_begins_with_generation_one(store: Store, gen: int) -> None:
+    assert write(store, Record(1, fence=10, gen=gen, token=token(1))) == [False]
+    assert store.by_machine(1) == Record(1)
+    assert store.by_token(token(1)) is None
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_swap_under_another_version_of_meta_loses_and_writes_nothing(store: Store, version: int) -> None:
+    first = Record(1, fence=10, gen=1, token=token(1))
+    assert write(store, first) == [True]
+    assert store.swap_meta(replace(META, version=2, floor=1000))
+    for record in (Record(1, fence=20, gen=2, token=token(2)), Record(2, fence=20, gen=1, token=token(2))):
+        assert write(store, record, version=version) == [False]
+        assert store.by_machine(1) == first
+        assert store.by_machine(2) == Record(2)
+        assert write(store, record, version=2) == [True]
+        assert write(store, replace(record, gen=record.gen + 1, token=None), version=2) == [True]
+        first = store.by_machine(1)
+
+
+def test_of_two_writers_from_one_generation_one_wins(store: Store) -> None:
+    a, b = (Record(1, fence=10 + n, gen=1, token=token(n)) for n in (1, 2))
+    assert write(store, a, b) == [True, False]
+    assert write(store, b) == [False]
+    assert store.by_machine(1) == a
+
+
+def test_the_swaps_of_one_commit_stand_or_fall_each_for_itself_and_in_order(store: Store) -> None:
+    assert store.swap([]) == []
+    assert write(store, Record(1, fence=5, gen=1, token=token(1))) == [True]
+    swaps = [
+        Swap(Record(2, fence=6, gen=1, token=token(2)), 1),
+        Swap(Record(1, fence=7, gen=1, token=token(3)), 1),  # stale
+        Swap(Record(3, fence=8, gen=1, token=token(4)), 7),  # under another meta
+        Swap(Record(2, fence=9, gen=2, token=token(5)), 1),  # follows upon the first
+        Swap(Record(1, fence=10, gen=2, token=token(6)), 1),
+    ]
+    assert store.swap(swaps) == [True, False, False, True, True]
+    records = [store.by_machine(machine) for machine in (1, 2, 3)]
+    assert records == [swaps[4].new, swaps[3].new, Record(3)]
+    assert [store.by_token(token(n)) for n in range(1, 7)] == [None, None, None, None, records[1], records[0]]
+
+
+# --- tokens ---
+
+
+def test_a_rotated_token_finds_nothing_and_the_new_one_the_record(store: Store) -> None:
+    write(store, Record(1, fence=10, gen=1, token=token(1)))
+    renewed = Record(1, fence=20, gen=2, token=token(2))
+    assert write(store, renewed) == [True]
+    assert store.by_token(token(1)) is None
+    assert store.by_token(token(2)) == renewed
+
+
+def test_a_released_record_is_found_by_no_token(store: Store) -> None:
+    write(store, Record(1, fence=10, gen=1, token=token(1)), Record(2, fence=10, gen=1, token=token(2)))
+    assert write(store, Record(1, fence=4, gen=2), Record(2, fence=4, gen=2)) == [True, True]
+    assert store.by_token(token(1)) is None
+    assert store.by_machine(1) == Record(1, fence=4, gen=2)
+    assert store.by_machine(2) == Record(2, fence=4, gen=2)
+
+
+def test_a_token_stands_on_one_machine_and_a_second_one_loses(store: Store) -> None:
+    mine, other = Record(1, fence=10, gen=1, token=token(1)), Record(2, fence=10, gen=1, token=token(2))
+    assert write(store, mine, other) == [True, True]
+    thief, renewal = replace(mine, machine=3), replace(other, gen=2, token=token(1))
+    bystander = Record(4, fence=10, gen=1, token=token(4))
+    assert write(store, thief, renewal, bystander) == [False, False, True]
+    assert store.by_token(token(1)) == mine
+    assert store.by_token(token(2)) == store.by_machine(2) == other
+    assert store.by_machine(3) == Record(3)
+    assert store.by_machine(4) == bystander
+
+
+def test_one_acquire_that_came_twice_in_one_commit_gets_one_machine(store: Store) -> None:
+    once, again = (Record(machine, fence=10, gen=1, token=token(1)) for machine in (5, 6))
+    assert write(store, once, again) == [True, False]
+    assert store.by_token(token(1)) == once
+    assert store.by_machine(6) == Record(6)
+
+
+def test_a_machine_may_keep_its_token_and_another_may_have_one_given_up(store: Store) -> None:
+    write(store, Record(1, fence=10, gen=1, token=token(1)))
+    assert write(store, Record(1, fence=20, gen=2, token=token(1))) == [True]
+    moved = Record(2, fence=10, gen=1, token=token(1))
+    assert write(store, Record(1, fence=20, gen=3), moved) == [True, True]
+    assert store.by_token(token(1)) == moved
+
+
+# --- who is held, which are lowest ---
+
+
+def test_held_are_those_with_a_token_whose_window_has_not_ended(store: Store) -> None:
+    windows = ((1, 10), (2, 11), (7, 99), (4, 99))
+    ended, last_tick, long, released = (Record(m, fence=f, gen=1, token=token(m)) for m, f in windows)
+    write(store, long, ended, released, last_tick)
+    write(store, replace(released, gen=2, token=None))
+    assert list(store.held(10)) == [last_tick, long]
+    assert list(store.held(0)) == [ended, last_tick, long]
+    assert list(store.held(99)) == []
+
+
+def test_lowest_are_the_never_used_and_then_by_fence_and_machine(store: Store) -> None:
+    fences = {1: 30, 3: 10, 4: 20, 5: 10}
+    used = {m: Record(m, fence=fence, gen=1, token=token(m)) for m, fence in fences.items()}
+    write(store, *used.values())
+    order = [Record(0), Record(2), Record(6), used[3], used[5], used[4], used[1]]
+    assert list(store.lowest(0, 6, 100)) == order
+    for limit in range(8):
+        assert list(store.lowest(0, 6, limit)) == order[:limit]
+
+
+def test_a_released_machine_goes_by_its_fence_even_where_that_is_zero(store: Store) -> None:
+    write(store, Record(0, fence=9, gen=1, token=token(1)))
+    write(store, Record(0, fence=0, gen=2))
+    assert [r.machine for r in store.lowest(0, 2, 3)] in ([0, 1, 2], [1, 2, 0])
+    assert store.lowest(0, 0, 1) == [Record(0, fence=0, gen=2)]
+
+
+def test_lowest_stays_within_its_range_and_ranges_do_not_disturb_each_other(store: Store) -> None:
+    def machines(first: int, last: int, limit: int = 100) -> list[int]:
+        return [record.machine for record in store.lowest(first, last, limit)]
+
+    write(store, *(Record(m, fence=100 - m, gen=1, token=token(m)) for m in range(6)))
+    assert machines(0, 3) == [3, 2, 1, 0]
+    assert machines(0, 3, limit=0) == []
+    assert machines(0, 7) == [6, 7, 5, 4, 3, 2, 1, 0]
+    assert machines(0, 7, limit=0) == []
+    assert machines(0, 3) == [3, 2, 1, 0]
+    assert machines(0, 9, limit=3) == [6, 7, 8]
+    assert machines(2, 4) == [4, 3, 2]
+    assert machines(8, 8) == [8]
+    assert machines(8, 7) == []
+    write(store, Record(7, fence=1, gen=1, token=token(7)), Record(6, fence=2, gen=1, token=token(6)))
+    assert machines(0, 7) == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert machines(0, 9, limit=3) == [8, 9, 7]
+
+
+def test_lowest_follows_every_swap_until_all_are_used(store: Store) -> None:
+    fences = [0] * 24
+    for step in range(100):
+        machine = step * 7 % 24
+        old = store.by_machine(machine)
+        fences[machine] = 1 + step * 37 % 101
+        assert write(store, Record(machine, fences[machine], old.gen + 1, token(machine))) == [True]
+        order = sorted(range(24), key=lambda m: (fences[m], m))
+        assert [record.machine for record in store.lowest(0, 23, 10)] == order[:10]
+
+
+def test_closing_twice_does_nothing(store: Store) -> None:
+    store.close()
+    store.close()

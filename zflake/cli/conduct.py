@@ -1,0 +1,86 @@
+"""How the commands behave: one line on stderr for an error, an exit code that says which kind, logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn
+
+import click
+
+from zflake.errors import ConfigError, ZflakeError
+
+FAILED: Final = 1
+"""The exit code when something could not be done."""
+MISUSED: Final = 2
+"""The exit code when the command line, a file of options or the environment is wrong."""
+INTERRUPTED: Final = 130
+
+
+def run(command: click.Command, prefix: str) -> NoReturn:
+    """Run a command as a program; environment variables for its options begin with `prefix`."""
+    name = command.name or "zflake"
+    try:
+        code = command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
+    except click.ClickException as error:
+        # click would print the usage as well; what is wrong should not drown in it.
+        _say(name, error.format_message(), hint=isinstance(error, click.UsageError))
+        sys.exit(MISUSED)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    except ConfigError as error:
+        _say(name, str(error))
+        sys.exit(MISUSED)
+    except ZflakeError as error:
+        _say(name, str(error))
+        sys.exit(FAILED)
+    except BrokenPipeError:
+        # Whoever read our output has enough.  Nothing may be written any more, by the interpreter's exit either.
+        sys.stdout = None
+        sys.exit(FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(name: str, message: str, *, hint: bool = False) -> None:
+    line = " ".join(message.split())
+    print(f"{name}: {line}{f' (see {name} --help)' if hint else ''}", file=sys.stderr)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_time(record)} {record.levelname:<7} {record.name.removeprefix('zflake.')}: {record.getMessage()}"
+        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for key in ("address", "lease"):
+            if (value := getattr(record, key, None)) is not None:
+                line[key] = value
+        if record.exc_info is not None:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def set_up_logs(kind: str, level: str) -> None:
+    """Log to stderr, as `text` or as `json` lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json() if kind == "json" else _Text())
+    logger = logging.getLogger("zflake")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())
+
+
+def _time(record: logging.LogRecord) -> str:
+    return (
+        datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )

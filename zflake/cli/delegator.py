@@ -1,0 +1,76 @@
+"""`zflake-delegator`: leases machine IDs."""
+
+from __future__ import annotations
+
+import click
+
+from zflake.cli.conduct import run, set_up_logs
+from zflake.cli.options import BIND, DURATION, EPOCH, LAYOUT, MACHINES, daemon_options
+from zflake.core.layout import Layout
+from zflake.daemon import Alarm
+from zflake.delegator.server import Delegator, DelegatorConfig
+from zflake.delegator.setup import Wishes, check_wishes
+from zflake.version import __version__
+from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
+
+
+@click.command("zflake-delegator")
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.option("--bind", type=BIND, default=DEFAULT_DELEGATOR, show_default=True, help="Where to serve.")
+@click.option(
+    "--store",
+    default="sqlite:///zflake.db",
+    show_default=True,
+    help="Where leases are durable: sqlite:///relative/path, sqlite:////absolute/path or memory:.",
+)
+@click.option("--layout", type=LAYOUT, help="The layout of a new store; checked against an old one's.")
+@click.option("--epoch", type=EPOCH, help="The layout's epoch: an ISO 8601 time or milliseconds since 1970.")
+@click.option(
+    "--ttl", type=DURATION, help="How long a window lasts, such as 30s (the default of a new store)."
+)
+@click.option("--machines", type=MACHINES, help="The machine IDs to lease, such as 0-1023 (default: all).")
+@click.option(
+    "--new",
+    is_flag=True,
+    allow_from_autoenv=False,
+    help="This cluster is new: no lost store of it can have granted leases that still run.",
+)
+@daemon_options
+def command(
+    *,
+    bind: Endpoint,
+    store: str,
+    layout: Layout | None,
+    epoch: int | None,
+    ttl: int | None,
+    machines: tuple[int, int] | None,
+    new: bool,
+    check: bool,
+    insecure: bool,
+    follow_stdin: bool,
+    log_format: str,
+    log_level: str,
+) -> None:
+    """Lease machine IDs to workers and embedded generators, and tell clients where the workers are.
+
+    Options come from the command line, else from ZFLAKE_DELEGATOR_... variables, else from --config.
+    """
+    set_up_logs(log_format, log_level)
+    wishes = Wishes(layout=layout, epoch_ms=epoch, ttl_ms=ttl, machines=machines, new=new)
+    config = DelegatorConfig(bind=bind, store=store, wishes=wishes, insecure=insecure)
+    if check:
+        check_wishes(wishes)
+        check_bind(bind, insecure=insecure)
+        print("zflake-delegator: the configuration is sound")
+        return
+    with Alarm(follow_stdin=follow_stdin) as alarm:
+        Delegator(config, alarm).run()
+
+
+def main() -> None:
+    """Run the command."""
+    run(command, "ZFLAKE_DELEGATOR")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""`zflake`: a cluster on this machine, IDs from one, and what IDs mean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from zflake.cli.conduct import run
+from zflake.cli.options import DURATION, EPOCH, LAYOUT, choose_layout
+from zflake.client.sync import ROUTES, Client
+from zflake.core.layout import DEFAULT, PRESETS, Decomposed, Layout
+from zflake.errors import ConfigError
+from zflake.version import __version__
+from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
+
+MAX_IDS: Final = 100_000_000
+CHUNK: Final = 50_000
+PROGRESS_FROM: Final = 200_000
+"""From how many IDs on a terminal is shown how far it is."""
+CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+BASE32_DIGITS: Final = 13
+
+_to = click.option(
+    "--to",
+    multiple=True,
+    envvar="ZFLAKE_TO",
+    default=[DEFAULT_DELEGATOR],
+    show_default=True,
+    metavar="ENDPOINT",
+    help="A delegator or a worker; may be given several times.",
+)
+_timeout = click.option(
+    "--timeout", type=DURATION, default="5s", show_default=True, help="The whole budget of a request."
+)
+
+
+@click.group("zflake", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def command() -> None:
+    """Unique, time-ordered 64-bit IDs from a cluster of daemons over ZeroMQ."""
+
+
+def main() -> None:
+    """Run the command."""
+    run(command, "ZFLAKE")
+
+
+@command.command()
+@click.option("--workers", type=click.IntRange(1, 64), default=3, show_default=True, help="How many workers.")
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder for the store, kept for the next time.  [default: a temporary folder]",
+)
+@click.option("--once", is_flag=True, help="Take free ports, start, print 10 IDs, stop.")
+def up(*, workers: int, data: Path | None, once: bool) -> None:
+    """Run a whole cluster on this machine, for as long as this command runs."""
+    from zflake.cli.up import Cluster  # noqa: PLC0415  (it loads what only it needs)
+
+    with Cluster(workers, data, ephemeral=once) as cluster:
+        if once:
+            cluster.wait_until_ready()
+            for line in show_ids(cluster.take(10), cluster.layout):
+                print(line)
+        else:
+            cluster.run()
+
+
+@command.command("next")
+@click.option(
+    "-n", "--count", type=click.IntRange(1, MAX_IDS), default=1, show_default=True, help="How many IDs."
+)
+@_to
+@click.option("--route", type=click.Choice(ROUTES), default="auto", show_default=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["int", "hex", "base32", "json"]),
+    default="int",
+    show_default=True,
+    help="Each sorts as the IDs do, but int of different lengths.",
+)
+@_timeout
+def next_(*, count: int, to: tuple[str, ...], route: str, format_: str, timeout: int) -> None:
+    """Print IDs, one on a line."""
+    with Client(to, timeout=timeout / 1000, route=route) as client:
+        show = formatter(format_, client.layout() if format_ == "json" else DEFAULT)
+        try:
+            for ids in with_progress(chunks(client, count), count):
+                sys.stdout.write("\n".join(map(show, ids)) + "\n")
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+
+@command.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@click.option(
+    "--layout", type=LAYOUT, help="A preset or one spelt out.  [default: snowcloud]", metavar="NAME"
+)
+@click.option("--epoch", type=EPOCH, help="Another epoch: an ISO 8601 time or milliseconds since 1970.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+def decode(*, ids: tuple[str, ...], layout: Layout | None, epoch: int | None, as_json: bool) -> None:
+    """Take IDs apart.  An ID is a decimal number, 0x and hexadecimal, or 13 digits of Crockford's base 32."""
+    assumed = choose_layout(layout, epoch, DEFAULT)
+    decomposed = [assumed.decompose(read_id(text)) for text in ids]
+    if as_json:
+        for fields in decomposed:
+            print(json.dumps(as_object(fields) | {"layout": assumed.name, "epoch": iso(assumed.epoch)}))
+        return
+    for fields in decomposed:
+        print(fields.id)
+        print(
+            f"  layout    {assumed.name}: {spell_out(assumed)}{'' if layout else ' (assumed; see --layout)'}"
+        )
+        print(f"  time      {iso(fields.time)}")
+        print(f"  machine   {fields.machine}{show_parts(fields)}")
+        print(f"  sequence  {fields.sequence}")
+
+
+@command.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+def layouts(*, as_json: bool) -> None:
+    """Show the layouts that have a name."""
+    if as_json:
+        for layout in PRESETS.values():
+            facts = {
+                "ids_per_tick": layout.ids_per_tick,
+                "machines": layout.machines,
+                "overflows": iso(layout.overflows),
+                "signed_until": iso(layout.signed_until),
+            }
+            print(json.dumps(layout.to_map() | facts))
+        return
+    rows = [
+        (
+            "name",
+            "fields, high to low",
+            "epoch",
+            "tick",
+            "machines",
+            "IDs/s each",
+            "ends",
+            "fits bigint until",
+        )
+    ]
+    for layout in PRESETS.values():
+        fields = " ".join(f"{name} {bits}" for name, bits in layout.fields)
+        per_second = layout.ids_per_tick * 1000 // layout.tick_ms
+        dates = [f"{time:%Y-%m-%d}" for time in (layout.overflows, layout.signed_until)]
+        rows.append(
+            (
+                layout.name,
+                fields,
+                iso(layout.epoch),
+                f"{layout.tick_ms} ms",
+                str(layout.machines),
+                f"{per_second:,}",
+                dates[0],
+                dates[1] if dates[1] != dates[0] else "its end",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@command.command()
+@click.option(
+    "--to",
+    envvar="ZFLAKE_TO",
+    default=DEFAULT_DELEGATOR,
+    show_default=True,
+    metavar="ENDPOINT",
+    help="Whom to ask.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, as PROTOCOL.md describes it.")
+@_timeout
+def status(*, to: str, as_json: bool, timeout: int) -> None:
+    """Show a delegator and its workers, or one worker."""
+    from zflake.cli.status import ask_status, show_status  # noqa: PLC0415  (it loads what only it needs)
+
+    facts = ask_status(parse_endpoint(to).text, timeout / 1000)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show_status(facts)
+
+
+# --- IDs as text ---
+
+
+def formatter(format_: str, layout: Layout) -> Callable[[int], str]:
+    """The function that shows one ID."""
+    match format_:
+        case "hex":
+            return "0x{:016x}".format
+        case "base32":
+            return to_base32
+        case "json":
+            return lambda id_: json.dumps(as_object(layout.decompose(id_)))
+        case _:
+            return str
+
+
+def to_base32(id_: int) -> str:
+    """13 digits of Crockford's base 32: short, in order, and safe to read out."""
+    return "".join(CROCKFORD[id_ >> shift & 31] for shift in range(60, -1, -5))
+
+
+def read_id(text: str) -> int:
+    """The ID that one of the formats shows.  Raises `ConfigError` for anything else."""
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    if text[:2].lower() == "0x":
+        digits, alphabet = text[2:].lower(), "0123456789abcdef"
+    else:
+        digits, alphabet = text.upper().translate(str.maketrans("OIL", "011")), CROCKFORD
+    known = len(digits) == BASE32_DIGITS or alphabet is not CROCKFORD
+    if not digits or not known or any(digit not in alphabet for digit in digits):
+        raise ConfigError(
+            f"no ID {text!r}: write a decimal number, 0x and hexadecimal, or 13 digits of Crockford's base 32"
+        )
+    value = 0
+    for digit in digits:
+        value = value * len(alphabet) + alphabet.index(digit)
+    return value
+
+
+def show_ids(ids: list[int], layout: Layout) -> Iterator[str]:
+    """Lines that show IDs with their fields."""
+    for id_ in ids:
+        fields = layout.decompose(id_)
+        yield (
+            f"{id_}  {iso(fields.time)}  machine {fields.machine}{show_parts(fields)}  sequence {fields.sequence}"
+        )
+
+
+def show_parts(fields: Decomposed) -> str:
+    """The parts of a machine ID in brackets, where it has any."""
+    return (
+        f" ({', '.join(f'{name} {value}' for name, value in fields.parts.items())})" if fields.parts else ""
+    )
+
+
+def as_object(fields: Decomposed) -> dict[str, Any]:
+    """An ID's fields for JSON, whose numbers may end at 2**53: the ID is a string."""
+    return {
+        "id": str(fields.id),
+        "time": iso(fields.time),
+        "tick": fields.tick,
+        "machine": fields.machine,
+        "sequence": fields.sequence,
+        **fields.parts,
+    }
+
+
+def spell_out(layout: Layout) -> str:
+    """A layout in words."""
+    parts = f" ({', '.join(f'{name} {bits}' for name, bits in layout.machine_parts)})"
+    fields = ", ".join(
+        f"{name} {bits}{parts if name == 'machine' and layout.machine_parts else ''}"
+        for name, bits in layout.fields
+    )
+    return f"{fields} bits; tick {layout.tick_ms} ms; epoch {iso(layout.epoch)}"
+
+
+def iso(time: datetime) -> str:
+    """ISO 8601 with milliseconds and a Z."""
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# --- taking many ---
+
+
+def chunks(client: Client, count: int) -> Iterator[list[int]]:
+    """`count` IDs in lists of `CHUNK`."""
+    while count > 0:
+        ids = client.next_ids(min(count, CHUNK))
+        count -= len(ids)
+        yield ids
+
+
+def with_progress(lists: Iterator[list[int]], count: int) -> Iterator[list[int]]:
+    """The same lists; on a terminal, stderr shows how far a long job is."""
+    if count < PROGRESS_FROM or not sys.stderr.isatty():
+        yield from lists
+        return
+    from rich.console import Console  # noqa: PLC0415  (slow to load, and rarely needed)
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("IDs", total=count)
+        for ids in lists:
+            yield ids
+            progress.advance(task, len(ids))

@@ -1,0 +1,320 @@
+"""`zflake up`: a delegator and workers as child processes, for as long as this process lives.
+
+Each child's standard input is a pipe whose other end only this process holds.  However it ends, by Ctrl-C
+or by SIGKILL, the pipes close, and the children stop by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
+
+from zflake.cli.status import ask_status, lease_table
+from zflake.client.sync import Client
+from zflake.core.layout import Layout
+from zflake.errors import StoreError, Unavailable, ZflakeError
+from zflake.wire.endpoint import DEFAULT_DELEGATOR
+
+START_S: Final = 20.0
+STOP_S: Final = 5.0
+LOOK_S: Final = 1.0
+"""How often the figures are taken."""
+REPORT_S: Final = 10.0
+"""How often they are printed where there is no terminal to redraw."""
+CALM_S: Final = 10.0
+"""A child that ran for this long before it ended is started again at once."""
+
+
+class Child:
+    """One daemon and what it logs."""
+
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[str], events: queue.SimpleQueue[Event]
+    ) -> None:
+        self.name = name
+        self.address: str | None = None
+        """Where it serves, once it does."""
+        self._events = events
+        self.started_at = time.monotonic()
+        # Its own process group: Ctrl-C goes to us alone, and we stop the children in order.
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", module, *arguments, "--follow-stdin", "--log-format", "json"],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+        threading.Thread(target=self._listen, name=f"listen-{name}", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask it to drain."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, until: float) -> None:
+        """Wait for its end; past `until` (monotonic) end it."""
+        try:
+            self.process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            try:
+                event = json.loads(line)
+                address = event.get("address")
+            except (ValueError, AttributeError):
+                event, address = {"level": "error", "message": line.decode(errors="replace").strip()}, None
+            if address:
+                self.address = address
+            self._events.put((self.name, event))
+        self.process.wait()
+        self._events.put((self.name, None))
+
+
+Event = tuple[str, dict[str, Any] | None]
+"""A child's name and a line of its log, or None when it has ended."""
+
+
+class Cluster:
+    """A delegator and `workers` workers; a context manager that leaves no process behind.
+
+    `data` is the folder of the store, made where it is missing; None: a temporary one.  An `ephemeral`
+    cluster takes a free port, another one the default.
+
+    Raises `StoreError` where the folder can't be made, `Unavailable` where a daemon does not start.
+    """
+
+    def __init__(self, workers: int, data: Path | None, *, ephemeral: bool) -> None:
+        self._workers = workers
+        self._temporary = tempfile.TemporaryDirectory(prefix="zflake-") if data is None else None
+        self._data = Path(self._temporary.name) if self._temporary else Path(data or "")
+        self._bind = "tcp://127.0.0.1:*" if ephemeral else DEFAULT_DELEGATOR
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._children: dict[str, Child] = {}
+        self._stopping = False
+        self._client: Client | None = None
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._signalled)
+        try:
+            self._data.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"can't make the folder {self._data}: {error.strerror}") from error
+        try:
+            self._start_all()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def address(self) -> str:
+        """Where the delegator serves."""
+        return self._children["delegator"].address or self._bind
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the cluster's IDs."""
+        return self._ids().layout()
+
+    def take(self, count: int) -> list[int]:
+        """IDs from this cluster."""
+        return self._ids().next_ids(count)
+
+    def wait_until_ready(self) -> None:
+        """Return once every worker holds a machine ID; raises `Unavailable` where that takes too long."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and not self._stopping:
+            workers = [lease for lease in self._look().get("leases", ()) if lease.get("worker")]
+            if len(workers) >= self._workers:
+                return
+            self._tend(0.02)
+        raise Unavailable("stopped" if self._stopping else "the workers did not get machine IDs in time")
+
+    def run(self) -> None:
+        """Show the cluster until it is told to stop; start again what ends."""
+        self.wait_until_ready()
+        facts = self._look()
+        print(f"delegator  {self.address}")
+        print(f"layout     {self.layout.name}: {self.layout}, epoch {self.layout.epoch:%FT%TZ}")
+        print(f"store      {facts.get('store')}{' (temporary)' if self._temporary else ''}")
+        for lease in facts.get("leases", ()):
+            print(f"worker     {lease['address']}  machine {lease['machine']}  {lease['name']}")
+        print("Take IDs with: zflake next -n 5      Stop with Ctrl-C.", flush=True)
+        show = _Live() if sys.stdout.isatty() else _Lines()
+        with show:
+            while not self._stopping:
+                self._tend(LOOK_S)
+                if not self._stopping:
+                    show.show(self._look())
+
+    # --- children ---
+
+    def _start_all(self) -> None:
+        fresh = not (self._data / "zflake.db").exists()
+        self._start("delegator", new=fresh)
+        delegator = self._children["delegator"]
+        deadline = time.monotonic() + START_S
+        while delegator.address is None:
+            self._tend(0.01)
+            if delegator.process.poll() is not None or time.monotonic() > deadline:
+                self._tend(0.1)
+                raise Unavailable("the delegator did not start")
+        self._bind = delegator.address
+        for number in range(1, self._workers + 1):
+            self._start(f"worker-{number}")
+
+    def _start(self, name: str, *, new: bool = False) -> None:
+        if name == "delegator":
+            store = f"sqlite:///{self._data.absolute()}/zflake.db"
+            arguments = ["--bind", self._bind, "--store", store, *(["--new"] if new else [])]
+            self._children[name] = Child(name, "zflake.cli.delegator", arguments, self._events)
+        else:
+            arguments = ["--delegator", self._bind, "--name", name]
+            self._children[name] = Child(name, "zflake.cli.worker", arguments, self._events)
+
+    def _tend(self, seconds: float) -> None:
+        """Take in what the children say, for some time or until there is reason to stop."""
+        deadline = time.monotonic() + seconds
+        while not self._stopping:
+            try:
+                name, event = self._events.get(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    return
+                continue
+            if event is not None:
+                if event.get("level") in ("warning", "error", "critical"):
+                    print(f"{name}: {event.get('message')}", file=sys.stderr, flush=True)
+                continue
+            self._restart(name)
+
+    def _restart(self, name: str) -> None:
+        child = self._children[name]
+        ran_s = time.monotonic() - child.started_at
+        code = child.process.returncode
+        if child.address is None:
+            raise Unavailable(f"{name} did not start (exit code {code})")
+        print(f"{name} ended with exit code {code}; starting it again", file=sys.stderr, flush=True)
+        if ran_s < CALM_S:
+            time.sleep(1.0)
+        self._start(name)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        if self._client is not None:
+            self._client.close()
+        delegator = self._children.pop("delegator", None)
+        for children in (list(self._children.values()), [delegator] if delegator else []):
+            deadline = time.monotonic() + STOP_S
+            for child in children:
+                child.stop()
+            for child in children:
+                child.wait(deadline)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+        if self._stopping:
+            os._exit(128 + number)  # the children see their pipes close
+        self._stopping = True
+
+    # --- figures ---
+
+    def _ids(self) -> Client:
+        if self._client is None:
+            self._client = Client(self.address, timeout=START_S)
+        return self._client
+
+    def _look(self) -> dict[str, Any]:
+        try:
+            return ask_status(self.address, LOOK_S)
+        except ZflakeError:
+            return {}
+
+
+class _Figures:
+    """IDs in all and a second, from one look to the next."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+        self._ids: dict[str, int] = {}
+
+    def update(self, facts: dict[str, Any]) -> tuple[int, float]:
+        """The IDs that the workers have minted in all, and how many a second since the last look."""
+        now = time.monotonic()
+        ids = {
+            lease["address"]: lease["worker"]["ids"]
+            for lease in facts.get("leases", ())
+            if lease.get("worker")
+        }
+        minted = sum(max(0, count - self._ids.get(address, 0)) for address, count in ids.items())
+        rate = minted / max(now - self._at, 1e-9)
+        self._ids, self._at = ids, now
+        return sum(ids.values()), rate
+
+
+class _Lines:
+    """Figures for a log: a line now and then."""
+
+    def __init__(self) -> None:
+        self._figures = _Figures()
+        self._said_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, facts: dict[str, Any]) -> None:
+        if facts and time.monotonic() - self._said_at >= REPORT_S:
+            self._said_at = time.monotonic()
+            ids, rate = self._figures.update(facts)
+            workers = sum(1 for lease in facts["leases"] if lease.get("worker"))
+            print(f"{workers} workers, {ids:,} IDs minted, {rate:,.0f} a second", flush=True)
+
+
+class _Live:
+    """Figures for a terminal, redrawn in place."""
+
+    def __init__(self) -> None:
+        from rich.live import Live  # noqa: PLC0415  (only a terminal needs it)
+
+        self._figures = _Figures()
+        self._live = Live(auto_refresh=False, redirect_stdout=False)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def show(self, facts: dict[str, Any]) -> None:
+        if not facts:
+            return
+        ids, rate = self._figures.update(facts)
+        table = lease_table(facts["leases"])
+        table.title = f"{ids:,} IDs minted, {rate:,.0f} a second"
+        table.title_justify = "left"
+        self._live.update(table, refresh=True)
