@@ -47,10 +47,10 @@ class Client:
         if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
             raise ConfigError(f"a timeout is a positive number of seconds, not {timeout!r}")
         self._timeout = timeout
-        self._transport = Transport()
         self._roster = Roster(
             dict.fromkeys(parse_endpoint(seed).text for seed in seeds), now=time.monotonic, draw=random.random
         )
+        self._transport = Transport()
         _all.add(self)
 
     def next_id(self) -> int:

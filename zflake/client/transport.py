@@ -34,7 +34,6 @@ class Line:
         self.socket = socket
         self._msgid = 0
         self._rcvtimeo_ms = -1
-        socket.setsockopt(zmq.SNDTIMEO, int(CONNECT_S * 1000))
 
     def ask(self, ask: Ask) -> Response | None:
         """The answer to one request, or None where none comes in time."""
@@ -43,10 +42,13 @@ class Line:
         message = [b"", encode_request(msgid, ask.method, ask.params)]
         socket = self.socket
         try:
-            if ask.timeout_s < CONNECT_S and not socket.poll(int(ask.timeout_s * 1000), zmq.POLLOUT):
-                return None
-            socket.send_multipart(message)
             left_s = ask.timeout_s
+            try:
+                socket.send_multipart(message, zmq.NOBLOCK)
+            except zmq.Again:  # not connected yet
+                socket.poll(int(min(left_s, CONNECT_S) * 1000), zmq.POLLOUT)
+                socket.send_multipart(message, zmq.NOBLOCK)
+                left_s = deadline - time.monotonic()
             while left_s > 0:
                 self._wait_at_most(left_s)
                 response = decode_response(socket.recv_multipart()[-1])

@@ -211,8 +211,7 @@ class LeaseKeeper:
             _log.debug("machine %d: window [%d, %d)", answer.machine, answer.start, answer.end)
 
     def _refused(self, refusal: Refusal, before: Mint | None, received_us: int) -> None:
-        if refusal.reason is Refused.LOST:
-            assert before is not None
+        if refusal.reason is Refused.LOST and before is not None:
             _log.warning("lost machine %d: %s", before.machine, refusal.message)
             return
         if refusal.reason is not Refused.TOO_EARLY:

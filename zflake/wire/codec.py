@@ -8,6 +8,7 @@ Whatever bytes come in, the answer is a message or a `ProtocolError`, and memory
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -21,6 +22,15 @@ RESPONSE: Final = 1
 NOTIFICATION: Final = 2
 """MessagePack-RPC has notifications; zflake has none."""
 MAX_MSGID: Final = 2**32 - 1
+MAX_REQUEST_ITEMS: Final = 256
+"""The longest array or map in a request.
+
+An array that declares more than it holds costs as much as if it held it, for every level of nesting.
+"""
+MAX_RESPONSE_ITEMS: Final = 2**20
+"""The longest array or map in a response: more workers than a directory of `MAX_RESPONSE_BYTES` lists."""
+MAX_SHOWN: Final = 60
+"""How many characters of a wrong value an error message repeats."""
 
 Request: TypeAlias = tuple[int, str, list[Any]]
 """`(msgid, method, params)` as they came in; what params hold is not checked yet."""
@@ -55,6 +65,16 @@ class BadRequest(ProtocolError):  # noqa: N818  (a condition of the peer's, not 
         self.answerable = answerable
 
 
+def show(value: object) -> str:
+    """A peer's value for a message: short, and safe where `repr` itself would recurse too deep."""
+    text = _repr.repr(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+_repr: Final = reprlib.Repr()
+_repr.maxlevel = 2
+
+
 def packer() -> Callable[[Any], bytes]:
     """A function that packs faster than `msgpack.packb`, for use by one thread."""
     pack: Callable[[Any], bytes] = msgpack.Packer().pack
@@ -81,7 +101,7 @@ def encode_error(msgid: int | None, code: str, message: str, retry_after_ms: int
 
 def decode_request(body: bytes) -> Request:
     """The request in `body`; raises `BadRequest` where there is none."""
-    message = _unpack(body)
+    message = _unpack(body, MAX_REQUEST_ITEMS)
     try:
         kind, msgid, method, params = message
     except (TypeError, ValueError):
@@ -99,18 +119,20 @@ def decode_request(body: bytes) -> Request:
 
 def decode_response(body: bytes) -> Response:
     """The response in `body`; raises `ProtocolError` where there is none."""
-    message = _unpack(body)
-    if type(message) is not list or len(message) != 4 or message[0] != RESPONSE:  # noqa: PLR2004
+    message = _unpack(body, MAX_RESPONSE_ITEMS)
+    if type(message) is not list or len(message) != 4 or not _is_kind(message[0], RESPONSE):  # noqa: PLR2004
         raise ProtocolError("a response is an array [1, msgid, error, result]")
     _, msgid, error, result = message
     if msgid is not None and not _is_msgid(msgid):
-        raise ProtocolError(f"a response's msgid is a number from 0 to 2**32 - 1, not {_show(msgid)}")
+        raise ProtocolError(f"a response's msgid is a number from 0 to 2**32 - 1, not {show(msgid)}")
     if error is None:
         return Response(msgid, None, result)
     match error:
-        case [str(code), str(message), None | int() as retry_after_ms]:
+        case [str(code), str(message), retry_after_ms] if retry_after_ms is None or _is_number(
+            retry_after_ms
+        ):
             return Response(msgid, WireError(code, message, retry_after_ms), None)
-    raise ProtocolError(f"a response's error is [code, message, retry_after_ms], not {_show(error)}")
+    raise ProtocolError(f"a response's error is [code, message, retry_after_ms], not {show(error)}")
 
 
 def _no_request(message: Any) -> BadRequest:
@@ -118,14 +140,14 @@ def _no_request(message: Any) -> BadRequest:
     if type(message) is not list or not message:
         return BadRequest(rule)
     msgid = message[1] if len(message) > 1 and _is_msgid(message[1]) else None
-    answerable = message[0] not in (RESPONSE, NOTIFICATION)
+    answerable = not (_is_kind(message[0], RESPONSE) or _is_kind(message[0], NOTIFICATION))
     return BadRequest(rule, msgid=msgid if answerable else None, answerable=answerable)
 
 
-def _unpack(body: bytes) -> Any:
+def _unpack(body: bytes, max_items: int) -> Any:
     try:
-        return msgpack.unpackb(body)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        return msgpack.unpackb(body, max_array_len=max_items, max_map_len=max_items)
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
         # ExtraData, StackError and FormatError are ValueErrors; an unhashable map key is a TypeError.
         raise BadRequest(f"not one MessagePack value: {_reason(error)}") from error
 
@@ -135,10 +157,13 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if text else ''}{text[:80]}"
 
 
+def _is_kind(value: object, kind: int) -> bool:
+    return type(value) is int and value == kind  # and not True, which equals 1
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _is_msgid(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_MSGID
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."  # noqa: PLR2004

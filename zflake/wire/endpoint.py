@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
@@ -14,7 +15,7 @@ from zflake.errors import ConfigError
 
 DEFAULT_DELEGATOR: Final = "tcp://127.0.0.1:7410"
 
-_TCP: Final = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+|\*):(?P<port>\d{1,5}|\*)")
+_TCP: Final = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+|\*):(?P<port>[0-9]{1,5}|\*)")
 _IPC: Final = re.compile(r"ipc://(?P<path>[^\s*]+)")
 _MAX_PORT: Final = 65_535
 
@@ -35,22 +36,25 @@ class Endpoint:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        if not self.host or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        address = self._address()
+        return not self.host or self.host == "localhost" or (address is not None and address.is_loopback)
 
     @property
     def is_wildcard(self) -> bool:
         """Whether it names every interface, and so is no address to give to others."""
-        return self.host in ("*", "0.0.0.0", "[::]")  # noqa: S104
+        address = self._address()
+        return self.host == "*" or (address is not None and address.is_unspecified)
 
     @property
     def is_ipv6(self) -> bool:
         """Whether its host is an IPv6 address."""
         return self.host.startswith("[")
+
+    def _address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+        try:
+            return ipaddress.ip_address(self.host.strip("[]"))
+        except ValueError:
+            return None
 
 
 def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
@@ -58,7 +62,7 @@ def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
 
     Raises `ConfigError` for anything but `tcp://host:port` and `ipc://path`.
     """
-    if match := _IPC.fullmatch(text):
+    if _IPC.fullmatch(text) and text.isprintable():
         return Endpoint(text, "", None)
     match = _TCP.fullmatch(text)
     if match is None:
@@ -93,7 +97,10 @@ def _is_served(path: Path) -> bool:
     try:
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise ConfigError(f"ipc://{path} is no socket but a file; name another path")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # noqa: FBT003
+            # Refused: left behind by a process that ended.  All else, a full queue or another kind of
+            # socket included, has somebody behind it.
+            return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
     except OSError:
         return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0

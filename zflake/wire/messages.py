@@ -27,6 +27,7 @@ from zflake.core.lease import (
 from zflake.core.mint import Run
 from zflake.errors import (
     AuthError,
+    ConfigError,
     LayoutError,
     LeaseExpired,
     LeaseLost,
@@ -37,7 +38,8 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
-from zflake.wire.codec import WireError
+from zflake.wire.codec import WireError, show
+from zflake.wire.endpoint import parse_endpoint
 
 PROTOCOL_VERSION: Final = 1
 MAX_COUNT: Final = 1_000_000
@@ -106,26 +108,30 @@ def check_next(params: list[Any]) -> tuple[int, int]:
         raise ProtocolError("ids.next takes [count, timeout_ms]")
     count, timeout_ms = params
     if type(count) is not int or not 1 <= count <= MAX_COUNT:
-        raise ProtocolError(f"count is a number from 1 to {MAX_COUNT}, not {_show(count)}")
+        raise ProtocolError(f"count is a number from 1 to {MAX_COUNT}, not {show(count)}")
     if type(timeout_ms) is not int or not 0 <= timeout_ms <= MAX_TIMEOUT_MS:
-        raise ProtocolError(f"timeout_ms is a number from 0 to {MAX_TIMEOUT_MS}, not {_show(timeout_ms)}")
+        raise ProtocolError(f"timeout_ms is a number from 0 to {MAX_TIMEOUT_MS}, not {show(timeout_ms)}")
     return count, timeout_ms
 
 
 def check_run(result: Any, asked: int) -> Run:
     """The run in the result of an `ids.next` for `asked` IDs; raises `ProtocolError` where it is none."""
     match result:
-        case [int(first), int(step), int(count)] if (
-            1 <= count <= asked and step >= 1 and first >= 0 and first + step * (count - 1) < 1 << 64
+        case [first, step, count] if (
+            type(first) is type(step) is type(count) is int
+            and 1 <= count <= asked
+            and step >= 1
+            and first >= 0
+            and first + step * (count - 1) < 1 << 64
         ):
             return first, step, count
-    raise ProtocolError(f"the answer to ids.next is [first, step, count], not {_show(result)}")
+    raise ProtocolError(f"the answer to ids.next is [first, step, count], not {show(result)}")
 
 
 def check_no_params(params: list[Any]) -> None:
     """Raise `ProtocolError` where a method that takes nothing was given something."""
     if params:
-        raise ProtocolError(f"this method takes no params, not {_show(params)}")
+        raise ProtocolError(f"this method takes no params, not {show(params)}")
 
 
 # --- leases ---
@@ -147,7 +153,7 @@ def check_acquire(params: list[Any]) -> Acquire:
     token, name, host, pid, address = _take(params, "next", "name", "host", "pid", "address")
     return Acquire(
         _token("next", token),
-        Holder(_text("name", name), _text("host", host), _number("pid", pid), _text("address", address)),
+        Holder(_text("name", name), _text("host", host), _number("pid", pid), _address(address)),
     )
 
 
@@ -203,17 +209,20 @@ def lease_answer(method: Method, error: WireError | None, result: Any) -> Answer
         reason = Refused(error.code) if known else Refused.UNAVAILABLE
         return Refusal(reason, error.message, error.retry_after_ms)
     if type(result) is not dict:
-        raise ProtocolError(f"the answer to {method} is a map, not {_show(result)}")
+        raise ProtocolError(f"the answer to {method} is a map, not {show(result)}")
     if method is Method.LEASE_RELEASE:
         return Released(*(_number(key, result.get(key)) for key in ("machine", "fence")))
     try:
         layout = Layout.from_map(result.get("layout", {}))
         layout.check_machine(result.get("machine", -1))
-    except LayoutError as error_:
-        raise ProtocolError(f"the answer to {method} has no sound layout: {error_}") from error_
+    except (LayoutError, RecursionError) as error_:  # the latter from the text of the former
+        raise ProtocolError(f"the answer to {method} has no sound layout: {str(error_)[:200]}") from error_
+    _text("a layout's name", layout.name)
     machine, gen, start, end, ttl = (
         _number(key, result.get(key)) for key in ("machine", "gen", "start", "end", "ttl")
     )
+    if ttl == 0:
+        raise ProtocolError(f"the answer to {method} has a ttl of 0: it could not be renewed in time")
     return Grant(machine, gen, start, end, _token("token", result.get("token")), layout, ttl)
 
 
@@ -231,25 +240,29 @@ def _take(params: list[Any], *names: str) -> list[Any]:
 
 def _token(name: str, value: Any) -> bytes:
     if type(value) is not bytes or len(value) != TOKEN_BYTES:
-        raise ProtocolError(f"{name} is {TOKEN_BYTES} bytes (MessagePack's bin), not {_show(value)}")
+        raise ProtocolError(f"{name} is {TOKEN_BYTES} bytes (MessagePack's bin), not {show(value)}")
     return value
 
 
 def _number(name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_INT:
-        raise ProtocolError(f"{name} is a number from 0 to 2**63 - 1, not {_show(value)}")
+        raise ProtocolError(f"{name} is a number from 0 to 2**63 - 1, not {show(value)}")
     return value
+
+
+def _address(value: Any) -> str:
+    text = _text("address", value)
+    try:
+        if text and parse_endpoint(text).is_wildcard:
+            raise ProtocolError(f"address {text} is every interface: name a host that clients can connect to")
+    except ConfigError as error:
+        # One that can't be read would make the whole directory unreadable to clients.
+        raise ProtocolError(f"address: {error}") from error
+    return text
 
 
 def _text(name: str, value: Any) -> str:
     # Names end up in logs and on terminals: nothing that a terminal would obey.
     if type(value) is not str or len(value) > MAX_TEXT or not value.isprintable():
-        raise ProtocolError(
-            f"{name} is a text of at most {MAX_TEXT} printable characters, not {_show(value)}"
-        )
+        raise ProtocolError(f"{name} is a text of at most {MAX_TEXT} printable characters, not {show(value)}")
     return value
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004

@@ -74,17 +74,17 @@ class Handler:
         self._parked: list[Parked] = []
         self._pack = packer()
 
-    def handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
+    def handle(self, prefix: list[bytes], body: bytes, arrived_us: int, local_us: int) -> bytes | None:
         """The answer to one request; None where it was parked, or must not be answered.
 
-        `arrived_us` is when it came, on the local clock.
+        `arrived_us` is when it came, and `local_us` what time it is, on the local clock.
         """
         self.figures.requests += 1
         try:
             msgid, method, params = decode_request(body)
             if method == "ids.next":
                 count, timeout_ms = check_next(params)
-                return self._next(prefix, msgid, count, arrived_us + timeout_ms * 1000, arrived_us)
+                return self._next(prefix, msgid, count, arrived_us + timeout_ms * 1000, local_us)
             return self._other(msgid, method, params)
         except BadRequest as error:
             if not error.answerable:
@@ -103,7 +103,7 @@ class Handler:
         left = 0 if (mint := self._hold.mint) is None else mint.layout.ids_per_tick
         for waiting in range(len(parked), 0, -1):
             prefix, msgid, asked, deadline_us = parked[len(parked) - waiting]
-            if deadline_us < local_us:
+            if deadline_us <= local_us:
                 answers.append(
                     (prefix, self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted"))
                 )
@@ -128,10 +128,10 @@ class Handler:
         return len(self._parked)
 
     def _next(
-        self, prefix: list[bytes], msgid: int, count: int, deadline_us: int, arrived_us: int
+        self, prefix: list[bytes], msgid: int, count: int, deadline_us: int, local_us: int
     ) -> bytes | None:
-        if deadline_us <= arrived_us:
-            return self._refuse(msgid, Code.TIMEOUT, "the request came with no time left; nothing was minted")
+        if deadline_us <= local_us:
+            return self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted")
         if self.draining:
             return self._refuse(msgid, Code.UNAVAILABLE, "this worker is shutting down; ask another", GONE_MS)
         parked = self._parked

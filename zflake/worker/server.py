@@ -114,8 +114,7 @@ class Worker:
         self._alarm.hear(events)
         now_us = local_us()
         self._hold.service(now_us)
-        for prefix, answer in self._handler.turn(now_us):
-            self._send(prefix, answer)
+        self._answer_parked(now_us)
 
     def _poll(self) -> dict[Any, int]:
         self._follow_keeper()
@@ -156,10 +155,14 @@ class Worker:
                 handler.figures.dropped += 1
                 continue
             prefix, body = message
-            answer = handler.handle(prefix, body, self._arrived_us)
+            answer = handler.handle(prefix, body, self._arrived_us, self._woke_us)
             if answer is not None:
                 self._send(prefix, answer)
         return BATCH
+
+    def _answer_parked(self, now_us: int) -> None:
+        for prefix, answer in self._handler.turn(now_us):
+            self._send(prefix, answer)
 
     def _send(self, prefix: list[bytes], answer: bytes) -> None:
         if not send(self._router, prefix, answer):
@@ -169,14 +172,15 @@ class Worker:
         until_us = local_us() + DRAIN_US
         while self._handler.parked and local_us() < until_us:
             self._tick()
-        while self._answer() and local_us() < until_us:
-            pass
+        while (self._answer() or self._handler.parked) and local_us() < until_us:
+            self._answer_parked(local_us())
         self._handler.draining = True  # whoever comes now is sent to another worker
         self._hold.release(local_us() + RELEASE_US)
+        self._answer_parked(local_us())  # whoever is parked still is sent there too
         until_us = local_us() + DRAIN_US
         while (left_us := until_us - local_us()) > 0:
             if self._router.poll(max(1, left_us // 1000)):
-                self._arrived_us = local_us()
+                self._arrived_us = self._woke_us = local_us()
                 self._answer()
         _log.info("worker %s has stopped; it minted %d IDs", self._name, self._handler.figures.ids)
 

@@ -1,0 +1,539 @@
+"""The worker's handler: what each request is answered, and that no ID is answered twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zflake.core.layout import PRESETS, Field, Layout
+from zflake.core.mint import Mint
+from zflake.wire.codec import Response, decode_response, encode_error, encode_request, encode_result
+from zflake.wire.messages import MAX_COUNT, MAX_TIMEOUT_MS
+from zflake.worker.handler import GONE_MS, Handler
+
+EPOCH_MS: Final = 1_577_836_800_000
+# Eight IDs a tick: a few requests use it up.
+SMALL = Layout("small", (Field("time", 41), Field("machine", 10), Field("sequence", 3)), EPOCH_MS)
+FULL: Final = SMALL.ids_per_tick
+SECOND: Final = 1_000_000
+REQUEST = [b"", b"client", b""]
+
+thorough = settings(deadline=None, max_examples=300)
+
+
+class Hold:
+    """A machine ID with a window that the test chooses."""
+
+    retry_after_ms = 250
+
+    def __init__(self, layout: Layout = SMALL, window: tuple[int, int] | None = (0, 1 << 40)) -> None:
+        self.mint: Mint | None = Mint(layout, 5)
+        if window:
+            self.mint.grant(*window)
+
+
+class World:
+    """A handler in a time that only the test moves; the local clock is the timeline's less an hour."""
+
+    def __init__(self, hold: Hold | None = None) -> None:
+        self.hold = hold or Hold()
+        self.us: int | None = EPOCH_MS * 1000 + 1_000_500
+        self.local_us = 7 * SECOND
+        self.handler = Handler(self.hold, lambda: self.us, lambda: {"name": "me"})
+        self._msgid = 0
+
+    def tick(self, ticks: float = 1) -> None:
+        assert self.us is not None
+        self.us += int(ticks * 1000)
+        self.local_us += int(max(0, ticks) * 1000)
+
+    def ask(self, method: str, *params: Any, age_us: int = 0, name: bytes = b"client") -> Response | None:
+        """The answer, or None where the request was parked or dropped."""
+        self._msgid += 1
+        body = encode_request(self._msgid, method, params)
+        answer = self.handler.handle([name, b""], body, self.local_us - age_us, self.local_us)
+        if answer is None:
+            return None
+        response = decode_response(answer)
+        assert response.msgid == self._msgid
+        return response
+
+    def next(self, count: int = 1, timeout_ms: int = 1000, **more: Any) -> Response | None:
+        return self.ask("ids.next", count, timeout_ms, **more)
+
+    def use_up(self) -> None:
+        response = self.next(FULL)
+        assert response is not None
+        assert response.result[2] == FULL
+
+    def turn(self) -> dict[bytes, Response]:
+        return {prefix[0]: decode_response(answer) for prefix, answer in self.handler.turn(self.local_us)}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def ids(response: Response | None) -> list[int]:
+    assert response is not None
+    assert response.error is None, response.error
+    first, step, count = response.result
+    return list(range(first, first + step * count, step))
+
+
+def code(response: Response | None) -> str:
+    assert response is not None
+    assert response.error is not None
+    assert response.result is None
+    return response.error.code
+
+
+# --- ids.next ---
+
+
+def test_ids_carry_the_ticks_time_and_the_machine_and_ascend(world: World) -> None:
+    got = ids(world.next(3)) + ids(world.next(2))
+    assert [(d.tick, d.machine, d.sequence) for d in map(SMALL.decompose, got)] == [
+        (1000, 5, n) for n in range(5)
+    ]
+
+
+def test_a_run_is_short_where_the_tick_holds_no_more(world: World) -> None:
+    assert len(ids(world.next(5))) == 5
+    assert len(ids(world.next(5))) == FULL - 5
+
+
+def test_the_most_that_may_be_asked_is_answered_with_one_tick(world: World) -> None:
+    assert len(ids(world.next(MAX_COUNT, MAX_TIMEOUT_MS))) == FULL
+
+
+def test_a_request_that_finds_the_tick_used_up_waits_for_the_next_one(world: World) -> None:
+    world.use_up()
+    assert world.next(3) is None
+    assert world.handler.parked == 1
+    assert world.handler.wait_us() == 500
+    assert world.turn() == {}
+    world.tick(0.4)
+    assert world.turn() == {}
+    world.tick(0.1)
+    assert world.handler.wait_us() == 0
+    assert [SMALL.decompose(i).tick for i in ids(world.turn()[b"client"])] == [1001] * 3
+    assert world.handler.parked == 0
+
+
+def test_an_answer_to_a_parked_request_goes_back_by_its_own_envelope_and_msgid(world: World) -> None:
+    world.use_up()
+    for number in (17, 4):
+        assert (
+            world.handler.handle(
+                [b"%d" % number, b"hop", b""], encode_request(number, "ids.next", [1, 9]), 0, 0
+            )
+            is None
+        )
+    world.tick()
+    answers = world.handler.turn(0)
+    assert [(prefix, decode_response(body).msgid) for prefix, body in answers] == [
+        ([b"17", b"hop", b""], 17),
+        ([b"4", b"hop", b""], 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "shares"),
+    [
+        ([8, 8], [4, 4]),
+        ([8, 8, 8], [2, 3, 3]),
+        ([1, 8], [1, 7]),
+        ([8, 1], [4, 1]),
+        ([100] * FULL, [1] * FULL),
+    ],
+)
+def test_parked_requests_share_the_next_tick(world: World, asked: list[int], shares: list[int]) -> None:
+    world.use_up()
+    for number, count in enumerate(asked):
+        assert world.next(count, name=b"%d" % number) is None
+    world.tick()
+    answers = world.turn()
+    assert [len(ids(answers[b"%d" % number])) for number in range(len(asked))] == shares
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=FULL))
+@thorough
+def test_every_parked_request_gets_at_least_one_id_and_at_most_what_it_asked_for(asked: list[int]) -> None:
+    world = World()
+    world.use_up()
+    for number, count in enumerate(asked):
+        world.next(count, name=b"%d" % number)
+    world.tick()
+    answers = world.turn()
+    got = [ids(answers[b"%d" % number]) for number in range(len(asked))]
+    assert all(1 <= len(run) <= count for run, count in zip(got, asked, strict=True))
+    assert len({i for run in got for i in run}) == sum(map(len, got)) <= FULL
+
+
+def test_nobody_overtakes_a_parked_request(world: World) -> None:
+    world.use_up()
+    assert world.next(name=b"early") is None
+    world.tick()
+    assert world.next(name=b"late") is None
+    answers = world.turn()
+    assert ids(answers[b"early"]) < ids(answers[b"late"])
+
+
+def test_more_requests_than_the_next_tick_has_ids_are_overloaded_with_a_time_to_come_back(
+    world: World,
+) -> None:
+    world.use_up()
+    assert all(world.next() is None for _ in range(FULL))
+    refused = world.next()
+    assert code(refused) == "overloaded"
+    assert refused is not None
+    assert refused.error is not None
+    assert refused.error.retry_after_ms == SMALL.tick_ms
+    assert world.handler.parked == FULL
+
+
+def test_a_request_with_no_time_left_is_a_timeout_and_mints_nothing(world: World) -> None:
+    assert code(world.next(timeout_ms=0)) == "timeout"
+    assert world.handler.figures.ids == 0
+
+
+def test_a_request_whose_time_ran_out_before_it_was_read_mints_nothing(world: World) -> None:
+    assert code(world.next(timeout_ms=1000, age_us=SECOND)) == "timeout"
+    assert code(world.next(timeout_ms=1000, age_us=60 * SECOND)) == "timeout"
+    assert world.handler.figures.ids == 0
+    assert len(ids(world.next(timeout_ms=1000, age_us=SECOND - 1))) == 1
+
+
+def test_a_parked_request_whose_time_runs_out_mints_nothing_and_leaves_its_share(world: World) -> None:
+    world.use_up()
+    world.next(FULL, 1, name=b"hasty")
+    world.next(FULL, 1000, name=b"patient")
+    world.tick()
+    answers = world.turn()
+    assert code(answers[b"hasty"]) == "timeout"
+    assert len(ids(answers[b"patient"])) == FULL
+
+
+# --- no window ---
+
+
+def expired(response: Response | None) -> None:
+    assert code(response) == "lease_expired"
+    assert response is not None
+    assert response.error is not None
+    assert response.error.retry_after_ms == Hold.retry_after_ms
+
+
+def test_without_a_machine_id_the_lease_has_expired(world: World) -> None:
+    world.hold.mint = None
+    expired(world.next())
+
+
+def test_without_a_time_the_lease_has_expired(world: World) -> None:
+    world.us = None
+    expired(world.next())
+
+
+@pytest.mark.parametrize("window", [None, (0, 1000), (1002, 9999)])
+def test_outside_its_windows_the_lease_has_expired(window: tuple[int, int] | None) -> None:
+    expired(World(Hold(window=window)).next())
+
+
+def test_a_window_that_opens_with_the_next_tick_is_waited_for() -> None:
+    world = World(Hold(window=(1001, 2000)))
+    assert world.next() is None
+    world.tick()
+    assert len(ids(world.turn()[b"client"])) == 1
+
+
+def test_the_last_tick_of_a_window_used_up_parks_nobody() -> None:
+    world = World(Hold(window=(0, 1001)))
+    world.use_up()
+    expired(world.next())
+    assert world.handler.parked == 0
+
+
+@pytest.mark.parametrize("how", ["lost", "no time"])
+def test_whoever_is_parked_when_the_lease_goes_is_told_so(world: World, how: str) -> None:
+    world.use_up()
+    world.next(name=b"a")
+    world.next(name=b"b")
+    if how == "lost":
+        world.hold.mint = None
+    else:
+        world.us = None
+    for response in world.turn().values():
+        expired(response)
+    assert world.handler.parked == 0
+
+
+def test_a_clock_that_leaps_back_parks_nobody_for_longer_than_a_tick(world: World) -> None:
+    world.use_up()
+    world.tick(-100)
+    expired(world.next())
+
+
+def test_a_clock_that_went_back_goes_on_in_the_last_tick(world: World) -> None:
+    before = ids(world.next(3))
+    world.tick(-100)
+    assert ids(world.next(2))[0] > before[-1]
+
+
+def test_a_draining_worker_is_unavailable_and_says_for_how_long(world: World) -> None:
+    world.handler.draining = True
+    refused = world.next()
+    assert code(refused) == "unavailable"
+    assert refused is not None
+    assert refused.error is not None
+    assert refused.error.retry_after_ms == GONE_MS
+    assert world.handler.figures.ids == 0
+
+
+# --- the other methods ---
+
+
+def test_ping_tells_the_time(world: World) -> None:
+    response = world.ask("ping")
+    assert response is not None
+    assert response.result == {"now_us": world.us}
+
+
+def test_hello_says_service_layout_and_machine(world: World) -> None:
+    response = world.ask("hello")
+    assert response is not None
+    said = response.result
+    assert (said["service"], said["protocol"], said["machine"], said["name"]) == ("worker", 1, 5, "me")
+    assert Layout.from_map(said["layout"]).same_ids(SMALL)
+
+
+def test_hello_without_a_lease_has_neither_layout_nor_machine(world: World) -> None:
+    world.hold.mint = None
+    response = world.ask("hello")
+    assert response is not None
+    assert response.result["layout"] is None
+    assert response.result["machine"] is None
+
+
+@pytest.mark.parametrize(
+    "method", ["", "ids", "ids.next ", "lease.acquire", "cluster.workers", "__init__", "x" * 9000, "\x00\n"]
+)
+def test_an_unknown_method_is_refused(world: World, method: str) -> None:
+    response = world.ask(method)
+    assert code(response) == "unknown_method"
+    assert response is not None
+    assert response.error is not None
+    assert len(response.error.message) < 400
+
+
+@pytest.mark.parametrize("method", ["hello", "ping", "cluster.status"])
+def test_methods_that_take_nothing_refuse_params(world: World, method: str) -> None:
+    assert code(world.ask(method, 1)) == "bad_request"
+
+
+def test_the_figures_count_what_happened(world: World) -> None:
+    world.next(5)
+    world.use_up = lambda: None  # type: ignore[method-assign]
+    world.next(5)  # short: 3
+    world.next(1)  # parked
+    world.next(timeout_ms=0)
+    world.ask("nonsense")
+    world.handler.handle(REQUEST, b"\xc1", 0, 0)
+    world.handler.handle(REQUEST, encode_result(1, None), 0, 0)
+    response = world.ask("cluster.status")
+    assert response is not None
+    said = {key: response.result[key] for key in ("requests", "ids", "dropped", "parked", "errors")}
+    assert said == {
+        "requests": 8,
+        "ids": FULL,
+        "dropped": 1,
+        "parked": 1,
+        "errors": {"timeout": 1, "unknown_method": 1, "bad_request": 1},
+    }
+    world.tick()
+    world.turn()
+    assert world.handler.figures.ids == FULL + 1
+
+
+# --- malformed requests ---
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=12,
+)
+methods = st.sampled_from(["ids.next", "hello", "ping", "cluster.status", "lease.acquire"]) | st.text(
+    max_size=9
+)
+
+
+def handled(world: World, body: bytes) -> Response | None:
+    """Handle a body as a server would, and hold the handler to: an answer, or a place among the counted."""
+    handler = world.handler
+    before = (handler.figures.dropped, handler.parked)
+    answer = handler.handle(REQUEST, body, world.local_us, world.local_us)
+    if answer is not None:
+        assert (handler.figures.dropped, handler.parked) == before
+        return decode_response(answer)
+    assert handler.figures.dropped + handler.parked == sum(before) + 1
+    return None
+
+
+@given(st.binary(max_size=200))
+@thorough
+def test_random_bytes_are_answered_or_counted(body: bytes) -> None:
+    world = World()
+    response = handled(world, body)
+    if response is not None and response.error is not None:
+        assert code(response) in {"bad_request", "unknown_method", "timeout"}
+
+
+@given(values)
+@thorough
+def test_any_value_in_place_of_a_request_is_answered_or_counted(value: Any) -> None:
+    handled(World(), msgpack.packb(value))
+
+
+@given(st.integers(0, 2**32 - 1), methods, values)
+@thorough
+def test_wrong_params_are_answered_and_mint_nothing(msgid: int, method: str, params: Any) -> None:
+    world = World()
+    response = handled(world, msgpack.packb((0, msgid, method, params)))
+    assert response is not None
+    assert response.msgid == msgid
+    right = (
+        method == "ids.next"
+        and isinstance(params, list)
+        and len(params) == 2
+        and all(type(p) is int for p in params)
+        and 1 <= params[0] <= MAX_COUNT
+        and 1 <= params[1] <= MAX_TIMEOUT_MS
+    )
+    assert (world.handler.figures.ids > 0) == right
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        [],
+        [1],
+        [1, 1000, 1],
+        [0, 1000],
+        [-1, 1000],
+        [MAX_COUNT + 1, 1000],
+        [2**64 - 1, 1000],
+        [True, 1000],
+        [1.0, 1000],
+        ["1", 1000],
+        [None, 1000],
+        [1, -1],
+        [1, MAX_TIMEOUT_MS + 1],
+        [1, 2**63],
+        [1, None],
+        [1, True],
+        [[1], {}],
+    ],
+)
+def test_params_of_ids_next_out_of_range_are_bad_requests(world: World, params: list[Any]) -> None:
+    assert code(world.ask("ids.next", *params)) == "bad_request"
+    assert world.handler.figures.ids == 0
+
+
+@pytest.mark.parametrize("depth", [1, 100, 500, 900, 1000, 1015, 1020, 1021, 1022, 1023, 10_000])
+def test_nested_arrays_are_a_bad_request_at_any_depth(world: World, depth: int) -> None:
+    nested = b"\x91" * depth + b"\x01"
+    for body in (
+        nested,
+        b"\x94\x00\x07\xa8ids.next\x92" + nested + b"\x01",
+        b"\x94\x00\x07\xa4ping\x91" + nested,
+        b"\x94\x00\x07" + nested + b"\x90",
+        b"\x94" + nested + b"\x07\xa4ping\x90",
+    ):
+        response = handled(world, body)
+        assert code(response) == "bad_request"
+
+
+def test_a_response_and_a_notification_get_no_answer(world: World) -> None:
+    for body in (encode_result(1, {}), encode_error(1, "timeout", ""), msgpack.packb([2, "ping", []])):
+        assert handled(world, body) is None
+    assert world.handler.figures.dropped == 3
+
+
+def test_huge_declared_lengths_are_a_bad_request(world: World) -> None:
+    for body in (
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+    ):
+        assert code(handled(world, body)) == "bad_request"
+
+
+# --- uniqueness ---
+
+
+def traffic(seed: int, world: World) -> Iterator[list[int]]:
+    """Random requests while the clock does as it likes; gives the runs that were answered."""
+    rng = random.Random(seed)
+    granted = 0
+    for _ in range(400):
+        match rng.randrange(12):
+            case 0 | 1:
+                world.tick(rng.choice([0.1, 0.5, 1, 1, 1, 2, 50]))
+            case 2:
+                world.tick(-rng.choice([0.3, 1, 3, 500]))
+            case 3 if world.hold.mint is not None and rng.random() < 0.3:
+                start = granted + rng.randrange(100)
+                granted = start + rng.randrange(1, 50)
+                world.hold.mint.grant(start, granted)
+            case 4 | 5:
+                for response in world.turn().values():
+                    if response.error is None:
+                        yield ids(response)
+            case _:
+                response = world.next(
+                    rng.choice([1, 1, 2, 8, 100]), rng.choice([1, 5, 1000]), name=rng.randbytes(8)
+                )
+                if response is not None and response.error is None:
+                    yield ids(response)
+
+
+@given(st.integers(0, 2**32))
+@thorough
+def test_no_id_is_answered_twice_and_ids_ascend_whatever_the_clock_does(seed: int) -> None:
+    world = World(Hold(window=None))
+    world.us = EPOCH_MS * 1000
+    got = [i for run in traffic(seed, world) for i in run]
+    assert all(a < b for a, b in zip(got, got[1:], strict=False))
+    assert len(got) == world.handler.figures.ids
+
+
+def test_random_traffic_does_get_ids() -> None:
+    world = World(Hold(window=None))
+    world.us = EPOCH_MS * 1000
+    assert sum(len(run) for seed in range(5) for run in traffic(seed, world)) > 50
+
+
+@pytest.mark.parametrize("layout", PRESETS.values(), ids=PRESETS)
+def test_every_layout_fills_its_tick_and_goes_on_in_the_next(layout: Layout) -> None:
+    world = World(Hold(layout, (0, layout.end_tick)))
+    assert world.us is not None
+    first = ids(world.next(MAX_COUNT))
+    assert len(first) == layout.ids_per_tick
+    assert world.next(MAX_COUNT) is None
+    world.tick(layout.tick_ms)
+    second = ids(world.turn()[b"client"])
+    assert [layout.decompose(i).sequence for i in (second[0], second[-1])] == [0, layout.ids_per_tick - 1]
+    assert layout.decompose(second[0]).tick == layout.decompose(first[0]).tick + 1
