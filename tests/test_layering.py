@@ -24,7 +24,7 @@ BELOW = {
     "worker": {"errors", "version", "core", "wire", "holder", "daemon"},
     "delegator": {"errors", "version", "core", "wire", "stores", "holder", "daemon"},
     "client": {"errors", "core", "wire"},
-    "cli": {"errors", "version", "core", "wire", "client", "worker", "delegator", "daemon"},
+    "cli": {"errors", "version", "core", "stores", "wire", "client", "worker", "delegator", "daemon"},
     "__init__": {"errors", "version", "core", "client"},
     "__main__": {"cli"},
 }

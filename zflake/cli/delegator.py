@@ -50,6 +50,7 @@ def command(
     follow_stdin: bool,
     log_format: str,
     log_level: str,
+    http: tuple[str, int] | None,
 ) -> None:
     """Lease machine IDs to workers and embedded generators, and tell clients where the workers are.
 
@@ -64,7 +65,15 @@ def command(
         print("zflake-delegator: the configuration is sound")
         return
     with Alarm(follow_stdin=follow_stdin) as alarm:
-        Delegator(config, alarm).run()
+        daemon = Delegator(config, alarm)
+        if http is None:
+            daemon.run()
+            return
+        from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
+        from zflake.delegator.metrics import measure  # noqa: PLC0415
+
+        with HealthServer(http, daemon.pulse, lambda: measure(daemon)):
+            daemon.run()
 
 
 def main() -> None:

@@ -54,6 +54,16 @@ def read_machines(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def read_http(text: str) -> tuple[str, int]:
+    """Host and port of `tcp://host:port` or `http://host:port`."""
+    endpoint = parse_endpoint(text.replace("http://", "tcp://", 1), to_bind=True)
+    if not endpoint.host:
+        raise ConfigError(
+            f"no address for HTTP in {text!r}: write tcp://host:port, such as tcp://127.0.0.1:9410"
+        )
+    return ("" if endpoint.host == "*" else endpoint.host.strip("[]")), endpoint.port or 0
+
+
 def _bind(text: str) -> Endpoint:
     return parse_endpoint(text, to_bind=True)
 
@@ -63,6 +73,7 @@ BIND: Final = _Value("endpoint", _bind)
 LAYOUT: Final = _Value("layout", parse)
 EPOCH: Final = _Value("epoch", parse_epoch)
 DURATION: Final = _Value("duration", read_duration_ms)
+HTTP: Final = _Value("address", read_http)
 MACHINES: Final = _Value("range", read_machines)
 
 
@@ -89,6 +100,9 @@ def daemon_options(command: _Command) -> _Command:
             ),
             click.option(
                 "--insecure", is_flag=True, help="Allow binding an address that other machines reach."
+            ),
+            click.option(
+                "--http", type=HTTP, metavar="ENDPOINT", help="Where to serve /livez, /readyz and /metrics."
             ),
             click.option(
                 "--follow-stdin",

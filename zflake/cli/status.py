@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from zflake.core.layout import Layout
 from zflake.errors import ProtocolError, Timeout
 from zflake.wire.messages import Method, exception_of
 
+WIDE = 200
 WORKER_S = 0.3
 """How long one worker has to say how it is."""
 
@@ -47,7 +49,8 @@ def _ask_all(transport: Transport, endpoint: str, timeout_s: float) -> dict[str,
 
 def show_status(facts: dict[str, Any]) -> None:
     """Print what `ask_status` gave, for people."""
-    console = Console(soft_wrap=True, highlight=False)
+    # Where nobody looks at it, a table has no reason to be narrow.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDE)
     for name, value in _headlines(facts):
         console.print(f"[bold]{name:<10}[/] {value}")
     if facts["service"] == "delegator":
@@ -58,7 +61,7 @@ def show_status(facts: dict[str, Any]) -> None:
 def lease_table(leases: list[dict[str, Any]]) -> Table:
     """A table of leases and what their holders do."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("machine", "name", "address", "pid", "window ends in", "IDs", "errors", "state"):
+    for heading in ("machine", "name", "address", "process", "window ends in", "IDs", "errors", "state"):
         table.add_column(
             heading, justify="right" if heading in ("machine", "pid", "IDs", "errors") else "left"
         )

@@ -193,6 +193,15 @@ def status(*, to: str, as_json: bool, timeout: int) -> None:
         show_status(facts)
 
 
+@command.command()
+def bench() -> None:
+    """Measure zflake on this machine, as ratios to the least that the same work costs."""
+    from zflake.cli.bench import headline, run_bench  # noqa: PLC0415  (it loads what only it needs)
+
+    print(headline())
+    run_bench(lambda line: print(line, flush=True))
+
+
 # --- IDs as text ---
 
 

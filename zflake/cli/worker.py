@@ -45,6 +45,7 @@ def command(
     follow_stdin: bool,
     log_format: str,
     log_level: str,
+    http: tuple[str, int] | None,
 ) -> None:
     """Hold a machine ID and serve IDs.
 
@@ -74,7 +75,15 @@ def command(
         print("zflake-worker: the configuration is sound")
         return
     with Alarm(follow_stdin=follow_stdin) as alarm:
-        Worker(config, alarm).run()
+        daemon = Worker(config, alarm)
+        if http is None:
+            daemon.run()
+            return
+        from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
+        from zflake.worker.metrics import measure  # noqa: PLC0415
+
+        with HealthServer(http, daemon.pulse, lambda: measure(daemon)):
+            daemon.run()
 
 
 def main() -> None:

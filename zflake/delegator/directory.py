@@ -13,6 +13,11 @@ class Directory:
     def __init__(self, held: Iterable[Record]) -> None:
         self._held = {record.machine: record for record in held}
 
+    @property
+    def count(self) -> int:
+        """How many machine IDs are held, or were until lately."""
+        return len(self._held)
+
     def learn(self, record: Record) -> None:
         """Take in a record as it is stored now."""
         known = self._held.get(record.machine)

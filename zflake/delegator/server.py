@@ -13,7 +13,7 @@ import zmq
 
 from zflake.core.lease import Record, Refusal
 from zflake.core.timeline import tick_of
-from zflake.daemon import Alarm, tell_supervisor
+from zflake.daemon import Alarm, Pulse
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import Directory
 from zflake.delegator.setup import Wishes, settle_meta
@@ -75,6 +75,7 @@ class Delegator:
 
     def __init__(self, config: DelegatorConfig, alarm: Alarm) -> None:
         self._alarm = alarm
+        self.pulse = Pulse()
         self._timeline = Timeline()
         self._started_us = local_us()
         self._woke_us = local_us()
@@ -82,27 +83,27 @@ class Delegator:
         self._store = open_store(config.store)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._meta = settle_meta(self._store, config.wishes, self._timeline.now_us())
+            self.meta = settle_meta(self._store, config.wishes, self._timeline.now_us())
             self._router = bound_router(self._context, config.bind)
         except BaseException:
             self._context.destroy(linger=0)
             self._store.close()
             raise
         self.address = address_of(self._router)
-        self._directory = Directory(self._store.held(self._now()))
-        self._desk = LeaseDesk(self._store, self._meta, now=self._now, local_us=local_us, ring=alarm.ring)
+        self.directory = Directory(self._store.held(self._now()))
+        self.desk = LeaseDesk(self._store, self.meta, now=self._now, local_us=local_us, ring=alarm.ring)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         alarm.register(self._poller)
-        self._requests: Counter[str] = Counter()
-        self._errors: Counter[str] = Counter()
-        self._dropped = 0
+        self.requests: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.dropped = 0
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
         try:
-            self._desk.start()
-            meta = self._meta
+            self.desk.start()
+            meta = self.meta
             _log.info(
                 "delegator serves at %s: layout %s, store %s, ttl %d ms, machines %d to %d",
                 self.address,
@@ -113,10 +114,10 @@ class Delegator:
                 meta.last_machine,
                 extra={"address": self.address},
             )
-            tell_supervisor("READY=1")
             while not self._alarm.stopping:
+                self.pulse.beat(ready=True)
                 self._tick()
-            tell_supervisor("STOPPING=1")
+            self.pulse.stop()
             self._drain()
         finally:
             self._router.close()
@@ -135,7 +136,7 @@ class Delegator:
 
     def _drain(self) -> None:
         self._receive(local_us())
-        if self._desk.stop(DRAIN_S):
+        if self.desk.stop(DRAIN_S):
             self._answer_settled()
             self._store.close()
         else:
@@ -151,7 +152,7 @@ class Delegator:
                 return
             message = split(frames)
             if message is None:
-                self._dropped += 1
+                self.dropped += 1
                 continue
             prefix, body = message
             answer = self._handle(prefix, body, arrived_us)
@@ -162,15 +163,15 @@ class Delegator:
         try:
             msgid, method, params = decode_request(body)
             if (check := LEASE_REQUESTS.get(method)) is not None:
-                self._requests[method] += 1
-                if self._desk.backlog >= MAX_BACKLOG:
+                self.requests[method] += 1
+                if self.desk.backlog >= MAX_BACKLOG:
                     return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
-                self._desk.submit(Ticket(check(params), arrived_us, prefix, msgid))
+                self.desk.submit(Ticket(check(params), arrived_us, prefix, msgid))
                 return None
             return self._other(msgid, method, params)
         except BadRequest as error:
             if not error.answerable:
-                self._dropped += 1
+                self.dropped += 1
                 return None
             return self._refuse(error.msgid, Code.BAD_REQUEST, str(error))
         except ProtocolError as error:
@@ -189,13 +190,13 @@ class Delegator:
                 msgid, Code.UNKNOWN_METHOD, f"a delegator has no method {method[:60]!r}{hint}"
             )
         check_no_params(params)
-        self._requests[method] += 1
+        self.requests[method] += 1
         return encode_result(msgid, answers[Method(method)]())
 
     def _answer_settled(self) -> None:
-        for ticket, settled in self._desk.collect():
+        for ticket, settled in self.desk.collect():
             if settled.record is not None:
-                self._directory.learn(settled.record)
+                self.directory.learn(settled.record)
             self._send(ticket.prefix, self._lease_answer(ticket.msgid, settled))
 
     def _lease_answer(self, msgid: int, settled: Settled) -> bytes:
@@ -207,17 +208,17 @@ class Delegator:
     def _refuse(
         self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None
     ) -> bytes:
-        self._errors[code] += 1
+        self.errors[code] += 1
         return encode_error(msgid, code, message, retry_after_ms)
 
     def _send(self, prefix: list[bytes], answer: bytes) -> None:
         if not send(self._router, prefix, answer):
-            self._dropped += 1
+            self.dropped += 1
 
     # --- what it says of itself ---
 
     def _now(self) -> int:
-        return tick_of(self._meta.layout, self._timeline.now_us())
+        return tick_of(self.meta.layout, self._timeline.now_us())
 
     def _ping(self) -> dict[str, Any]:
         return {"now_us": self._timeline.now_us()}
@@ -227,8 +228,8 @@ class Delegator:
             "service": "delegator",
             "protocol": PROTOCOL_VERSION,
             "version": __version__,
-            "layout": self._meta.layout.to_map(),
-            "store_id": self._meta.store_id,
+            "layout": self.meta.layout.to_map(),
+            "store_id": self.meta.store_id,
             "address": self.address,
             "pid": os.getpid(),
             "uptime_ms": (local_us() - self._started_us) // 1000,
@@ -237,23 +238,23 @@ class Delegator:
 
     def _workers(self) -> dict[str, Any]:
         now = self._now()
-        workers = [self._holder(record, now) for record in self._directory.held(now) if record.holder.address]
+        workers = [self._holder(record, now) for record in self.directory.held(now) if record.holder.address]
         return {"workers": workers, "now_us": self._timeline.now_us()}
 
     def _status(self) -> dict[str, Any]:
-        now, meta = self._now(), self._meta
-        leases = [self._holder(record, now) for record in self._directory.held(now)]
+        now, meta = self._now(), self.meta
+        leases = [self._holder(record, now) for record in self.directory.held(now)]
         return self._hello() | {
             "store": self._store.url,
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
             "machines": [meta.first_machine, meta.last_machine],
             "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
             "leases": leases,
-            "backlog": self._desk.backlog,
-            "stale": self._desk.stale,
-            "dropped": self._dropped,
-            "requests": dict(self._requests),
-            "errors": dict(self._errors),
+            "backlog": self.desk.backlog,
+            "stale": self.desk.stale,
+            "dropped": self.dropped,
+            "requests": dict(self.requests),
+            "errors": dict(self.errors),
         }
 
     def _holder(self, record: Record, now: int) -> dict[str, Any]:
@@ -264,5 +265,5 @@ class Delegator:
             "host": record.holder.host,
             "pid": record.holder.pid,
             "gen": record.gen,
-            "ends_in_ms": (record.fence - now) * self._meta.layout.tick_ms,
+            "ends_in_ms": (record.fence - now) * self.meta.layout.tick_ms,
         }

@@ -79,6 +79,11 @@ class LeaseKeeper:
         return self.tenant.mint
 
     @property
+    def is_open(self) -> bool:
+        """Whether a window held the timeline's now when `service` last looked."""
+        return self.tenant.state is State.HELD
+
+    @property
     def wake_us(self) -> int:
         """When `service` wants to be called though nothing came in (local clock)."""
         if self._pending is not None:

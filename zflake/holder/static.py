@@ -48,6 +48,11 @@ class StaticHold:
         self.mint.grant(start, layout.end_tick)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the clock has reached the first tick."""
+        return self.mint.covers(self.clock.tick(self.mint.layout))
+
+    @property
     def retry_after_ms(self) -> int:
         """How long a caller should wait where there is nothing to mint: a tick."""
         return self.mint.layout.tick_ms

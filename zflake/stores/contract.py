@@ -57,7 +57,10 @@ class Store(ABC):
 
     @abstractmethod
     def held(self, now: int) -> Sequence[Record]:
-        """The records that have a token and whose fence lies above tick `now`: who holds a lease."""
+        """The records that have a token and whose fence lies above tick `now`: who holds a lease.
+
+        In order of their machine IDs.
+        """
 
     @abstractmethod
     def swap(self, swaps: Sequence[Swap]) -> list[bool]:

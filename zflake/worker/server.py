@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import zmq
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Holder
-from zflake.daemon import Alarm, tell_supervisor
+from zflake.daemon import Alarm, Pulse
 from zflake.errors import ConfigError
 from zflake.holder.clock import local_us
 from zflake.holder.keeper import LeaseKeeper
@@ -23,7 +23,7 @@ from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.frames import split
 from zflake.wire.sockets import address_of, bound_router, receive, send
-from zflake.worker.handler import Handler
+from zflake.worker.handler import Figures, Handler
 
 BATCH: Final = 256
 """How many requests are answered before the lease gets its turn."""
@@ -63,9 +63,10 @@ class Worker:
     def __init__(self, config: WorkerConfig, alarm: Alarm) -> None:
         self._config = config
         self._alarm = alarm
+        self.pulse = Pulse()
         self._name = config.name or f"{socket.gethostname()}-{os.getpid()}"
         self._started_us = local_us()
-        self._woke_us = local_us()
+        self._woke_us = self._arrived_us = local_us()
         check_bind(config.bind, insecure=config.insecure)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -85,18 +86,36 @@ class Worker:
         """Serve until told to stop, then drain: answer what is queued, give the lease back, close."""
         try:
             _log.info("worker %s serves at %s", self._name, self.address, extra={"address": self.address})
-            ready = False
             while not self._alarm.stopping:
                 self._tick()
-                if not ready and self._hold.mint is not None:
-                    ready = True
-                    tell_supervisor("READY=1")
-            tell_supervisor("STOPPING=1")
+                self.pulse.beat(ready=self._hold.is_open)
+            self.pulse.stop()
             self._drain()
         finally:
             self._hold.close()
             self._router.close()
             self._context.term()
+
+    @property
+    def figures(self) -> Figures:
+        """What this worker has done."""
+        return self._handler.figures
+
+    @property
+    def errors(self) -> Mapping[str, int]:
+        """How many requests were answered with which error."""
+        return self._handler.errors
+
+    @property
+    def parked(self) -> int:
+        """How many requests wait for the next tick."""
+        return self._handler.parked
+
+    @property
+    def machine(self) -> int | None:
+        """The machine ID that is held."""
+        mint = self._hold.mint
+        return None if mint is None else mint.machine
 
     def _take_hold(self) -> LeaseKeeper | StaticHold:
         config = self._config

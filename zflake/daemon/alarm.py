@@ -1,4 +1,4 @@
-"""The conduct of a daemon: when to stop, how to wake its loop, whom to tell.
+"""What interrupts a poll loop.
 
 Both daemons are one poll loop.  Whatever must interrupt it (a signal, another thread, a supervisor that
 died) writes a byte to a socket pair that the loop polls: a handler that only set a flag would not wake it.
@@ -75,16 +75,3 @@ class Alarm:
         if self.stopping:
             os._exit(128 + number)
         self.stopping = True
-
-
-def tell_supervisor(state: str) -> None:
-    """Tell systemd (`Type=notify`) how this daemon is: `READY=1`, `STOPPING=1`; see sd_notify(3).
-
-    Does nothing where no supervisor asked for it.
-    """
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.sendto(state.encode(), address)

@@ -1,0 +1,93 @@
+"""`/livez`, `/readyz` and `/metrics` over HTTP, in a thread of their own.
+
+A probe reads what the loop has left behind and never waits for it: a loop that hangs shows as one that
+does not live, not as a probe that hangs too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from zflake.daemon.pulse import Pulse
+from zflake.errors import ConfigError
+
+
+class _Facts(Collector):
+    def __init__(self, measure: Callable[[], Iterable[Metric]]) -> None:
+        self._measure = measure
+
+    def collect(self) -> Iterable[Metric]:
+        return self._measure()
+
+
+class HealthServer:
+    """Serves probes and metrics at `(host, port)`; a context manager.
+
+    `measure` gives the metrics; it is called in this server's threads.
+
+    Raises `ConfigError` where the address can't be bound.
+    """
+
+    def __init__(
+        self, address: tuple[str, int], pulse: Pulse, measure: Callable[[], Iterable[Metric]]
+    ) -> None:
+        registry = CollectorRegistry()
+        registry.register(_Facts(measure))
+        ProcessCollector(registry=registry)
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 5
+
+            def do_GET(self) -> None:
+                if self.path == "/livez":
+                    self._say(pulse.is_alive)
+                elif self.path == "/readyz":
+                    self._say(pulse.is_alive and pulse.is_ready)
+                elif self.path == "/metrics":
+                    self._send(HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry))
+                else:
+                    self._send(HTTPStatus.NOT_FOUND, "text/plain", b"/livez, /readyz, /metrics\n")
+
+            def _say(self, good: bool) -> None:  # noqa: FBT001
+                status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
+                self._send(status, "text/plain", b"ok\n" if good else b"not ok\n")
+
+            def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing: probes come every few seconds."""
+
+        try:
+            self._server = ThreadingHTTPServer(address, Handler)
+        except OSError as error:
+            raise ConfigError(f"can't serve HTTP at {address[0]}:{address[1]}: {error.strerror}") from error
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        """The bound port."""
+        self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()

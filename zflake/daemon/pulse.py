@@ -1,0 +1,55 @@
+"""The loop's heartbeat: systemd's watchdog is fed from it, and probes look at its age."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from typing import Final
+
+ALIVE_S: Final = 5.0
+"""A loop that has not beaten for this long hangs."""
+
+
+class Pulse:
+    """How a daemon is: `beat` in every turn of its loop, `ready` once it serves.
+
+    Speaks to systemd (`Type=notify`, `WatchdogSec=`; see sd_notify(3)) where that started the daemon.
+    """
+
+    def __init__(self) -> None:
+        self.is_ready = False
+        self._beaten_at = time.monotonic()
+        self._told_at = self._beaten_at
+        watchdog_us = os.environ.get("WATCHDOG_USEC", "")
+        self._watchdog_s = int(watchdog_us) / 2e6 if watchdog_us.isdecimal() else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the loop goes round."""
+        return time.monotonic() - self._beaten_at < ALIVE_S
+
+    def beat(self, *, ready: bool) -> None:
+        """Note that the loop goes round, and whether the daemon can serve now."""
+        now = self._beaten_at = time.monotonic()
+        if ready and not self.is_ready:
+            _notify("READY=1")
+        self.is_ready = ready
+        if self._watchdog_s is not None and now - self._told_at >= self._watchdog_s:
+            self._told_at = now
+            _notify("WATCHDOG=1")
+
+    def stop(self) -> None:
+        """Note that the daemon drains."""
+        self.is_ready = False
+        _notify("STOPPING=1")
+
+
+def _notify(state: str) -> None:
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.sendto(state.encode(), address)

@@ -1,0 +1,43 @@
+"""What a delegator measures of itself, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from zflake.delegator.server import Delegator
+
+
+def measure(delegator: Delegator) -> Iterator[Metric]:
+    """The delegator's figures now; safe to call from any thread."""
+    requests = CounterMetricFamily("zflake_delegator_requests", "Requests taken in.", labels=["method"])
+    for method, count in dict(delegator.requests).items():
+        requests.add_metric([method], count)
+    yield requests
+    errors = CounterMetricFamily(
+        "zflake_delegator_errors", "Requests answered with an error.", labels=["code"]
+    )
+    for code, count in dict(delegator.errors).items():
+        errors.add_metric([code], count)
+    yield errors
+    yield CounterMetricFamily(
+        "zflake_delegator_dropped",
+        "Messages that could not be answered, and answers nobody took.",
+        delegator.dropped,
+    )
+    yield CounterMetricFamily(
+        "zflake_delegator_stale", "Lease requests dropped for their age.", delegator.desk.stale
+    )
+    yield GaugeMetricFamily(
+        "zflake_delegator_backlog", "Lease requests that wait for the store.", delegator.desk.backlog
+    )
+    yield GaugeMetricFamily(
+        "zflake_delegator_leases", "Machine IDs that are held.", delegator.directory.count
+    )
+    meta = delegator.meta
+    yield GaugeMetricFamily(
+        "zflake_delegator_machines",
+        "Machine IDs that are leased out.",
+        meta.last_machine - meta.first_machine + 1,
+    )

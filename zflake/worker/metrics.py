@@ -1,0 +1,33 @@
+"""What a worker measures of itself, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from zflake.worker.server import Worker
+
+
+def measure(worker: Worker) -> Iterator[Metric]:
+    """The worker's figures now; safe to call from any thread."""
+    figures = worker.figures
+    yield CounterMetricFamily("zflake_worker_ids", "IDs minted.", figures.ids)
+    yield CounterMetricFamily("zflake_worker_requests", "Requests taken in.", figures.requests)
+    errors = CounterMetricFamily("zflake_worker_errors", "Requests answered with an error.", labels=["code"])
+    for code, count in dict(worker.errors).items():
+        errors.add_metric([code], count)
+    yield errors
+    yield CounterMetricFamily(
+        "zflake_worker_dropped",
+        "Messages that could not be answered, and answers nobody took.",
+        figures.dropped,
+    )
+    yield GaugeMetricFamily("zflake_worker_parked", "Requests that wait for the next tick.", worker.parked)
+    yield GaugeMetricFamily(
+        "zflake_worker_serving", "1 while a window is open, 0 otherwise.", int(worker.pulse.is_ready)
+    )
+    machine = GaugeMetricFamily("zflake_worker_machine", "The machine ID that is held.")
+    if worker.machine is not None:
+        machine.add_metric([], worker.machine)
+    yield machine
