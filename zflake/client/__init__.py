@@ -1,6 +1,6 @@
 """The client library: what applications call.
 
 conversation.py   whom to ask, for what, and what to do about the answer; knows no socket
-transport.py      sockets: one DEALER to each endpoint and thread, a pool, forks
+transport.py      sockets: a pool of REQs to each endpoint, threads, forks
 sync.py           `Client`
 """

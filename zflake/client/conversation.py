@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
@@ -46,8 +46,7 @@ EJECT_MAX_S: Final = 10.0
 PAUSE_S: Final = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """Send this request to that endpoint, and wait `timeout_s` for the answer."""
 
     endpoint: str
@@ -56,8 +55,7 @@ class Ask:
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(NamedTuple):
     """Let time pass."""
 
     seconds: float

@@ -1,4 +1,4 @@
-"""The client's sockets: a DEALER to one endpoint each, used by one thread at a time.
+"""The client's sockets: a REQ to one endpoint each, used by one thread at a time.
 
 A call checks a socket out of the pool and gives it back once its answer has come.  A socket whose answer
 did not come is closed, and a late answer with it.  No socket crosses a fork: the child starts with none.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from typing import Final
 
@@ -18,7 +17,7 @@ from zflake.client.conversation import CONNECT_S, Ask
 from zflake.errors import Closed, ProtocolError
 from zflake.wire.codec import Response, decode_response, encode_request
 from zflake.wire.endpoint import parse_endpoint
-from zflake.wire.sockets import connected_dealer
+from zflake.wire.sockets import connected
 
 MAX_IDLE: Final = 64
 """How many sockets to one endpoint are kept for the next calls."""
@@ -26,45 +25,40 @@ MAX_SOCKETS: Final = 16_384
 
 
 class Line:
-    """A connected DEALER, with one request under way at a time."""
+    """A connected REQ, with one request under way at a time.
 
-    __slots__ = ("_msgid", "_rcvtimeo_ms", "socket")
+    Once an answer has failed to come it is of no more use.
+    """
+
+    __slots__ = ("_msgid", "_rcvtimeo_ms", "_recv", "_send", "socket")
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
+        self._send = socket.send
+        self._recv = socket.recv
         self._msgid = 0
         self._rcvtimeo_ms = -1
+        socket.setsockopt(zmq.SNDTIMEO, int(CONNECT_S * 1000))
 
     def ask(self, ask: Ask) -> Response | None:
         """The answer to one request, or None where none comes in time."""
-        deadline = time.monotonic() + ask.timeout_s
+        _, method, params, timeout_s = ask
         self._msgid = msgid = (self._msgid + 1) & 0xFFFF_FFFF
-        message = [b"", encode_request(msgid, ask.method, ask.params)]
-        socket = self.socket
+        timeout_ms = int(timeout_s * 1000) or 1
+        if timeout_ms != self._rcvtimeo_ms:
+            # Setting an option costs a call into libzmq: the usual time-out is set once.
+            self.socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+            self._rcvtimeo_ms = timeout_ms
         try:
-            left_s = ask.timeout_s
-            try:
-                socket.send_multipart(message, zmq.NOBLOCK)
-            except zmq.Again:  # not connected yet
-                socket.poll(int(min(left_s, CONNECT_S) * 1000), zmq.POLLOUT)
-                socket.send_multipart(message, zmq.NOBLOCK)
-                left_s = deadline - time.monotonic()
-            while left_s > 0:
-                self._wait_at_most(left_s)
-                response = decode_response(socket.recv_multipart()[-1])
-                if response.msgid == msgid or response.msgid is None:
-                    return response
-                left_s = deadline - time.monotonic()
+            if timeout_s < CONNECT_S and not self.socket.poll(timeout_ms, zmq.POLLOUT):
+                return None
+            self._send(encode_request(msgid, method, params))
+            response = decode_response(self._recv())
         except zmq.Again:
-            pass
-        return None
-
-    def _wait_at_most(self, seconds: float) -> None:
-        # Setting an option costs a call into libzmq: the usual time-out is set once.
-        milliseconds = int(seconds * 1000) or 1
-        if milliseconds != self._rcvtimeo_ms:
-            self.socket.setsockopt(zmq.RCVTIMEO, milliseconds)
-            self._rcvtimeo_ms = milliseconds
+            return None
+        if response.msgid not in (msgid, None):
+            raise ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
+        return response
 
 
 class Transport:
@@ -113,7 +107,7 @@ class Transport:
             if lines:
                 return lines.pop()
         try:
-            return Line(connected_dealer(self._context, parse_endpoint(endpoint)))
+            return Line(connected(self._context, zmq.REQ, parse_endpoint(endpoint)))
         except BaseException:
             with self._lock:
                 self._out -= 1

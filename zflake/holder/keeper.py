@@ -28,7 +28,7 @@ from zflake.holder.clock import Clock, local_us
 from zflake.wire.codec import Response, decode_response, encode_request
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.messages import Method, lease_answer, lease_call, now_of
-from zflake.wire.sockets import connected_dealer
+from zflake.wire.sockets import connected
 
 PING_US: Final = 250_000
 ANSWER_US: Final = RETRY_US
@@ -136,7 +136,7 @@ class LeaseKeeper:
             self.socket.close(linger=0)
         self._turn = (self._turn + 1) % len(self._endpoints)
         # One message is under way at a time: let it wait for the peer.
-        self.socket: zmq.Socket[bytes] = connected_dealer(self._context, self._endpoint, queue=True)
+        self.socket: zmq.Socket[bytes] = connected(self._context, zmq.DEALER, self._endpoint, queue=True)
         self._pending = None
         self._greeted = False
 

@@ -28,38 +28,38 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
     return router
 
 
-def connected_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, *, queue: bool = False
+def connected(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: Endpoint, *, queue: bool = False
 ) -> zmq.Socket[bytes]:
-    """A DEALER to one peer.
+    """A REQ or DEALER (`kind`) to one peer.
 
-    What is sent while the peer is not there fails with EAGAIN, or with `queue` waits for it.
+    What is sent while the peer is not there waits in vain, or with `queue` until it is.
 
-    One peer a socket, always: over several a DEALER deals its messages out in turn, to the dead as well.
+    One peer a socket, always: over several, messages are dealt out in turn, to the dead as well.
     No ZMTP heartbeats: on the connecting side they can abort the process (libzmq issue 3937).
     """
-    dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.LINGER, 0)
-    dealer.setsockopt(zmq.IMMEDIATE, int(not queue))
-    dealer.setsockopt(zmq.MAXMSGSIZE, MAX_RESPONSE_BYTES)
-    dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    dealer.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
-    dealer.connect(endpoint.text)
-    return dealer
+    asking = context.socket(kind)
+    asking.setsockopt(zmq.LINGER, 0)
+    asking.setsockopt(zmq.IMMEDIATE, int(not queue))
+    asking.setsockopt(zmq.MAXMSGSIZE, MAX_RESPONSE_BYTES)
+    asking.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    asking.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    asking.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
+    asking.connect(endpoint.text)
+    return asking
 
 
-def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
+def receive(socket: zmq.Socket[bytes], flags: int = zmq.NOBLOCK) -> list[bytes] | None:
     """The frames of the next message that has come in; None where there is none.
 
-    Of a message with more frames than the protocol knows only the first ones are kept.
+    With `flags` 0 it is waited for, as long as the socket's RCVTIMEO says.  Of a message with more frames than the protocol knows only the first ones are kept.
     """
     try:
-        frames = [socket.recv(zmq.NOBLOCK)]
+        frames = [socket.recv(flags)]
     except zmq.Again:
         return None
     while socket.getsockopt(zmq.RCVMORE):
-        frame = socket.recv(zmq.NOBLOCK)
+        frame = socket.recv()
         if len(frames) < MAX_FRAMES:
             frames.append(frame)
     return frames
