@@ -95,6 +95,11 @@ class Roster:
         """Begin with a fresh lock: in the child of a fork the old one may be held by nobody."""
         self._lock = threading.Lock()  # guards everything from _services to _refreshed_at
 
+    def favourite(self) -> str | None:
+        """The worker that answered last; None where that is not so, or the directory has aged."""
+        # No lock: two reads, of which either may be outdated as soon as they are done.
+        return self._favourite if self._now() - self._refreshed_at < REFRESH_S else None
+
     def pick(self) -> str | None:
         """The worker to ask next; None where the directory should be read first."""
         with self._lock:
@@ -210,8 +215,24 @@ class Budget:
         return left if left < 1.5 * self._attempt_s else self._attempt_s
 
 
-def take(roster: Roster, count: int, budget: Budget) -> Conversation:
+def overture(roster: Roster, count: int, timeout_s: float) -> Ask | None:
+    """The first request of a call for `count` IDs, where the last one went well; None otherwise.
+
+    Nearly all calls end with its answer.  `take` goes on where they don't.
+    """
+    worker = roster.favourite()
+    if worker is None:
+        return None
+    timeout_s = min(ATTEMPT_S, timeout_s / ATTEMPTS)
+    return Ask(worker, "ids.next", (min(count, MAX_COUNT), int(timeout_s * 1000) or 1), timeout_s)
+
+
+def take(
+    roster: Roster, count: int, budget: Budget, begun: tuple[Ask, Response | None] | None = None
+) -> Conversation:
     """Ask for exactly `count` IDs; returns their runs, in the order in which they were minted.
+
+    `begun` is the overture and what came of it, where there was one.
 
     Raises the error that stood in the way last once the budget is spent: `Timeout` where nobody answered,
     `LeaseExpired`, `Overloaded` or `Unavailable` where somebody did.  Raises `ProtocolError`, `LayoutError`
@@ -221,35 +242,37 @@ def take(roster: Roster, count: int, budget: Budget) -> Conversation:
     missing = count
     reason: ZflakeError | None = None
     while missing:
-        left_s = budget.left_s()
-        if left_s <= 0:
+        if begun is not None:
+            (ask, response), begun = begun, None
+        elif budget.left_s() <= 0:
             raise _spent(roster, count, missing, budget, reason)
-        endpoint = roster.pick()
-        if endpoint is None:
-            reason = (yield from _refresh(roster, budget)) or reason
-            endpoint = roster.pick() or roster.probe()
+        else:
+            endpoint = roster.pick()
+            if endpoint is None:
+                reason = (yield from _refresh(roster, budget)) or reason
+                endpoint = roster.pick() or roster.probe()
             if endpoint is None:
                 reason = reason or Unavailable("no worker holds a lease: start one")
                 yield Pause(min(PAUSE_S, budget.left_s()))
                 continue
-        timeout_s = budget.attempt_s()
-        asked = min(missing, MAX_COUNT)
-        params = (asked, int(timeout_s * 1000) or 1)
-        response = yield Ask(endpoint, "ids.next", params, timeout_s)
+            timeout_s = budget.attempt_s()
+            params = (min(missing, MAX_COUNT), int(timeout_s * 1000) or 1)
+            ask = Ask(endpoint, "ids.next", params, timeout_s)
+            response = yield ask
         if response is None:
-            roster.failed(endpoint)
+            roster.failed(ask.endpoint)
             continue
         if response.error is None:
-            run = check_run(response.result, asked)
+            run = check_run(response.result, ask.params[0])
             runs.append(run)
             missing -= run[2]
-            roster.succeeded(endpoint)
+            roster.succeeded(ask.endpoint)
             continue
         reason = exception_of(response.error)
         if not isinstance(reason, LeaseExpired | Overloaded | Unavailable | Timeout):
             raise reason
         wait_s = reason.retry_after or PAUSE_S
-        roster.failed(endpoint, for_s=wait_s)
+        roster.failed(ask.endpoint, for_s=wait_s)
         if roster.pick() is None:
             yield Pause(min(wait_s, PAUSE_S, budget.left_s()))
     return runs

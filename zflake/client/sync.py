@@ -11,11 +11,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from zflake.client import conversation
-from zflake.client.conversation import Ask, Budget, Conversation, Roster
+from zflake.client.conversation import Ask, Budget, Conversation, Roster, overture
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
+from zflake.core.mint import Run
 from zflake.errors import ConfigError
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
+from zflake.wire.messages import check_run
 
 ROUTES = ("auto", "direct")
 
@@ -59,9 +61,7 @@ class Client:
         Raises `Timeout`, `Unavailable`, `LeaseExpired` or `Overloaded` once the timeout is spent,
         `ProtocolError` where an endpoint is not zflake's, `Closed` after `close`.
         """
-        ((first, _step, _count),) = self._drive(conversation.take(self._roster, 1, self._budget()))
-        id_: int = first
-        return id_
+        return self._take(1)[0][0]
 
     def next_ids(self, count: int) -> list[int]:
         """Exactly `count` IDs (1 or more), ascending as long as one worker gave them all.
@@ -71,9 +71,8 @@ class Client:
         """
         if type(count) is not int or count < 1:
             raise ConfigError(f"count is a whole number of at least 1, not {count!r}")
-        runs = self._drive(conversation.take(self._roster, count, self._budget()))
         ids: list[int] = []
-        for first, step, length in runs:
+        for first, step, length in self._take(count):
             ids.extend(range(first, first + step * length, step))
         return ids
 
@@ -96,6 +95,19 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _take(self, count: int) -> list[Run]:
+        begun = None
+        budget = self._budget()
+        if (ask := overture(self._roster, count, self._timeout)) is not None:
+            response = self._transport.ask(ask)
+            if response is not None and response.error is None:
+                run = check_run(response.result, ask.params[0])
+                if run[2] == count:
+                    return [run]
+            begun = (ask, response)
+        runs: list[Run] = self._drive(conversation.take(self._roster, count, budget, begun))
+        return runs
 
     def _budget(self) -> Budget:
         return Budget(self._timeout, time.monotonic)

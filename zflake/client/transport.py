@@ -15,7 +15,7 @@ import zmq
 
 from zflake.client.conversation import CONNECT_S, Ask
 from zflake.errors import Closed, ProtocolError
-from zflake.wire.codec import Response, decode_response, encode_request
+from zflake.wire.codec import REQUEST, Response, decode_response, packer
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.sockets import connected
 
@@ -30,12 +30,13 @@ class Line:
     Once an answer has failed to come it is of no more use.
     """
 
-    __slots__ = ("_msgid", "_rcvtimeo_ms", "_recv", "_send", "socket")
+    __slots__ = ("_msgid", "_pack", "_rcvtimeo_ms", "_recv", "_send", "socket")
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
         self._send = socket.send
         self._recv = socket.recv
+        self._pack = packer()
         self._msgid = 0
         self._rcvtimeo_ms = -1
         socket.setsockopt(zmq.SNDTIMEO, int(CONNECT_S * 1000))
@@ -52,7 +53,7 @@ class Line:
         try:
             if timeout_s < CONNECT_S and not self.socket.poll(timeout_ms, zmq.POLLOUT):
                 return None
-            self._send(encode_request(msgid, method, params))
+            self._send(self._pack((REQUEST, msgid, method, params)))
             response = decode_response(self._recv())
         except zmq.Again:
             return None
@@ -116,10 +117,11 @@ class Transport:
     def _give_back(self, endpoint: str, line: Line, *, usable: bool) -> None:
         with self._lock:
             self._out -= 1
-            lines = self._idle.setdefault(endpoint, [])
-            if usable and not self._closed and len(lines) < MAX_IDLE:
-                lines.append(line)
-                return
+            if usable and not self._closed:
+                lines = self._idle.setdefault(endpoint, [])
+                if len(lines) < MAX_IDLE:
+                    lines.append(line)
+                    return
             last = self._closed and self._out == 0
         line.socket.close(linger=0)
         if last:

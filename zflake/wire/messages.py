@@ -116,8 +116,9 @@ def check_next(params: list[Any]) -> tuple[int, int]:
 
 def check_run(result: Any, asked: int) -> Run:
     """The run in the result of an `ids.next` for `asked` IDs; raises `ProtocolError` where it is none."""
-    match result:
-        case [first, step, count] if (
+    try:
+        first, step, count = result
+        if (
             type(first) is type(step) is type(count) is int
             and 1 <= count <= asked
             and step >= 1
@@ -125,6 +126,8 @@ def check_run(result: Any, asked: int) -> Run:
             and first + step * (count - 1) < 1 << 64
         ):
             return first, step, count
+    except (TypeError, ValueError):
+        pass
     raise ProtocolError(f"the answer to ids.next is [first, step, count], not {show(result)}")
 
 
