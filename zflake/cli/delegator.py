@@ -35,6 +35,12 @@ from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
     allow_from_autoenv=False,
     help="This cluster is new: no lost store of it can have granted leases that still run.",
 )
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    allow_from_autoenv=False,
+    help="The wall clock is right, though far from the last time that the store knows of.",
+)
 @daemon_options
 def command(
     *,
@@ -45,6 +51,7 @@ def command(
     ttl: int | None,
     machines: tuple[int, int] | None,
     new: bool,
+    accept_clock: bool,
     check: bool,
     insecure: bool,
     follow_stdin: bool,
@@ -58,7 +65,9 @@ def command(
     """
     set_up_logs(log_format, log_level)
     wishes = Wishes(layout=layout, epoch_ms=epoch, ttl_ms=ttl, machines=machines, new=new)
-    config = DelegatorConfig(bind=bind, store=store, wishes=wishes, insecure=insecure)
+    config = DelegatorConfig(
+        bind=bind, store=store, wishes=wishes, accept_clock=accept_clock, insecure=insecure
+    )
     if check:
         check_wishes(wishes)
         check_bind(bind, insecure=insecure)

@@ -16,8 +16,8 @@ from zflake.wire.endpoint import Endpoint, parse_endpoint
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-NOT_IN_FILES: Final = frozenset({"config", "check", "new", "help", "version"})
-"""Options that a TOML file must not set; `new` above all: a restart would say it again."""
+NOT_IN_FILES: Final = frozenset({"config", "check", "new", "accept_clock", "help", "version"})
+"""Options that a TOML file must not set: `new` and `accept_clock` hold once, and a restart would say them again."""
 
 _UNITS_MS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
 

@@ -107,6 +107,7 @@ def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("machines", f"{first} to {last}, {len(facts['leases'])} held; ttl {facts['ttl_ms'] / 1000:g} s"),
         ("requests", f"{_counts(facts['requests'])}; {facts['backlog']} wait for the store"),
         ("errors", _counts(facts["errors"])),
+        ("timeline", f"{facts['lead_ms'] / 1000:+.3f} s against the delegator's wall clock"),
     ]
     if facts["granting_in_ms"]:
         lines.append(

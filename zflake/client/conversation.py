@@ -252,7 +252,6 @@ def take(
                 reason = (yield from _refresh(roster, budget)) or reason
                 endpoint = roster.pick() or roster.probe()
             if endpoint is None:
-                reason = reason or Unavailable("no worker holds a lease: start one")
                 yield Pause(min(PAUSE_S, budget.left_s()))
                 continue
             timeout_s = budget.attempt_s()
@@ -322,6 +321,8 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response 
             workers += _addresses(seed, response.result)
     if answered:
         roster.refresh(workers)
+        if not workers:
+            reason = Unavailable("no worker holds a lease: start one")
     else:
         roster.keep()
     return reason

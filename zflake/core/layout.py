@@ -195,9 +195,9 @@ class Layout:
 
         Raises `LayoutError` where `end` comes before `start`, or one has no time zone.
         """
-        first, last = (self._tick_at_or_after(instant) for instant in (start, end))
-        if last < first:
+        if _unix_us(end) < _unix_us(start):
             raise LayoutError("a range's end lies before its start")
+        first, last = (self._tick_at_or_after(instant) for instant in (start, end))
         return first << self.time_shift, last << self.time_shift
 
     def check_machine(self, machine: int) -> int:

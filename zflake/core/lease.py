@@ -114,6 +114,14 @@ class Swap:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The latest now that a delegator used, in microseconds since the Unix epoch."""
+
+    delegator: str
+    now_us: int
+
+
 # --- answers ---
 
 

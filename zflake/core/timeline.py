@@ -1,6 +1,10 @@
-"""How a holder follows the cluster's one clock, the timeline, without reading a wall clock.
+"""The cluster's one clock, the timeline: how a delegator carries it, and how a holder follows it.
 
-A holder's time is its local clock, which neither steps nor stops, plus an offset.  Every message from a
+A delegator reads its wall clock at a cold start only.  From then on its local clock, which neither steps
+nor stops, moves the timeline: never stepped, never sped up, slowed a little while it is ahead of the wall.
+What it has used is marked in the store, so that the timeline goes on where it was after a restart, too.
+
+A holder never reads a wall clock.  Its time is its local clock plus an offset.  Every message from a
 delegator carries the timeline's now, stamped when it was sent.  (sent - received) is the offset less the
 message's flight, so the largest of the last two seconds' exchanges is the nearest to the truth, and behind
 the timeline by no more than one flight.  The midpoint of request and reply (Cristian's rule) may overshoot,
@@ -9,21 +13,73 @@ and since a mint never goes back, each overshoot would stay.
 The offset steps forward and slews backward.  Nothing that this module says can make a duplicate: windows
 and the mint's last tick see to that.
 
-All times are in microseconds: `sent_us` and the result since the Unix epoch, `local_us` and `received_us`
-on the local clock.
+All times are in microseconds: `local_us` and `received_us` on the local clock, the others since the Unix
+epoch.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from zflake.core.layout import Layout
+from zflake.errors import ConfigError
 
 HORIZON_US: Final = 2_000_000
 """How old an exchange may be, against the newest one, to have a say."""
 SLEW: Final = 10
 """While the offset is too large, time passes 1/SLEW slower."""
+
+
+MAX_SLEEP_US: Final = 366 * 86_400 * 1_000_000
+"""A cold start further than this past the last mark looks like a wall clock that is wrong."""
+MAX_BACK_US: Final = 3_600 * 1_000_000
+"""So does one further than this before it."""
+DRAG: Final = 10_000
+"""While it is ahead of the wall, the timeline passes 1/DRAG (100 ppm) slower."""
+LEAD_US: Final = 10_000_000
+"""How far ahead of the wall the timeline may be before that is worth a warning."""
+
+
+def cold_start_us(wall_us: int, marks_us: Sequence[int]) -> int:
+    """Where the timeline begins when a delegator starts and no other is running.
+
+    Raises `ConfigError` where the wall clock can't be right, judged by the marks.
+    """
+    mark_us = max(marks_us, default=wall_us)
+    off_us = wall_us - mark_us
+    if -MAX_BACK_US <= off_us <= MAX_SLEEP_US:
+        return max(wall_us, mark_us)
+    raise ConfigError(
+        f"the wall clock is {abs(off_us) // 1_000_000:,} s {'past' if off_us > 0 else 'before'} the last time "
+        "that this store knows of; set the clock, or say --accept-clock once if the clock is right"
+    )
+
+
+class Carrier:
+    """The timeline in the hands of a delegator, from `start_us` on."""
+
+    __slots__ = ("_base_local_us", "_base_us", "_dragging", "lead_us")
+
+    def __init__(self, start_us: int, local_us: int) -> None:
+        self._base_us = start_us
+        self._base_local_us = local_us
+        self._dragging = False
+        self.lead_us = 0
+        """How far the timeline was ahead of the wall when that was last looked at; negative: behind."""
+
+    def now_us(self, local_us: int) -> int:
+        """The timeline's now when the local clock shows `local_us`."""
+        passed_us = max(0, local_us - self._base_local_us)
+        return self._base_us + passed_us - (passed_us // DRAG if self._dragging else 0)
+
+    def compare(self, wall_us: int, local_us: int) -> None:
+        """Look at the wall clock, to be slower while ahead of it.  Nothing steps."""
+        now_us = self.now_us(local_us)
+        self._base_us, self._base_local_us = now_us, local_us
+        self.lead_us = now_us - wall_us
+        self._dragging = self.lead_us > 0
 
 
 class Estimator:

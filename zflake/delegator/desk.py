@@ -21,6 +21,7 @@ from zflake.core.lease import (
     Acquire,
     Answer,
     Grant,
+    Mark,
     Meta,
     Record,
     Refusal,
@@ -41,6 +42,7 @@ ROUNDS: Final = 8
 FAILURES: Final = 2
 """After how many failures of the store a batch is given up."""
 RETRY_MS: Final = 500
+MARK_S: Final = 1.0
 STALE_US: Final = 2_000_000
 """A request that sat for longer is dropped: whoever sent it has sent it again."""
 
@@ -68,7 +70,8 @@ class LeaseDesk:
     """Settles lease requests: `settle` at once, or `submit` and later `collect` through the thread.
 
     `now` gives the timeline's tick, `local_us` a clock for the age of requests, `ring` is called in the
-    thread when there is something to collect.
+    thread when there is something to collect.  `mark`, if given, goes with every commit, and is written
+    every `MARK_S` where there is none.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class LeaseDesk:
         now: Callable[[], int],
         local_us: Callable[[], int],
         ring: Callable[[], None],
+        mark: Callable[[], Mark] | None = None,
         pick: Callable[[int], int] = secrets.randbelow,
     ) -> None:
         self._store = store
@@ -86,6 +90,7 @@ class LeaseDesk:
         self._now = now
         self._local_us = local_us
         self._ring = ring
+        self._mark = mark
         self._pick = pick
         self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._done: deque[tuple[Ticket, Settled]] = deque()
@@ -131,7 +136,7 @@ class LeaseDesk:
                 self._decide(requests, pending, swaps, settled)
                 if not swaps:
                     break
-                committed = self._store.swap(list(swaps.values()))
+                committed = self._store.swap(list(swaps.values()), self._mark() if self._mark else None)
             except StoreError as error:
                 # Whatever was tried may have happened.  The next round reads the outcome, if the store
                 # can be read at all.
@@ -190,6 +195,9 @@ class LeaseDesk:
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
+            if not batch:
+                self._write_mark()
+                continue
             fresh = []
             for ticket in batch:
                 if self._local_us() - ticket.arrived_us > STALE_US:
@@ -204,10 +212,24 @@ class LeaseDesk:
             self._done.extend(zip(fresh, settled, strict=True))
             self._ring()
 
+    def _write_mark(self) -> None:
+        if self._mark is None:
+            return
+        try:
+            self._store.swap([], self._mark())
+        except StoreError as error:
+            _log.error("%s", error)
+
     def _next_batch(self) -> list[Ticket] | None:
-        first = self._waiting.get()
-        batch = [] if first is None else [first]
-        while first is not None and len(batch) < BATCH:
+        """What waits, up to `BATCH`; nothing after `MARK_S` without a request; None at the end."""
+        try:
+            first = self._waiting.get(timeout=MARK_S)
+        except queue.Empty:
+            return []
+        if first is None:
+            return None
+        batch = [first]
+        while len(batch) < BATCH:
             try:
                 ticket = self._waiting.get_nowait()
             except queue.Empty:
@@ -216,7 +238,7 @@ class LeaseDesk:
                 self._waiting.put(None)  # this batch first
                 break
             batch.append(ticket)
-        return batch or None
+        return batch
 
 
 def _record_grant(request: Request, settled: Settled) -> None:

@@ -35,6 +35,11 @@ def measure(delegator: Delegator) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "zflake_delegator_leases", "Machine IDs that are held.", delegator.directory.count
     )
+    yield GaugeMetricFamily(
+        "zflake_delegator_lead_seconds",
+        "How far the timeline is ahead of the wall.",
+        delegator.timeline.lead_us / 1e6,
+    )
     meta = delegator.meta
     yield GaugeMetricFamily(
         "zflake_delegator_machines",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ from typing import Any, Final
 
 import zmq
 
-from zflake.core.lease import Record, Refusal
-from zflake.core.timeline import tick_of
+from zflake.core.lease import Mark, Record, Refusal
+from zflake.core.timeline import LEAD_US, tick_of
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import Directory
-from zflake.delegator.setup import Wishes, settle_meta
+from zflake.delegator.setup import Wishes, settle_meta, start_timeline
 from zflake.errors import ProtocolError
 from zflake.holder.clock import local_us
 from zflake.stores import open_store
@@ -36,6 +37,7 @@ from zflake.wire.sockets import address_of, bound_router, receive, send
 
 BATCH: Final = 256
 IDLE_MS: Final = 500
+COMPARE_US: Final = 1_000_000
 MAX_BACKLOG: Final = 10_000
 """How many lease requests may wait for the store; the next ones are `overloaded`."""
 DRAIN_S: Final = 2.0
@@ -51,19 +53,10 @@ class DelegatorConfig:
     store: str
     """The store's URL."""
     wishes: Wishes = field(default_factory=Wishes)
+    accept_clock: bool = False
+    """Whether the wall clock is right, however far it is from what the store knows."""
     insecure: bool = False
     """Whether binding an address that other machines reach is meant."""
-
-
-class Timeline:
-    """The cluster's clock, as its delegator carries it: the wall clock is read once, at the start."""
-
-    def __init__(self) -> None:
-        self._origin_us = time.time_ns() // 1000 - local_us()
-
-    def now_us(self) -> int:
-        """Microseconds since the Unix epoch."""
-        return self._origin_us + local_us()
 
 
 class Delegator:
@@ -76,14 +69,22 @@ class Delegator:
     def __init__(self, config: DelegatorConfig, alarm: Alarm) -> None:
         self._alarm = alarm
         self.pulse = Pulse()
-        self._timeline = Timeline()
+        self._name = socket.gethostname()
         self._started_us = local_us()
+        self._compare_at_us = 0
+        self._warned_of_lead = False
         self._woke_us = local_us()
         check_bind(config.bind, insecure=config.insecure)
         self._store = open_store(config.store)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self.meta = settle_meta(self._store, config.wishes, self._timeline.now_us())
+            self.timeline = start_timeline(
+                self._store,
+                accept_clock=config.accept_clock,
+                wall_us=time.time_ns() // 1000,
+                local_us=local_us(),
+            )
+            self.meta = settle_meta(self._store, config.wishes, self._now_us())
             self._router = bound_router(self._context, config.bind)
         except BaseException:
             self._context.destroy(linger=0)
@@ -91,7 +92,9 @@ class Delegator:
             raise
         self.address = address_of(self._router)
         self.directory = Directory(self._store.held(self._now()))
-        self.desk = LeaseDesk(self._store, self.meta, now=self._now, local_us=local_us, ring=alarm.ring)
+        self.desk = LeaseDesk(
+            self._store, self.meta, now=self._now, local_us=local_us, ring=alarm.ring, mark=self._mark
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         alarm.register(self._poller)
@@ -133,6 +136,7 @@ class Delegator:
             self._receive(arrived_us)
         self._alarm.hear(events)
         self._answer_settled()
+        self._compare_clocks(woke_us)
 
     def _drain(self) -> None:
         self._receive(local_us())
@@ -203,7 +207,7 @@ class Delegator:
         answer = settled.answer
         if isinstance(answer, Refusal):
             return self._refuse(msgid, Code(answer.reason.value), answer.message, answer.retry_after_ms)
-        return encode_result(msgid, lease_result(answer, self._timeline.now_us()))
+        return encode_result(msgid, lease_result(answer, self._now_us()))
 
     def _refuse(
         self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None
@@ -217,11 +221,30 @@ class Delegator:
 
     # --- what it says of itself ---
 
+    def _now_us(self) -> int:
+        return self.timeline.now_us(local_us())
+
     def _now(self) -> int:
-        return tick_of(self.meta.layout, self._timeline.now_us())
+        return tick_of(self.meta.layout, self._now_us())
+
+    def _mark(self) -> Mark:
+        return Mark(self._name, self._now_us())
+
+    def _compare_clocks(self, now_local_us: int) -> None:
+        if now_local_us < self._compare_at_us:
+            return
+        self._compare_at_us = now_local_us + COMPARE_US
+        self.timeline.compare(time.time_ns() // 1000, now_local_us)
+        ahead = self.timeline.lead_us > LEAD_US
+        if ahead and not self._warned_of_lead:
+            _log.warning(
+                "the timeline is %.0f s ahead of the wall clock, which went back; IDs carry the timeline's time",
+                self.timeline.lead_us / 1e6,
+            )
+        self._warned_of_lead = ahead
 
     def _ping(self) -> dict[str, Any]:
-        return {"now_us": self._timeline.now_us()}
+        return {"now_us": self._now_us()}
 
     def _hello(self) -> dict[str, Any]:
         return {
@@ -233,13 +256,13 @@ class Delegator:
             "address": self.address,
             "pid": os.getpid(),
             "uptime_ms": (local_us() - self._started_us) // 1000,
-            "now_us": self._timeline.now_us(),
+            "now_us": self._now_us(),
         }
 
     def _workers(self) -> dict[str, Any]:
         now = self._now()
         workers = [self._holder(record, now) for record in self.directory.held(now) if record.holder.address]
-        return {"workers": workers, "now_us": self._timeline.now_us()}
+        return {"workers": workers, "now_us": self._now_us()}
 
     def _status(self) -> dict[str, Any]:
         now, meta = self._now(), self.meta
@@ -249,6 +272,7 @@ class Delegator:
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
             "machines": [meta.first_machine, meta.last_machine],
             "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
+            "lead_ms": self.timeline.lead_us // 1000,
             "leases": leases,
             "backlog": self.desk.backlog,
             "stale": self.desk.stale,

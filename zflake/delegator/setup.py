@@ -9,7 +9,7 @@ from typing import Final
 
 from zflake.core.layout import DEFAULT, Layout
 from zflake.core.lease import Meta
-from zflake.core.timeline import tick_of
+from zflake.core.timeline import Carrier, cold_start_us, tick_of
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
@@ -33,6 +33,20 @@ class Wishes:
     """First and last leased machine ID, both included."""
     new: bool = False
     """Whether the operator knows that no cluster ever ran on what this store replaces."""
+
+
+def start_timeline(store: Store, *, accept_clock: bool, wall_us: int, local_us: int) -> Carrier:
+    """The timeline at the start of this delegator, which has its store to itself.
+
+    With `accept_clock` it begins at the wall clock, whatever the marks say, and they are set to that.
+
+    Raises `ConfigError` where the wall clock can't be right, `StoreError` where the store fails.
+    """
+    if accept_clock:
+        store.set_marks(wall_us)
+        _log.warning("--accept-clock: the timeline begins at the wall clock, whatever it was before")
+        return Carrier(wall_us, local_us)
+    return Carrier(cold_start_us(wall_us, [mark.now_us for mark in store.marks()]), local_us)
 
 
 def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:

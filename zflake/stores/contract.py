@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from zflake.core.lease import Meta, Record, Swap, Token
+from zflake.core.lease import Mark, Meta, Record, Swap, Token
 
 
 class Store(ABC):
@@ -63,8 +63,16 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def swap(self, swaps: Sequence[Swap]) -> list[bool]:
-        """Try all swaps in one commit, each for itself, in order.
+    def marks(self) -> Sequence[Mark]:
+        """Every delegator's mark."""
+
+    @abstractmethod
+    def set_marks(self, now_us: int) -> None:
+        """Set every delegator's mark to `now_us`, in one commit."""
+
+    @abstractmethod
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        """Try all swaps in one commit, each for itself, in order; write the delegator's `mark` with them.
 
         True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable
         now.  False for each that lost the race, or whose token is another machine's; that one wrote nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import nsmallest
 
-from zflake.core.lease import Meta, Record, Swap, Token
+from zflake.core.lease import Mark, Meta, Record, Swap, Token
 from zflake.errors import StoreError
 from zflake.stores.contract import Store
 
@@ -19,6 +19,7 @@ class MemoryStore(Store):
         self._meta: Meta | None = None
         self._records: dict[int, Record] = {}
         self._tokens: dict[Token, int] = {}
+        self._marks: dict[str, int] = {}
 
     def meta(self) -> Meta | None:
         return self._meta
@@ -50,7 +51,15 @@ class MemoryStore(Store):
     def held(self, now: int) -> Sequence[Record]:
         return [r for _, r in sorted(self._records.items()) if r.token is not None and r.fence > now]
 
-    def swap(self, swaps: Sequence[Swap]) -> list[bool]:
+    def marks(self) -> Sequence[Mark]:
+        return [Mark(delegator, now_us) for delegator, now_us in sorted(self._marks.items())]
+
+    def set_marks(self, now_us: int) -> None:
+        self._marks = dict.fromkeys(self._marks, now_us)
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        if mark is not None:
+            self._marks[mark.delegator] = mark.now_us
         return [self._swap(swap) for swap in swaps]
 
     def _swap(self, swap: Swap) -> bool:
@@ -71,3 +80,4 @@ class MemoryStore(Store):
         self._meta = None
         self._records.clear()
         self._tokens.clear()
+        self._marks.clear()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zflake.core.layout import Layout
-from zflake.core.lease import SCHEMA, Holder, Meta, Record, Swap, Token
+from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Swap, Token
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
@@ -47,6 +47,10 @@ CREATE TABLE machine (
     host          TEXT    NOT NULL,
     pid           INTEGER NOT NULL,
     address       TEXT    NOT NULL
+) STRICT;
+CREATE TABLE mark (
+    delegator TEXT    PRIMARY KEY,
+    now_us    INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX machine_by_fence ON machine (fence, machine);
 """
@@ -160,8 +164,20 @@ class SqliteStore(Store):
             )
             return [_record(row) for row in rows]
 
-    def swap(self, swaps: Sequence[Swap]) -> list[bool]:
+    def marks(self) -> Sequence[Mark]:
+        with self._errors():
+            rows = self._db.execute("SELECT delegator, now_us FROM mark ORDER BY delegator")
+            return [Mark(delegator, now_us) for delegator, now_us in rows]
+
+    def set_marks(self, now_us: int) -> None:
         with self._transaction():
+            self._db.execute("UPDATE mark SET now_us = ?", (now_us,))
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        with self._transaction():
+            if mark is not None:
+                sql = "INSERT INTO mark VALUES (?, ?) ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us"
+                self._db.execute(sql, (mark.delegator, mark.now_us))
             (version,) = self._db.execute("SELECT version FROM meta").fetchone() or (None,)
             return [swap.version == version and self._swap(swap.new) for swap in swaps]
 
