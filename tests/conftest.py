@@ -125,7 +125,11 @@ class Script:
         self._answer = answer
         self._router = context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)
-        self._router.bind(address)
+        try:
+            self._router.bind(address)
+        except zmq.ZMQError:
+            self._router.close()
+            raise
         self.address: str = self._router.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         self._stopping = False
         self._thread = threading.Thread(target=self._run)
@@ -152,6 +156,10 @@ class Script:
         self._router.close()
 
 
+class Connect(Protocol):
+    def __call__(self, address: str, kind: int = ..., /) -> Peer: ...
+
+
 class Scripts(Protocol):
     def __call__(
         self, answer: Callable[[str, list[Any], int], bytes | None], address: str = ..., /
@@ -163,6 +171,20 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     yield context
     context.destroy(linger=0)
+
+
+@pytest.fixture
+def connect(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Connect]:
+    """Makes peers, and closes them at the end."""
+    made: list[Peer] = []
+
+    def make(address: str, kind: int = zmq.DEALER, /) -> Peer:
+        made.append(Peer(context, address, kind))
+        return made[-1]
+
+    yield make
+    for peer in made:
+        peer.socket.close(linger=0)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ class Desk:
 
     def ask(self, request: Request, now: int, *, meanwhile: Callable[[], object] | None = None) -> Answer:
         """The answer to `request`; `meanwhile` happens between the first decision and its swap."""
-        while True:
+        for _ in range(10):  # each round that fails lost a race, and `meanwhile` runs once
             before = self.snapshot()
             meta = self.meta
             decision = self.decide(request, now)
@@ -127,6 +127,7 @@ class Desk:
                 self._check_write(meta, request, old, decision.new, now)
                 if isinstance(request, Release):
                     return Released(decision.new.machine, decision.new.fence)
+        raise AssertionError("decided again and again, and nothing settles it")
 
     def decide(self, request: Request, now: int) -> Answer | Swap:
         meta, store = self.meta, self.store

@@ -69,7 +69,9 @@ def test_initialising_twice_is_refused_and_the_first_stands(store: Store) -> Non
 
 
 def test_meta_is_swapped_only_from_the_version_before(store: Store) -> None:
-    second = replace(META, version=2, floor=5, ttl=60_000, last_machine=9)
+    second = replace(
+        META, version=2, layout=PRESETS["wide"], ttl=60_000, first_machine=3, last_machine=9, floor=5
+    )
     assert not store.swap_meta(replace(second, version=1))
     assert not store.swap_meta(replace(second, version=3))
     assert store.meta() == META
@@ -207,12 +209,12 @@ def test_a_machine_may_keep_its_token_and_another_may_have_one_given_up(store: S
 
 
 def test_held_are_those_with_a_token_whose_window_has_not_ended(store: Store) -> None:
-    windows = ((1, 10), (2, 11), (7, 99), (4, 99))
+    windows = ((3, 10), (7, 11), (2, 99), (4, 99))
     ended, last_tick, long, released = (Record(m, fence=f, gen=1, token=token(m)) for m, f in windows)
     write(store, long, ended, released, last_tick)
     write(store, replace(released, gen=2, token=None))
-    assert list(store.held(10)) == [last_tick, long]
-    assert list(store.held(0)) == [ended, last_tick, long]
+    assert list(store.held(10)) == [long, last_tick]
+    assert list(store.held(0)) == [long, ended, last_tick]
     assert list(store.held(99)) == []
 
 
@@ -247,6 +249,8 @@ def test_lowest_stays_within_its_range_and_ranges_do_not_disturb_each_other(stor
     assert machines(2, 4) == [4, 3, 2]
     assert machines(8, 8) == [8]
     assert machines(8, 7) == []
+    assert machines(8, 1) == []
+    assert machines(8, 9) == [8, 9]
     write(store, Record(7, fence=1, gen=1, token=token(7)), Record(6, fence=2, gen=1, token=token(6)))
     assert machines(0, 7) == [7, 6, 5, 4, 3, 2, 1, 0]
     assert machines(0, 9, limit=3) == [8, 9, 7]

@@ -289,7 +289,7 @@ def introduce(roster: Roster, budget: Budget) -> Conversation:
 
 
 def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response | None, ZflakeError | None]:
-    """Read the directory anew; returns what stood in the way where nobody could be asked."""
+    """Read the directory anew; returns what stood in the way where it gave no worker."""
     workers: list[str] = []
     reason: ZflakeError | None = None
     answered = asked_delegator = False
@@ -321,10 +321,8 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response 
             workers += _addresses(seed, response.result)
     if answered:
         roster.refresh(workers)
-        if not workers:
-            reason = Unavailable("no worker holds a lease: start one")
-    else:
-        roster.keep()
+        return None if workers else reason or Unavailable("no worker holds a lease: start one")
+    roster.keep()
     return reason
 
 

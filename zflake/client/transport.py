@@ -57,6 +57,10 @@ class Line:
             response = decode_response(self._recv())
         except zmq.Again:
             return None
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EFSM:
+                raise
+            raise ProtocolError("its last answer had more than one frame") from error
         if response.msgid not in (msgid, None):
             raise ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
         return response

@@ -134,7 +134,7 @@ class Layout:
 
         Where that is never, the answer is `overflows`.
         """
-        return self.time_of(min(self.end_tick, (1 << max(bits, self.time_shift)) >> self.time_shift))
+        return self.time_of(min(self.end_tick, (1 << bits) >> self.time_shift))
 
     def time_of(self, tick: int) -> datetime:
         """When `tick` begins, UTC (0 to `end_tick`)."""
