@@ -10,6 +10,7 @@ from zflake.core.layout import Layout
 from zflake.daemon import Alarm
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.setup import Wishes, check_wishes
+from zflake.stores import check_url
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
 
@@ -71,6 +72,7 @@ def command(
     if check:
         check_wishes(wishes)
         check_bind(bind, insecure=insecure)
+        check_url(store)
         print("zflake-delegator: the configuration is sound")
         return
     with Alarm(follow_stdin=follow_stdin) as alarm:

@@ -25,6 +25,8 @@ PROGRESS_FROM: Final = 200_000
 """From how many IDs on a terminal is shown how far it is."""
 CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 BASE32_DIGITS: Final = 13
+MAX_DIGITS: Final = 20
+"""Of a decimal ID, zeros in front aside."""
 
 _to = click.option(
     "--to",
@@ -226,6 +228,8 @@ def to_base32(id_: int) -> str:
 def read_id(text: str) -> int:
     """The ID that one of the formats shows.  Raises `ConfigError` for anything else."""
     if text.isascii() and text.isdecimal():
+        if len(text.lstrip("0")) > MAX_DIGITS:  # Python itself refuses to read thousands of them
+            raise ConfigError(f"no ID {text[:MAX_DIGITS]}...: IDs have 64 bits, {MAX_DIGITS} digits, at most")
         return int(text)
     if text[:2].lower() == "0x":
         digits, alphabet = text[2:].lower(), "0123456789abcdef"

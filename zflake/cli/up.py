@@ -45,6 +45,8 @@ class Child:
         self.name = name
         self.address: str | None = None
         """Where it serves, once it does."""
+        self.last_words: list[str] = []
+        """What it printed beside its log: why it ended, or a traceback."""
         self._events = events
         self.started_at = time.monotonic()
         # Its own process group: Ctrl-C goes to us alone, and we stop the children in order.
@@ -74,11 +76,10 @@ class Child:
         for line in self.process.stderr:
             try:
                 event = json.loads(line)
-                address = event.get("address")
+                self.address = event.get("address") or self.address
             except (ValueError, AttributeError):
-                event, address = {"level": "error", "message": line.decode(errors="replace").strip()}, None
-            if address:
-                self.address = address
+                self.last_words.append(line.decode(errors="replace").strip())
+                continue
             self._events.put((self.name, event))
         self.process.wait()
         self._events.put((self.name, None))
@@ -211,10 +212,12 @@ class Cluster:
     def _restart(self, name: str) -> None:
         child = self._children[name]
         ran_s = time.monotonic() - child.started_at
-        code = child.process.returncode
+        *traceback, reason = child.last_words or [f"exit code {child.process.returncode}"]
+        for line in traceback:
+            print(f"{name}: {line}", file=sys.stderr)
         if child.address is None:
-            raise Unavailable(f"{name} did not start (exit code {code})")
-        print(f"{name} ended with exit code {code}; starting it again", file=sys.stderr, flush=True)
+            raise Unavailable(f"{name} did not start: {reason}")
+        print(f"{name} ended ({reason}); starting it again", file=sys.stderr, flush=True)
         if ran_s < CALM_S:
             time.sleep(1.0)
         self._start(name)

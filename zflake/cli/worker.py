@@ -10,8 +10,8 @@ from zflake.core.layout import DEFAULT, Layout
 from zflake.daemon import Alarm
 from zflake.errors import ConfigError
 from zflake.version import __version__
-from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind, parse_endpoint
-from zflake.worker.server import Worker, WorkerConfig
+from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
+from zflake.worker.server import Worker, WorkerConfig, check_addresses, check_name
 
 
 @click.command("zflake-worker")
@@ -71,7 +71,8 @@ def command(
         insecure=insecure,
     )
     if check:
-        check_bind(bind, insecure=insecure)
+        check_addresses(config)
+        check_name(name)
         print("zflake-worker: the configuration is sound")
         return
     with Alarm(follow_stdin=follow_stdin) as alarm:

@@ -30,7 +30,7 @@ from zflake.errors import (
 )
 from zflake.wire.codec import Response
 from zflake.wire.endpoint import parse_endpoint
-from zflake.wire.messages import MAX_COUNT, Method, check_run, exception_of
+from zflake.wire.messages import MAX_COUNT, Method, check_hello, check_run, exception_of
 
 ATTEMPT_S: Final = 1.0
 """How long one endpoint has for an answer, at most; less where the budget is small."""
@@ -327,12 +327,11 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response 
 
 
 def _introduce(roster: Roster, seed: str, response: Response) -> None:
-    hello = response.result
-    service = hello.get("service") if isinstance(hello, dict) else None
-    if response.error is not None or service not in ("delegator", "worker"):
-        raise ProtocolError(f"{seed} is no delegator and no worker of zflake: it does not know hello")
-    layout = hello.get("layout")
-    roster.introduce(seed, service, None if layout is None else Layout.from_map(layout))
+    try:
+        hello = check_hello(response.error, response.result)
+    except ProtocolError as error:
+        raise ProtocolError(f"{seed}: {error}") from error
+    roster.introduce(seed, hello.service, hello.layout)
 
 
 def _addresses(seed: str, result: Any) -> list[str]:

@@ -238,17 +238,25 @@ class Layout:
     def from_map(cls, values: Mapping[str, Any]) -> Layout:
         """The layout of a map that `to_map` made; raises `LayoutError` where it is not one."""
         try:
-            return cls(
-                name=str(values["name"]),
-                fields=tuple(Field(str(name), bits) for name, bits in values["fields"]),
-                epoch_ms=values["epoch_ms"],
-                tick_ms=values["tick_ms"],
-                machine_parts=tuple(Field(str(name), bits) for name, bits in values["machine_parts"]),
-            )
+            name, fields, parts = values["name"], values["fields"], values["machine_parts"]
+            epoch_ms, tick_ms = values["epoch_ms"], values["tick_ms"]
+            pairs = [(text, bits) for text, bits in (*fields, *parts)]
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, LayoutError):
-                raise
-            raise LayoutError(f"not the map of a layout: {values!r}") from error
+            raise LayoutError("not the map of a layout") from error
+        texts, numbers = (
+            [name, *(pair[0] for pair in pairs)],
+            [epoch_ms, tick_ms, *(pair[1] for pair in pairs)],
+        )
+        if not all(type(text) is str for text in texts) or not all(type(n) is int for n in numbers):
+            raise LayoutError("not the map of a layout: its names are strings, the rest are whole numbers")
+        split = len(fields)
+        return cls(
+            name=name,
+            fields=tuple(Field(*pair) for pair in pairs[:split]),
+            epoch_ms=epoch_ms,
+            tick_ms=tick_ms,
+            machine_parts=tuple(Field(*pair) for pair in pairs[split:]),
+        )
 
     def same_ids(self, other: Layout) -> bool:
         """Whether both read every ID alike, whatever their names."""

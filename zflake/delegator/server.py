@@ -17,7 +17,7 @@ from zflake.core.timeline import LEAD_US, tick_of
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import Directory
-from zflake.delegator.setup import Wishes, settle_meta, start_timeline
+from zflake.delegator.setup import Wishes, check_wishes, settle_meta, start_timeline
 from zflake.errors import ProtocolError
 from zflake.holder.clock import local_us
 from zflake.stores import open_store
@@ -75,8 +75,15 @@ class Delegator:
         self._warned_of_lead = False
         self._woke_us = local_us()
         check_bind(config.bind, insecure=config.insecure)
-        self._store = open_store(config.store)
+        check_wishes(config.wishes)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            # Before the store is touched: a delegator that can't serve changes nothing.
+            self._router = bound_router(self._context, config.bind)
+            self._store = open_store(config.store)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         try:
             self.timeline = start_timeline(
                 self._store,
@@ -85,7 +92,6 @@ class Delegator:
                 local_us=local_us(),
             )
             self.meta = settle_meta(self._store, config.wishes, self._now_us())
-            self._router = bound_router(self._context, config.bind)
         except BaseException:
             self._context.destroy(linger=0)
             self._store.close()

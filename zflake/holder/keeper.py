@@ -15,7 +15,7 @@ import logging
 import random
 import secrets
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
@@ -27,7 +27,7 @@ from zflake.errors import LayoutError, ProtocolError
 from zflake.holder.clock import Clock, local_us
 from zflake.wire.codec import Response, decode_response, encode_request
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.messages import Method, lease_answer, lease_call, now_of
+from zflake.wire.messages import Method, check_hello, lease_answer, lease_call, now_of
 from zflake.wire.sockets import connected
 
 PING_US: Final = 250_000
@@ -181,21 +181,22 @@ class LeaseKeeper:
             self._settle(pending, response, received_us)
 
     def _greet(self, response: Response, received_us: int) -> None:
-        hello: Any = response.result
-        if response.error is not None or type(hello) is not dict or hello.get("service") != "delegator":
-            said = response.error.message if response.error else f"it is a {_service(hello)}"
+        try:
+            hello = check_hello(response.error, response.result)
+            if hello.service != "delegator" or hello.layout is None:
+                raise ProtocolError(f"it is a {hello.service}, which leases nothing")
+        except ProtocolError as error:
             self._hold_until_us = received_us + RETRY_US
-            self._complain(received_us, "%s is no delegator: %s", self._endpoint, said)
+            self._complain(received_us, "%s is no delegator for us: %s", self._endpoint, error)
             self._connect_next()
             return
-        if self._layout is not None:
-            theirs = Layout.from_map(hello.get("layout", {}))
-            if not theirs.same_ids(self._layout):
-                raise LayoutError(
-                    f"the delegator at {self._endpoint} leases layout {theirs.name} ({theirs}, epoch "
-                    f"{theirs.epoch.isoformat()}), not {self._layout.name} ({self._layout}, epoch "
-                    f"{self._layout.epoch.isoformat()}): leave --layout and --epoch out to take the delegator's"
-                )
+        if self._layout is not None and not hello.layout.same_ids(self._layout):
+            theirs, ours = hello.layout, self._layout
+            raise LayoutError(
+                f"the delegator at {self._endpoint} leases layout {theirs.name} ({theirs}, epoch "
+                f"{theirs.epoch.isoformat()}), not {ours.name} ({ours}, epoch {ours.epoch.isoformat()}): "
+                "leave --layout and --epoch out to take the delegator's"
+            )
         self._greeted = True
 
     def _settle(self, request: Request, response: Response, received_us: int) -> None:
@@ -240,7 +241,3 @@ class LeaseKeeper:
         if now_local_us >= self._quiet_until_us:
             self._quiet_until_us = now_local_us + QUIET_US
             _log.warning(message, *args)
-
-
-def _service(hello: object) -> str:
-    return str(hello.get("service", "stranger")) if isinstance(hello, dict) else "stranger"

@@ -7,10 +7,14 @@ sqlite.py    one file on one machine, the default
 
 from __future__ import annotations
 
+from typing import Final
+
 from zflake.errors import ConfigError
 from zflake.stores.contract import Store
 
-__all__ = ["Store", "open_store"]
+__all__ = ["Store", "check_url", "open_store"]
+
+MEMORY: Final = "memory:"
 
 
 def open_store(url: str) -> Store:
@@ -18,15 +22,24 @@ def open_store(url: str) -> Store:
 
     Raises `ConfigError` for a URL of no known engine, `StoreError` where the store can't be used.
     """
-    engine = url.partition(":")[0]
-    if engine == "memory":
+    check_url(url)
+    if url == MEMORY:
         from zflake.stores.memory import MemoryStore  # noqa: PLC0415  (an engine is loaded when it is used)
 
         return MemoryStore()
-    if engine == "sqlite":
-        from zflake.stores.sqlite import SqliteStore, path_of  # noqa: PLC0415
+    from zflake.stores.sqlite import SqliteStore, path_of  # noqa: PLC0415
 
-        return SqliteStore(path_of(url))
-    raise ConfigError(
-        f"no store engine for {url!r}: take sqlite:///relative/path, sqlite:////absolute/path or memory:"
-    )
+    return SqliteStore(path_of(url))
+
+
+def check_url(url: str) -> None:
+    """Raise `ConfigError` for a URL of no known engine; nothing is opened."""
+    if url == MEMORY:
+        return
+    if not url.startswith("sqlite:"):
+        raise ConfigError(
+            f"no store engine for {url!r}: take sqlite:///relative/path, sqlite:////absolute/path or memory:"
+        )
+    from zflake.stores.sqlite import path_of  # noqa: PLC0415
+
+    path_of(url)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from zflake.core.layout import Layout
 from zflake.core.lease import (
@@ -135,6 +135,34 @@ def check_no_params(params: list[Any]) -> None:
     """Raise `ProtocolError` where a method that takes nothing was given something."""
     if params:
         raise ProtocolError(f"this method takes no params, not {show(params)}")
+
+
+# --- hello ---
+
+
+class Hello(NamedTuple):
+    """What a daemon says it is."""
+
+    service: str
+    """`delegator` or `worker`."""
+    layout: Layout | None
+    """None for a worker without a lease."""
+
+
+def check_hello(error: WireError | None, result: Any) -> Hello:
+    """What the answer to `hello` says; raises `ProtocolError` where it is no daemon that we can talk to."""
+    service = result.get("service") if error is None and type(result) is dict else None
+    if service not in ("delegator", "worker"):
+        raise ProtocolError("it is no delegator and no worker of zflake")
+    if result.get("protocol") != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"it speaks version {show(result.get('protocol'))} of the protocol, this zflake speaks {PROTOCOL_VERSION}"
+        )
+    layout = result.get("layout")
+    try:
+        return Hello(service, None if layout is None else Layout.from_map(layout))
+    except LayoutError as error_:
+        raise ProtocolError(f"its layout can't be read: {error_}") from error_
 
 
 # --- leases ---

@@ -22,6 +22,7 @@ from zflake.holder.static import StaticHold
 from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.frames import split
+from zflake.wire.messages import MAX_TEXT
 from zflake.wire.sockets import address_of, bound_router, receive, send
 from zflake.worker.handler import Figures, Handler
 
@@ -31,6 +32,8 @@ IDLE_US: Final = 500_000
 """The longest sleep of the poll loop."""
 DRAIN_US: Final = 250_000
 """How long requests that are on their way when the worker is told to stop are still answered."""
+STALL_US: Final = 100_000
+"""A loop that overslept by more was stopped; what came in meanwhile takes as long, at most, to turn up."""
 RELEASE_US: Final = 2_000_000
 
 _log = logging.getLogger("zflake.worker")
@@ -64,10 +67,10 @@ class Worker:
         self._config = config
         self._alarm = alarm
         self.pulse = Pulse()
-        self._name = config.name or f"{socket.gethostname()}-{os.getpid()}"
+        self._name = check_name(config.name) or f"{socket.gethostname()}-{os.getpid()}"
         self._started_us = local_us()
         self._woke_us = self._arrived_us = local_us()
-        check_bind(config.bind, insecure=config.insecure)
+        check_addresses(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             self._router = bound_router(self._context, config.bind)
@@ -82,6 +85,10 @@ class Worker:
         self._poller.register(self._router, zmq.POLLIN)
         self._alarm.register(self._poller)
         self._polled: zmq.Socket[bytes] | None = None
+        self._stalled_us = (
+            0,
+            0,
+        )  # from when the loop was stopped last, and until when what came then turns up
 
     def run(self) -> None:
         """Serve until told to stop, then drain: answer what is queued, give the lease back, close."""
@@ -153,6 +160,10 @@ class Worker:
         overslept_us = woke_us - self._woke_us - sleep_us
         self._woke_us = woke_us
         self._arrived_us = woke_us - max(0, overslept_us)
+        if overslept_us > STALL_US:
+            self._stalled_us = (self._arrived_us, woke_us + STALL_US)
+        elif woke_us < self._stalled_us[1]:  # libzmq's own threads were stopped as well, and catch up now
+            self._arrived_us = self._stalled_us[0]
         return events
 
     def _follow_keeper(self) -> None:
@@ -231,13 +242,29 @@ class Worker:
         }
 
 
-def _advertised(config: WorkerConfig, bound: str) -> str:
-    if config.advertise is not None:
-        port = parse_endpoint(bound).port
-        return config.advertise.text if config.advertise.port else f"tcp://{config.advertise.host}:{port}"
-    if config.bind.is_wildcard:
+def check_name(name: str) -> str:
+    """Give a worker's name back; raises `ConfigError` where it can't be shown to people."""
+    if len(name) > MAX_TEXT or not name.isprintable():
+        raise ConfigError(f"a worker's name is at most {MAX_TEXT} printable characters, not {name[:60]!a}")
+    return name
+
+
+def check_addresses(config: WorkerConfig) -> None:
+    """Raise `ConfigError` where the worker may not bind, or clients could not connect."""
+    check_bind(config.bind, insecure=config.insecure)
+    if config.advertise is not None and config.advertise.is_wildcard:
+        raise ConfigError(
+            f"clients can't connect to {config.advertise}: advertise one host's name or address"
+        )
+    if config.advertise is None and config.bind.is_wildcard:
         raise ConfigError(
             f"{config.bind} is every interface, and no address that clients could connect to: say which with "
             "--advertise tcp://HOST:*"
         )
-    return bound
+
+
+def _advertised(config: WorkerConfig, bound: str) -> str:
+    if config.advertise is None:
+        return bound
+    port = parse_endpoint(bound).port
+    return config.advertise.text if config.advertise.port else f"tcp://{config.advertise.host}:{port}"
