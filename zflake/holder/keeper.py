@@ -182,15 +182,13 @@ class LeaseKeeper:
 
     def _greet(self, response: Response, received_us: int) -> None:
         try:
-            hello = check_hello(response.error, response.result)
-            if hello.service != "delegator" or hello.layout is None:
-                raise ProtocolError(f"it is a {hello.service}, which leases nothing")
+            hello = check_hello(response.error, response.result, service="delegator")
         except ProtocolError as error:
             self._hold_until_us = received_us + RETRY_US
             self._complain(received_us, "%s is no delegator for us: %s", self._endpoint, error)
             self._connect_next()
             return
-        if self._layout is not None and not hello.layout.same_ids(self._layout):
+        if self._layout is not None and hello.layout is not None and not hello.layout.same_ids(self._layout):
             theirs, ours = hello.layout, self._layout
             raise LayoutError(
                 f"the delegator at {self._endpoint} leases layout {theirs.name} ({theirs}, epoch "

@@ -149,11 +149,17 @@ class Hello(NamedTuple):
     """None for a worker without a lease."""
 
 
-def check_hello(error: WireError | None, result: Any) -> Hello:
-    """What the answer to `hello` says; raises `ProtocolError` where it is no daemon that we can talk to."""
+def check_hello(error: WireError | None, result: Any, *, service: str | None = None) -> Hello:
+    """What the answer to `hello` says.
+
+    Raises `ProtocolError` where it is no daemon that we can talk to, or not the `service` that was wanted.
+    """
+    wanted = service
     service = result.get("service") if error is None and type(result) is dict else None
     if service not in ("delegator", "worker"):
         raise ProtocolError("it is no delegator and no worker of zflake")
+    if wanted is not None and service != wanted:
+        raise ProtocolError(f"it is a {service}, not a {wanted}")
     if result.get("protocol") != PROTOCOL_VERSION:
         raise ProtocolError(
             f"it speaks version {show(result.get('protocol'))} of the protocol, this zflake speaks {PROTOCOL_VERSION}"

@@ -1,0 +1,386 @@
+"""`Client` over real sockets: threads, forks, strangers, the dead, and nobody at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import pytest
+import zmq
+
+from tests.conftest import Connect, Scripts, serving, until
+from zflake import Client, Closed, ConfigError, LayoutError, ProtocolError, Timeout, Unavailable
+from zflake.core.layout import PRESETS
+from zflake.delegator.server import Delegator, DelegatorConfig
+from zflake.delegator.setup import Wishes
+from zflake.wire.codec import decode_request, encode_error, encode_result
+from zflake.wire.endpoint import parse_endpoint
+from zflake.worker.server import Worker, WorkerConfig
+
+ANY: Final = parse_endpoint("tcp://127.0.0.1:*", to_bind=True)
+LAYOUT: Final = PRESETS["snowcloud"]
+NOBODY: Final = "tcp://127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def delegator() -> Iterator[str]:
+    config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
+    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+        yield delegator.address
+
+
+@pytest.fixture(scope="module")
+def workers(delegator: str) -> Iterator[list[str]]:
+    config = WorkerConfig([parse_endpoint(delegator)], ANY)
+    with (
+        serving(lambda alarm: Worker(config, alarm)) as one,
+        serving(lambda alarm: Worker(config, alarm)) as two,
+        Client(delegator) as ids,
+    ):
+        until(lambda: ids.next_id() and len(_machines(delegator)) == 2)
+        yield [one.address, two.address]
+
+
+def _machines(delegator: str) -> set[int]:
+    """The machines of which a few fresh clients get IDs."""
+    machines = set()
+    for _ in range(8):
+        with Client(delegator) as ids:
+            machines.add(LAYOUT.decompose(ids.next_id()).machine)
+    return machines
+
+
+@pytest.fixture
+def ids(delegator: str, workers: list[str]) -> Iterator[Client]:
+    with Client(delegator) as ids:
+        yield ids
+
+
+def took(call: Callable[[], Any], *errors: type[Exception]) -> float:
+    start = time.monotonic()
+    with pytest.raises(errors):
+        call()
+    return time.monotonic() - start
+
+
+# --- asking ---
+
+
+def test_ids_ascend_and_carry_a_machine_of_the_cluster(ids: Client) -> None:
+    got = [ids.next_id() for _ in range(200)]
+    assert got == sorted(set(got))
+    assert len({LAYOUT.decompose(i).machine for i in got}) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4096, 4097, 50_000])
+def test_exactly_as_many_come_as_were_asked(ids: Client, count: int) -> None:
+    got = ids.next_ids(count)
+    assert len(set(got)) == len(got) == count
+    assert got == sorted(got)
+
+
+@pytest.mark.parametrize("count", [0, -1, "x", 1.5, True, None, [1]])
+def test_a_count_that_is_none_is_refused(ids: Client, count: Any) -> None:
+    with pytest.raises(ConfigError, match="count"):
+        ids.next_ids(count)
+
+
+def test_a_worker_may_be_asked_alone(workers: list[str]) -> None:
+    with Client(workers[0], route="direct") as one, Client(workers[1]) as two:
+        machines = {LAYOUT.decompose(client.next_id()).machine for client in (one, two)}
+        assert len(machines) == 2
+
+
+def test_the_layout_is_the_clusters(ids: Client) -> None:
+    assert ids.layout().same_ids(LAYOUT)
+
+
+def test_many_threads_share_a_client_and_get_distinct_ids(ids: Client) -> None:
+    threads, each = 16, 60
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(lambda: [ids.next_id() for _ in range(each)]) for _ in range(threads)]
+        runs = [future.result(20) for future in futures]
+        many = [future.result(20) for future in [pool.submit(ids.next_ids, 5000) for _ in range(4)]]
+    assert all(run == sorted(run) for run in runs)
+    assert len({i for run in runs + many for i in run}) == threads * each + 4 * 5000
+
+
+def test_a_forked_child_may_use_the_client_and_never_repeats_an_id(ids: Client) -> None:
+    before = [ids.next_id() for _ in range(10)]
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # pragma: no cover
+        status = 1
+        try:
+            got = [ids.next_id() for _ in range(50)] + ids.next_ids(500)
+            os.write(write, " ".join(map(str, got)).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    after = [ids.next_id() for _ in range(200)]
+    with os.fdopen(read) as pipe:
+        child = [int(text) for text in pipe.read().split()]
+    assert os.waitpid(pid, 0)[1] == 0
+    assert len(child) == 550
+    assert len({*before, *child, *after}) == 10 + 550 + 200
+
+
+def test_a_fork_in_the_midst_of_calls_leaves_both_sides_working(ids: Client) -> None:
+    stop = threading.Event()
+    taken: list[int] = []
+
+    def take() -> None:
+        while not stop.is_set():
+            taken.append(ids.next_id())
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(taken) > 50)
+    read, write = os.pipe()
+    pids = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:  # pragma: no cover
+            status = 1
+            try:
+                os.write(write, (" ".join(str(ids.next_id()) for _ in range(20)) + " ").encode())
+                status = 0
+            finally:
+                os._exit(status)
+        pids.append(pid)
+    os.close(write)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    with os.fdopen(read) as pipe:
+        children = [int(text) for text in pipe.read().split()]
+    done = len(taken)
+    until(lambda: len(taken) > done + 50)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len({*taken, *children}) == len(taken) + 4 * 20
+
+
+# --- closing ---
+
+
+def test_after_close_every_call_is_refused(delegator: str, workers: list[str]) -> None:
+    ids = Client(delegator)
+    ids.next_id()
+    ids.close()
+    ids.close()
+    for call in (ids.next_id, lambda: ids.next_ids(3)):
+        assert took(call, Closed) < 0.5
+
+
+def test_a_client_that_was_never_used_closes(delegator: str) -> None:
+    Client(delegator).close()
+    with Client(NOBODY):
+        pass
+
+
+def test_close_in_the_midst_of_calls_ends_them(delegator: str, workers: list[str]) -> None:
+    ids = Client(delegator)
+    raised: list[type[BaseException]] = []
+
+    def take() -> None:
+        try:
+            while True:
+                ids.next_id()
+        except BaseException as error:  # noqa: BLE001
+            raised.append(type(error))
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(ids._transport._idle) > 0)
+    ids.close()
+    for thread in threads:
+        thread.join(5)
+    assert raised == [Closed] * 6
+    assert ids._transport._context.closed
+
+
+# --- what it refuses at once ---
+
+
+@pytest.mark.parametrize(
+    "endpoints",
+    [
+        [],
+        "",
+        "127.0.0.1:7410",
+        "tcp://127.0.0.1",
+        "tcp://*:7410",
+        "http://x:1",
+        "tcp://x:0",
+        ["tcp://x:1", "y"],
+    ],
+)
+def test_endpoints_that_are_none_are_refused(endpoints: Any) -> None:
+    with pytest.raises(ConfigError):
+        Client(endpoints)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", None])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    with pytest.raises(ConfigError, match="timeout"):
+        Client(NOBODY, timeout=timeout)
+
+
+def test_a_route_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="route"):
+        Client(NOBODY, route="scenic")
+
+
+# --- the absent, the dead, and strangers ---
+
+
+@pytest.mark.parametrize("timeout", [0.1, 0.8])
+def test_nobody_there_is_a_timeout_within_about_the_budget(timeout: float) -> None:
+    with Client([NOBODY, "tcp://127.0.0.1:2"], timeout=timeout) as ids:
+        assert timeout * 0.8 < took(ids.next_id, Timeout) < timeout + 0.4
+        assert took(ids.next_id, TimeoutError) < timeout + 0.4
+
+
+def test_a_peer_that_never_answers_is_a_timeout_within_about_the_budget(script: Scripts) -> None:
+    with Client(script(lambda *_: None).address, timeout=0.5) as ids:
+        assert took(ids.next_id, Timeout) < 0.9
+
+
+def test_a_port_that_speaks_another_protocol_is_a_timeout(request: pytest.FixtureRequest) -> None:
+    with zmq.Context() as context, context.socket(zmq.STREAM) as web:
+        port = web.bind_to_random_port("tcp://127.0.0.1")
+        with Client(f"tcp://127.0.0.1:{port}", timeout=0.4) as ids:
+            assert took(ids.next_id, Timeout) < 0.8
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda *_: b"hello yourself",
+        lambda *_: b"",
+        lambda *_: b"\x91" * 1015,
+        lambda *asked: encode_result(asked[2], None),
+        lambda *asked: encode_result(asked[2], {"service": "web"}),
+        lambda *asked: encode_error(asked[2], "unknown_method", "no such method"),
+        lambda *asked: encode_result(asked[2], {"service": "worker", "protocol": 1, "layout": None}),
+    ],
+    ids=range(7),
+)
+def test_a_peer_that_is_not_zflake_is_a_protocol_error_that_names_it(
+    script: Scripts, answer: Callable[[str, list[Any], int], bytes]
+) -> None:
+    peer = script(answer)
+    with Client(peer.address) as ids:
+        assert took(ids.next_id, ProtocolError) < 2
+
+
+def test_endpoints_of_two_clusters_are_refused(delegator: str, workers: list[str]) -> None:
+    config = WorkerConfig((), ANY, machine=5, layout=PRESETS["twitter"])
+    with serving(lambda alarm: Worker(config, alarm)) as other, Client([delegator, other.address]) as ids:
+        took(ids.next_id, LayoutError)
+
+
+def _worker(method: str, params: list[Any], msgid: int) -> bytes:
+    if method == "hello":
+        return encode_result(msgid, {"service": "worker", "protocol": 1, "layout": LAYOUT.to_map()})
+    return encode_result(msgid, [msgid, 1, 1])
+
+
+def test_a_dead_worker_in_the_directory_is_passed_over_within_the_budget(script: Scripts) -> None:
+    live = script(_worker)
+    mute = script(lambda *_: None)
+    listed = [NOBODY, mute.address, live.address]
+
+    def directory(method: str, params: list[Any], msgid: int) -> bytes:
+        if method == "hello":
+            return encode_result(msgid, {"service": "delegator", "protocol": 1, "layout": LAYOUT.to_map()})
+        return encode_result(msgid, {"workers": [{"address": address} for address in listed]})
+
+    delegator = script(directory)
+    for _ in range(4):
+        with Client(delegator.address, timeout=1.0) as ids:
+            start = time.monotonic()
+            assert ids.next_id() > 0
+            assert time.monotonic() - start < 1.1
+
+
+def test_a_delegator_without_workers_is_unavailable(connect: Connect) -> None:
+    config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
+    with (
+        serving(lambda alarm: Delegator(config, alarm)) as delegator,
+        Client(delegator.address, timeout=0.3) as ids,
+    ):
+        assert took(ids.next_id, Unavailable) < 0.7
+
+
+def test_a_worker_that_goes_away_is_left_for_another(delegator: str, workers: list[str]) -> None:
+    config = WorkerConfig((), ANY, machine=1000, layout=LAYOUT)
+    with Client([delegator, NOBODY], timeout=3.0) as ids:
+        with serving(lambda alarm: Worker(config, alarm)) as third:
+            ids._roster.layout = LAYOUT
+            ids._roster.refresh([third.address])
+            assert LAYOUT.decompose(ids.next_id()).machine == 1000
+        assert LAYOUT.decompose(ids.next_id()).machine != 1000
+
+
+def test_an_answer_with_frames_that_nobody_asked_for_is_taken_or_a_protocol_error(
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> None:
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            if router.poll(5):
+                *prefix, body = router.recv_multipart()
+                msgid, method, params = decode_request(body)
+                router.send_multipart([*prefix, _worker(method, params, msgid), b"more", b"and more"])
+        router.close(linger=0)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with Client(f"tcp://127.0.0.1:{port}", timeout=2.0) as ids:
+            for _ in range(3):
+                try:
+                    assert ids.next_id() > 0
+                except ProtocolError:
+                    continue
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_an_answer_to_another_request_is_never_taken(script: Scripts) -> None:
+    peer = script(lambda method, params, msgid: _worker(method, params, msgid + (method == "ids.next")))
+    with Client(peer.address, timeout=0.4) as ids:
+        took(ids.next_id, ProtocolError, Timeout)
+
+
+def test_a_late_answer_is_never_taken_for_a_later_ones(script: Scripts) -> None:
+    late = threading.Event()
+    served: list[int] = []
+
+    def answer(method: str, params: list[Any], msgid: int) -> bytes:
+        if method == "hello":
+            return _worker(method, params, msgid)
+        served.append(len(served) + 1)
+        if served[-1] == 1:
+            late.wait(5)
+        return encode_result(msgid, [served[-1], 1, 1])
+
+    peer = script(answer)
+    with Client(peer.address, timeout=0.3) as ids:
+        took(ids.next_id, Timeout)
+        late.set()
+        got = [ids.next_id() for _ in range(3)]
+    assert 1 not in got
+    assert got == sorted(set(got))

@@ -1,0 +1,553 @@
+"""The client's conversation, driven by hand in a time of its own: whom it asks, and when it gives up."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zflake.client.conversation import (
+    ATTEMPT_S,
+    REFRESH_S,
+    REFRESH_WAIT_S,
+    Ask,
+    Budget,
+    Conversation,
+    Pause,
+    Roster,
+    introduce,
+    overture,
+    take,
+)
+from zflake.core.layout import PRESETS, Layout
+from zflake.errors import (
+    LayoutError,
+    LeaseExpired,
+    Overloaded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+    ZflakeError,
+)
+from zflake.wire.codec import Response, WireError
+from zflake.wire.messages import MAX_COUNT
+
+LAYOUT: Final = PRESETS["snowcloud"]
+D1, D2 = "tcp://10.0.0.1:7410", "tcp://10.0.0.2:7410"
+W1, W2, W3 = (f"tcp://10.0.1.{n}:7411" for n in (1, 2, 3))
+TRIP_S: Final = 0.001
+
+Answer = Callable[[Ask], Response | None]
+
+
+def result(value: Any) -> Response:
+    return Response(1, None, value)
+
+
+def error(code: str, retry_after_ms: int | None = None) -> Response:
+    return Response(1, WireError(code, f"says {code}", retry_after_ms), None)
+
+
+class Worker:
+    """Mints runs of at most `most` IDs, unless it was told to fail."""
+
+    def __init__(self, most: int = 4096, layout: Layout | None = LAYOUT) -> None:
+        self.fails: Response | str | None = "no"
+        self.most = most
+        self.layout = layout
+        self.minted = 0
+
+    def __call__(self, ask: Ask) -> Response | None:
+        if self.fails != "no":
+            assert not isinstance(self.fails, str)
+            return self.fails
+        if ask.method == "hello":
+            return result(
+                {"service": "worker", "protocol": 1, "layout": self.layout.to_map() if self.layout else None}
+            )
+        count = min(self.most, ask.params[0])
+        first = self.minted
+        self.minted += count
+        return result([first, 1, count])
+
+
+class Delegator:
+    """Lists workers."""
+
+    def __init__(self, *workers: str, layout: Layout = LAYOUT) -> None:
+        self.workers: Any = list(workers)
+        self.layout = layout
+        self.fails: Response | str | None = "no"
+
+    def __call__(self, ask: Ask) -> Response | None:
+        if self.fails != "no":
+            assert not isinstance(self.fails, str)
+            return self.fails
+        if ask.method == "hello":
+            return result({"service": "delegator", "protocol": 1, "layout": self.layout.to_map()})
+        assert ask.method == "cluster.workers"
+        return result({"workers": [{"address": w} for w in self.workers]})
+
+
+class World:
+    """Endpoints, a clock, and the log of what was asked."""
+
+    def __init__(self, peers: dict[str, Answer], *seeds: str, seed: int = 1) -> None:
+        self.peers = peers
+        self.now = 1000.0
+        self.asked: list[Ask] = []
+        rng = random.Random(seed)
+        self.roster = Roster(seeds or [next(iter(peers))], now=lambda: self.now, draw=rng.random)
+
+    def take(self, count: int = 1, timeout: float = 5.0) -> list[tuple[int, int, int]]:
+        """As `Client` does it."""
+        budget = self.budget(timeout)
+        begun = None
+        if (ask := overture(self.roster, count, timeout)) is not None:
+            begun = (ask, self.ask(ask))
+        runs: list[tuple[int, int, int]] = self.drive(take(self.roster, count, budget, begun))
+        return runs
+
+    def budget(self, timeout: float) -> Budget:
+        return Budget(timeout, lambda: self.now)
+
+    def ask(self, ask: Ask) -> Response | None:
+        assert 0 <= ask.timeout_s <= ATTEMPT_S * 1.5
+        self.asked.append(ask)
+        peer = self.peers.get(ask.endpoint)
+        answer = None if peer is None else peer(ask)
+        self.now += TRIP_S if answer is not None else ask.timeout_s
+        return answer
+
+    def drive(self, talk: Conversation) -> Any:
+        response: Response | None = None
+        for _ in range(100_000):
+            try:
+                step = talk.send(response)
+            except StopIteration as end:
+                return end.value
+            response = None
+            if isinstance(step, Pause):
+                assert step.seconds >= 0
+                self.now += max(step.seconds, 1e-6)
+            else:
+                response = self.ask(step)
+        raise AssertionError("the conversation does not end")
+
+    def endpoints(self, method: str = "ids.next") -> list[str]:
+        return [ask.endpoint for ask in self.asked if ask.method == method]
+
+    def fails(self, kind: type[ZflakeError], timeout: float = 5.0, count: int = 1) -> ZflakeError:
+        start = self.now
+        with pytest.raises(kind) as caught:
+            self.take(count, timeout)
+        assert type(caught.value) is kind
+        assert self.now - start <= timeout + 0.01, "over its budget"
+        return caught.value
+
+
+def cluster(workers: int = 3) -> tuple[World, Delegator, list[Worker]]:
+    names = [W1, W2, W3][:workers]
+    minters = [Worker() for _ in names]
+    delegator = Delegator(*names)
+    return World({D1: delegator, **dict(zip(names, minters, strict=True))}, D1), delegator, minters
+
+
+# --- when all is well ---
+
+
+def test_a_delegator_is_asked_for_the_directory_and_a_worker_for_ids() -> None:
+    world, _, _ = cluster()
+    world.take()
+    assert [(ask.endpoint, ask.method) for ask in world.asked[:2]] == [(D1, "hello"), (D1, "cluster.workers")]
+    assert [ask.method for ask in world.asked[2:]] == ["ids.next"]
+    assert world.asked[2].endpoint in (W1, W2, W3)
+
+
+def test_a_worker_is_asked_directly_where_it_is_the_endpoint() -> None:
+    world = World({W1: Worker()})
+    world.take()
+    world.take()
+    assert [ask.method for ask in world.asked] == ["hello", "ids.next", "ids.next"]
+
+
+def test_a_client_stays_with_its_worker() -> None:
+    world, _, _ = cluster()
+    for _ in range(50):
+        world.take()
+    assert len(set(world.endpoints())) == 1
+    assert len(world.asked) == 52
+
+
+def test_clients_spread_over_the_workers() -> None:
+    chosen: Counter[str] = Counter()
+    for seed in range(60):
+        world = World({D1: Delegator(W1, W2, W3), W1: Worker(), W2: Worker(), W3: Worker()}, D1, seed=seed)
+        world.take()
+        chosen[world.endpoints()[0]] += 1
+    assert min(chosen[w] for w in (W1, W2, W3)) >= 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 4096, 4097, 10_000, MAX_COUNT + 5])
+def test_exactly_as_many_as_were_asked_come_in_order(count: int) -> None:
+    world, _, minters = cluster(1)
+    minters[0].most = 65_536
+    runs = world.take(count)
+    ids = [i for first, step, length in runs for i in range(first, first + step * length, step)]
+    assert ids == list(range(count))
+    assert all(ask.params[0] <= MAX_COUNT for ask in world.asked if ask.method == "ids.next")
+
+
+def test_each_request_says_how_long_it_will_be_waited_for() -> None:
+    world, _, minters = cluster(1)
+    world.take()
+    minters[0].fails = None
+    world.fails(Timeout, 2.0)
+    for ask in world.asked:
+        if ask.method == "ids.next":
+            assert ask.params[1] == max(1, int(ask.timeout_s * 1000))
+
+
+def test_the_directory_is_read_anew_now_and_then_while_calls_succeed() -> None:
+    world, _, _ = cluster()
+    for _ in range(35):
+        world.take()
+        world.now += 1
+    assert len(world.endpoints("cluster.workers")) == 4
+
+
+def test_a_worker_that_left_the_directory_is_asked_no_more() -> None:
+    world, delegator, _ = cluster()
+    world.take()
+    (first,) = world.endpoints()
+    delegator.workers.remove(first)
+    world.now += REFRESH_S
+    for _ in range(20):
+        world.take()
+    assert first not in world.endpoints()[1:]
+
+
+# --- workers that fail ---
+
+
+def test_a_worker_that_does_not_answer_is_left_for_another_within_the_budget() -> None:
+    world, _, minters = cluster(2)
+    world.take()
+    favourite = world.endpoints()[0]
+    dead = minters[0 if favourite == W1 else 1]
+    dead.fails = None
+    start = world.now
+    world.take(timeout=5.0)
+    assert world.now - start < 1.5
+    assert world.endpoints()[-2:] == [favourite, W2 if favourite == W1 else W1]
+
+
+def test_one_dead_worker_leaves_time_for_the_others_however_small_the_budget() -> None:
+    for seed in range(20):
+        world = World({D1: Delegator(W1, W2), W2: Worker()}, D1, seed=seed)
+        world.take(timeout=0.2)
+
+
+def test_a_dead_worker_is_passed_over_for_longer_with_each_failure_and_probed_by_one_call() -> None:
+    world, _, minters = cluster(2)
+    minters[0].fails = None
+    probes = []
+    for _ in range(4000):
+        world.roster._favourite = None  # choose anew each time
+        start = world.now
+        world.take()
+        if world.now - start > 0.5:
+            probes.append(start)
+        world.now += 0.02
+    gaps = [b - a for a, b in pairwise(probes)]
+    assert 5 <= len(probes) <= 25
+    assert max(gaps[-3:]) > 3
+    assert gaps[0] < 4
+
+
+def test_while_one_call_probes_others_do_not() -> None:
+    world, _, minters = cluster(1)
+    minters[0].fails = None
+    world.fails(Timeout, 1.0)
+    world.now += 30
+    roster = world.roster
+    roster.keep()
+    assert roster.pick() == W1
+    assert roster.pick() is None
+    world.now += ATTEMPT_S
+    assert roster.pick() == W1
+
+
+def test_a_worker_that_came_back_is_taken_again_and_forgiven() -> None:
+    world, _, minters = cluster(1)
+    minters[0].fails = None
+    world.fails(Timeout)
+    minters[0].fails = "no"
+    world.take()
+    assert world.roster._health_of(W1).failures == 0
+    assert world.roster.favourite() == W1
+
+
+@pytest.mark.parametrize("code", ["lease_expired", "overloaded", "unavailable", "timeout"])
+def test_a_worker_that_can_not_serve_now_is_left_for_another(code: str) -> None:
+    world, _, minters = cluster(2)
+    minters[0].fails = error(code, 5000)
+    for _ in range(10):
+        world.roster._favourite = None
+        world.take()
+    assert world.endpoints().count(W1) <= 1
+
+
+@pytest.mark.parametrize("hint_ms", [None, 0, 1, 300, 60_000])
+def test_the_only_worker_is_asked_again_until_it_serves(hint_ms: int | None) -> None:
+    world, _, minters = cluster(1)
+    serves_at = world.now + 2
+    worker = minters[0]
+    world.peers[W1] = lambda ask: worker(ask) if world.now > serves_at else error("lease_expired", hint_ms)
+    world.take(timeout=5.0)
+    assert world.now < serves_at + 0.3
+
+
+# --- delegators that fail ---
+
+
+def test_a_delegator_that_is_away_does_not_stall_calls() -> None:
+    world, delegator, _ = cluster()
+    world.take()
+    delegator.fails = None
+    slow = 0.0
+    for _ in range(600):
+        start = world.now
+        world.take()
+        took = world.now - start
+        assert took <= REFRESH_WAIT_S + 0.01
+        slow += took > 0.05
+        world.now += 0.1
+    assert slow <= 60 / REFRESH_S
+
+
+def test_the_next_delegator_is_asked_where_one_does_not_answer() -> None:
+    world = World({D2: Delegator(W1), W1: Worker()}, D1, D2)
+    for _ in range(3):
+        world.take()
+    assert world.endpoints("cluster.workers") == [D2]
+
+
+def test_of_two_delegators_one_is_asked() -> None:
+    world = World({D1: Delegator(W1), D2: Delegator(W1), W1: Worker()}, D1, D2)
+    world.take()
+    world.now += REFRESH_S
+    world.take()
+    assert len(world.endpoints("cluster.workers")) == 2
+
+
+def test_workers_and_delegators_may_be_named_together() -> None:
+    seen: set[str] = set()
+    for seed in range(20):
+        world = World({D1: Delegator(W1), W1: Worker(), W2: Worker()}, D1, W2, seed=seed)
+        world.take()
+        seen |= set(world.endpoints())
+    assert seen == {W1, W2}
+
+
+def test_a_cluster_that_comes_up_late_is_found_within_the_budget() -> None:
+    world, delegator, _ = cluster()
+    names, delegator.workers = delegator.workers, []
+    comes_at = world.now + 2
+
+    def late(ask: Ask) -> Response | None:
+        if world.now > comes_at:
+            delegator.workers = names
+        return delegator(ask)
+
+    world.peers[D1] = late
+    world.take(timeout=5.0)
+    assert world.now < comes_at + 0.3
+
+
+# --- which error ---
+
+
+def test_nobody_there_is_a_timeout_after_the_budget_that_names_who_was_asked() -> None:
+    for timeout in (0.05, 0.5, 5.0):
+        world = World({}, D1, D2)
+        start = world.now
+        raised = world.fails(Timeout, timeout)
+        assert world.now - start >= timeout * 0.9
+        assert D1 in str(raised)
+        assert D2 in str(raised)
+
+
+def test_no_worker_is_unavailable() -> None:
+    world = World({D1: Delegator()})
+    assert "start one" in str(world.fails(Unavailable))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("lease_expired", LeaseExpired),
+        ("overloaded", Overloaded),
+        ("unavailable", Unavailable),
+        ("timeout", Timeout),
+    ],
+)
+def test_what_the_workers_say_is_what_is_raised(code: str, kind: type[ZflakeError]) -> None:
+    world, _, minters = cluster(2)
+    for minter in minters:
+        minter.fails = error(code, 750)
+    raised = world.fails(kind)
+    assert f"says {code}" in str(raised)
+    assert raised.retry_after == 0.75
+
+
+def test_an_error_that_somebody_gave_is_not_hidden_by_another_who_is_silent() -> None:
+    world, _, minters = cluster(2)
+    minters[0].fails = error("overloaded")
+    minters[1].fails = None
+    world.fails(Overloaded)
+
+
+def test_half_of_the_ids_is_a_timeout_that_says_how_many_came() -> None:
+    world, _, minters = cluster(1)
+    minters[0].most = 10
+
+    def dries_up(ask: Ask) -> Response | None:
+        return minters[0](ask) if minters[0].minted < 30 else error("lease_expired", 1000)
+
+    world.peers[W1] = dries_up
+    assert "30 of 100 IDs" in str(world.fails(Timeout, count=100))
+
+
+@pytest.mark.parametrize("code", ["bad_request", "unknown_method", "denied", "no such code"])
+def test_what_no_other_try_would_mend_is_raised_at_once(code: str) -> None:
+    world, _, minters = cluster(1)
+    minters[0].fails = error(code)
+    start = world.now
+    with pytest.raises(ZflakeError):
+        world.take()
+    assert world.now - start < 0.1
+
+
+@pytest.mark.parametrize(
+    "run",
+    [None, [], [1, 1], [1, 1, 0], [1, 1, 2], [1, 0, 1], [-1, 1, 1], [2**64, 1, 1], ["1", 1, 1], {}, 7],
+)
+def test_a_run_that_is_none_is_a_protocol_error(run: Any) -> None:
+    world, _, minters = cluster(1)
+    minters[0].fails = result(run)
+    with pytest.raises(ProtocolError):
+        world.take(1)
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        result(None),
+        result({}),
+        result([1]),
+        result({"service": "web", "protocol": 1}),
+        result({"service": "delegator"}),
+        result({"service": "delegator", "protocol": 2}),
+        result({"service": "delegator", "protocol": 1, "layout": {"name": "x"}}),
+        error("unknown_method"),
+    ],
+    ids=range(8),
+)
+def test_a_stranger_is_a_protocol_error_that_names_it(hello: Response) -> None:
+    world = World({D1: lambda _: hello})
+    with pytest.raises(ProtocolError, match=D1):
+        world.take()
+
+
+@pytest.mark.parametrize(
+    "directory",
+    [None, {}, {"workers": None}, {"workers": [1]}, {"workers": [{}]}, {"workers": [{"address": "x"}]}, [[]]],
+    ids=range(7),
+)
+def test_a_directory_that_can_not_be_read_is_a_protocol_error_that_names_it(directory: Any) -> None:
+    delegator = Delegator()
+    world = World({D1: lambda ask: result(directory) if ask.method == "cluster.workers" else delegator(ask)})
+    with pytest.raises(ProtocolError, match=D1):
+        world.take()
+
+
+def test_endpoints_of_two_clusters_are_a_layout_error() -> None:
+    world = World({W1: Worker(), W2: Worker(layout=PRESETS["twitter"])}, W1, W2)
+    with pytest.raises(LayoutError, match="two clusters"):
+        world.take()
+
+
+# --- the layout ---
+
+
+def test_the_layout_is_asked_for_once() -> None:
+    world, _, _ = cluster()
+    assert world.drive(introduce(world.roster, world.budget(5))).same_ids(LAYOUT)
+    asked = len(world.asked)
+    world.drive(introduce(world.roster, world.budget(5)))
+    assert len(world.asked) == asked
+
+
+def test_the_layout_of_a_worker_that_has_none_yet_is_waited_for() -> None:
+    worker = Worker(layout=None)
+    world = World({W1: worker})
+    comes_at = world.now + 1
+
+    def late(ask: Ask) -> Response | None:
+        worker.layout = LAYOUT if world.now > comes_at else None
+        return worker(ask)
+
+    world.peers[W1] = late
+    assert world.drive(introduce(world.roster, world.budget(5))).same_ids(LAYOUT)
+
+
+def test_nobody_who_knows_the_layout_is_a_timeout() -> None:
+    world = World({}, D1)
+    start = world.now
+    with pytest.raises(Timeout):
+        world.drive(introduce(world.roster, world.budget(2)))
+    assert world.now - start < 2.1
+
+
+# --- whatever happens ---
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.05, 0.3, 1.0, 5.0]), st.sampled_from([1, 3, 5000]))
+@settings(deadline=None, max_examples=60)
+def test_a_call_ends_within_its_budget_with_all_its_ids_or_an_error(
+    seed: int, timeout: float, count: int
+) -> None:
+    rng = random.Random(seed)
+    world, delegator, minters = cluster()
+    faults: list[Response | str | None] = [
+        "no",
+        "no",
+        None,
+        error("lease_expired", rng.choice([None, 0, 50, 5000])),
+        error("overloaded", 1),
+        error("unavailable", 10_000),
+        error("timeout"),
+    ]
+    for _ in range(12):
+        peers: list[Worker | Delegator] = [delegator, *minters]
+        for peer in peers:
+            if rng.random() < 0.4:
+                peer.fails = rng.choice(faults)
+        if delegator.fails not in ("no", None) and world.roster.service_of(D1) is None:
+            delegator.fails = None  # a hello is answered or not
+        start = world.now
+        try:
+            runs = world.take(count, timeout)
+        except (Timeout, LeaseExpired, Overloaded, Unavailable):
+            pass
+        else:
+            assert sum(length for _, _, length in runs) == count
+        assert world.now - start <= timeout + 0.01
+        world.now += rng.choice([0, 0.1, 3, 15])

@@ -1,0 +1,514 @@
+"""The lease desk: answers come off the store, whatever becomes of a write."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import until
+from zflake.core.layout import PRESETS
+from zflake.core.lease import (
+    Acquire,
+    Answer,
+    Grant,
+    Holder,
+    Mark,
+    Meta,
+    Record,
+    Refusal,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Request,
+    Swap,
+)
+from zflake.delegator import desk as desk_module
+from zflake.delegator.desk import BATCH, FAILURES, ROUNDS, STALE_US, LeaseDesk, Settled, Ticket
+from zflake.errors import StoreError
+from zflake.stores.memory import MemoryStore
+
+TTL: Final = 1000
+META: Final = Meta("store", PRESETS["snowcloud"], TTL, 0, 7)
+thorough = settings(deadline=None, max_examples=150)
+
+
+def token(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def acquire(number: int) -> Acquire:
+    return Acquire(token(number), Holder(f"h{number}"))
+
+
+class Faulty(MemoryStore):
+    """A store whose next operations go as `plan` says, one word each; then all is well.
+
+    lose        somebody else writes the record first
+    before      `StoreError`, and nothing happened
+    after       `StoreError`, though it happened
+    half        the first swap happened, then `StoreError`
+    read        the next read is a `StoreError`
+    """
+
+    def __init__(self, *plan: str) -> None:
+        super().__init__()
+        self.initialise(META)
+        self.plan = list(plan)
+        self.swaps = 0
+        self.commits: list[Record] = []
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        self.swaps += 1
+        word = self.plan.pop(0) if self.plan and self.plan[0] != "read" else ""
+        if word == "before":
+            raise StoreError("it fell over")
+        rest, self.plan = self.plan, []  # what a swap reads on its way never fails
+        if word == "lose":
+            for swap in swaps:
+                old = self.by_machine(swap.new.machine)
+                # What another delegator might do: it renews on, or takes a free one.
+                stranger = replace(old, gen=old.gen + 1, fence=old.fence + 1)
+                assert super().swap([Swap(stranger, swap.version)]) == [True]
+        done = super().swap(swaps[:1] if word == "half" else swaps, mark)
+        self.plan = rest
+        self.commits += [swap.new for swap, ok in zip(swaps, done, strict=False) if ok]
+        if word in ("after", "half"):
+            raise StoreError("the answer was lost")
+        return done
+
+    def by_token(self, token: bytes) -> Record | None:
+        self._read()
+        return super().by_token(token)
+
+    def by_machine(self, machine: int) -> Record:
+        self._read()
+        return super().by_machine(machine)
+
+    def _read(self) -> None:
+        if self.plan and self.plan[0] == "read":
+            self.plan.pop(0)
+            raise StoreError("it can't be read")
+
+
+class Desk:
+    """A desk in a time that the test moves."""
+
+    def __init__(self, store: MemoryStore, meta: Meta = META, seed: int = 1) -> None:
+        self.store = store
+        self.now = 50_000
+        self.local_us = 1_000_000
+        self.rings = threading.Event()
+        self.desk = LeaseDesk(
+            store,
+            meta,
+            now=lambda: self.now,
+            local_us=lambda: self.local_us,
+            ring=self.rings.set,
+            mark=lambda: Mark("here", self.now),
+            pick=random.Random(seed).randrange,
+        )
+
+    def settle(self, *requests: Request) -> list[Answer]:
+        return [settled.answer for settled in self.desk.settle(requests)]
+
+    def one(self, request: Request) -> Answer:
+        (answer,) = self.settle(request)
+        return answer
+
+    def granted(self, request: Request) -> Grant:
+        answer = self.one(request)
+        assert isinstance(answer, Grant)
+        return answer
+
+
+def desk(*plan: str) -> Desk:
+    return Desk(Faulty(*plan))
+
+
+def as_stored(store: MemoryStore, grant: Grant) -> None:
+    record = MemoryStore.by_machine(store, grant.machine)
+    assert (record.start, record.fence, record.gen, record.token) == (
+        grant.start,
+        grant.end,
+        grant.gen,
+        grant.token,
+    )
+
+
+def unavailable(answer: Answer) -> None:
+    assert isinstance(answer, Refusal)
+    assert answer.reason is Refused.UNAVAILABLE
+    assert answer.retry_after_ms
+
+
+# --- one request ---
+
+
+def test_an_acquire_is_answered_as_it_is_stored() -> None:
+    d = desk()
+    grant = d.granted(acquire(1))
+    as_stored(d.store, grant)
+    assert (grant.start, grant.end) == (d.now, d.now + TTL)
+    assert d.store.by_machine(grant.machine).holder == Holder("h1")
+
+
+def test_the_outcome_carries_the_record_as_it_is_stored() -> None:
+    d = desk()
+    (settled,) = d.desk.settle([acquire(1)])
+    assert isinstance(settled.answer, Grant)
+    assert settled.record == d.store.by_machine(settled.answer.machine)
+
+
+def test_a_repeated_acquire_is_given_the_same_window_and_writes_nothing() -> None:
+    d = desk()
+    first = d.granted(acquire(1))
+    d.now += 10
+    assert d.one(acquire(1)) == first
+    assert isinstance(d.store, Faulty)
+    assert d.store.swaps == 1
+
+
+def test_the_whole_life_of_a_lease() -> None:
+    d = desk()
+    first = d.granted(acquire(1))
+    d.now += 400
+    second = d.granted(Renew(first.machine, token(1), first.gen, token(2)))
+    as_stored(d.store, second)
+    assert (second.start, second.end) == (first.end, d.now + TTL)
+    released = d.one(Release(first.machine, token(2), None, d.now))
+    assert released == Released(first.machine, d.now + 1)
+    again = d.one(Release(first.machine, token(2), None, d.now))
+    assert isinstance(again, Refusal)
+    assert again.reason is Refused.LOST
+
+
+def test_an_acquire_of_nothing_free_says_when() -> None:
+    d = desk()
+    for number in range(8):
+        d.granted(acquire(number))
+    d.now += 100
+    refused = d.one(acquire(9))
+    assert isinstance(refused, Refusal)
+    assert (refused.reason, refused.retry_after_ms) == (Refused.NO_FREE_MACHINE, TTL - 100)
+
+
+# --- what may become of a write ---
+
+
+@pytest.mark.parametrize(
+    "plan", [("before",), ("after",), ("lose",), ("read",), ("lose", "after"), ("lose",) * 5]
+)
+def test_a_grant_is_given_once_whatever_becomes_of_the_write(plan: tuple[str, ...]) -> None:
+    d = desk(*plan)
+    grant = d.granted(acquire(1))
+    as_stored(d.store, grant)
+    assert isinstance(d.store, Faulty)
+    assert [r.token for r in d.store.commits] == [token(1)]
+
+
+@pytest.mark.parametrize("plan", [("before",), ("after",), ("lose",), ("read",), ("lose", "read")])
+def test_a_renewal_is_given_once_whatever_becomes_of_the_write(plan: tuple[str, ...]) -> None:
+    d = desk()
+    first = d.granted(acquire(1))
+    assert isinstance(d.store, Faulty)
+    d.store.plan = list(plan)
+    d.now += 400
+    second = d.granted(Renew(first.machine, token(1), first.gen, token(2)))
+    as_stored(d.store, second)
+    assert second.start >= first.end
+    assert [r.token for r in d.store.commits] == [token(1), token(2)]
+
+
+@pytest.mark.parametrize("plan", [("before",), ("lose",), ("read",)])
+def test_a_release_is_answered_once_it_is_stored(plan: tuple[str, ...]) -> None:
+    d = desk()
+    first = d.granted(acquire(1))
+    assert isinstance(d.store, Faulty)
+    d.store.plan = list(plan)
+    answer = d.one(Release(first.machine, token(1), None, None))
+    assert isinstance(answer, Released)
+    record = d.store.by_machine(first.machine)
+    assert (record.token, record.fence) == (None, answer.fence)
+
+
+def test_a_release_that_happened_though_the_store_failed_is_over_too() -> None:
+    d = desk()
+    first = d.granted(acquire(1))
+    assert isinstance(d.store, Faulty)
+    d.store.plan = ["after"]
+    answer = d.one(Release(first.machine, token(1), None, None))
+    assert isinstance(answer, Refusal)
+    assert answer.reason is Refused.LOST
+    assert d.store.by_machine(first.machine).token is None
+
+
+@pytest.mark.parametrize("word", ["before", "after", "read"])
+def test_a_store_that_goes_on_failing_is_unavailable_and_the_retry_finds_what_happened(word: str) -> None:
+    d = desk(*[word] * FAILURES)
+    if word == "after":
+        d = desk("after", "read")
+    unavailable(d.one(acquire(1)))
+    d.now += 5
+    as_stored(d.store, d.granted(acquire(1)))
+    assert isinstance(d.store, Faulty)
+    assert len(d.store.commits) == 1
+
+
+def test_a_race_that_is_lost_for_ever_is_given_up() -> None:
+    d = desk(*["lose"] * 99)
+    unavailable(d.one(acquire(1)))
+    assert isinstance(d.store, Faulty)
+    assert d.store.swaps == ROUNDS
+    assert not d.store.commits
+
+
+def test_settings_that_changed_under_a_desk_grant_nothing() -> None:
+    d = Desk(Faulty(), replace(META, version=9))
+    unavailable(d.one(acquire(1)))
+    assert isinstance(d.store, Faulty)
+    assert not d.store.commits
+
+
+# --- batches ---
+
+
+def test_a_batch_is_one_commit_and_each_gets_a_machine_of_its_own() -> None:
+    d = desk()
+    grants = d.settle(*map(acquire, range(8)))
+    assert {g.machine for g in grants if isinstance(g, Grant)} == set(range(8))
+    assert isinstance(d.store, Faulty)
+    assert d.store.swaps == 1
+
+
+def test_each_of_a_batch_has_its_own_outcome() -> None:
+    d = desk()
+    held = d.granted(acquire(1))
+    answers = d.settle(
+        Renew(held.machine, token(1), held.gen, token(2)),
+        Renew(held.machine, token(77), held.gen, token(78)),
+        acquire(3),
+        Release(6, token(66), None, None),
+    )
+    assert isinstance(answers[0], Refusal)  # in the same tick as the acquire: a whole ttl ahead already
+    assert answers[0].reason is Refused.TOO_EARLY
+    assert isinstance(answers[1], Refusal)
+    assert answers[1].reason is Refused.LOST
+    assert isinstance(answers[2], Grant)
+    assert isinstance(answers[3], Refusal)
+    assert answers[3].reason is Refused.LOST
+
+
+def test_more_acquires_than_machines_are_served_as_far_as_they_reach() -> None:
+    d = desk()
+    answers = d.settle(*map(acquire, range(20)))
+    assert sum(isinstance(a, Grant) for a in answers) == 8
+    assert all(a.reason is Refused.NO_FREE_MACHINE for a in answers if isinstance(a, Refusal))
+
+
+def test_repeats_of_one_request_in_one_batch_are_one_window() -> None:
+    d = desk()
+    grants = d.settle(acquire(1), acquire(1), acquire(1))
+    assert isinstance(grants[0], Grant)
+    assert grants[0] == grants[1] == grants[2]
+    assert isinstance(d.store, Faulty)
+    assert len(d.store.commits) == 1
+    d.now += 400
+    renewals = d.settle(*[Renew(grants[0].machine, token(1), 1, token(2))] * 3)
+    assert isinstance(renewals[0], Grant)
+    assert renewals[0] == renewals[1] == renewals[2]
+    assert len(d.store.commits) == 2
+
+
+def test_of_two_copies_of_a_holder_in_one_batch_one_is_lost() -> None:
+    d = desk()
+    held = d.granted(acquire(1))
+    d.now += 400
+    answers = d.settle(*(Renew(held.machine, token(1), held.gen, token(n)) for n in (2, 3)))
+    assert sorted(type(a).__name__ for a in answers) == ["Grant", "Refusal"]
+    assert [a.reason for a in answers if isinstance(a, Refusal)] == [Refused.LOST]
+
+
+def test_half_a_batch_that_happened_is_found_and_the_rest_tried_again() -> None:
+    d = desk("half")
+    grants = d.settle(acquire(1), acquire(2), acquire(3))
+    for grant in grants:
+        assert isinstance(grant, Grant)
+        as_stored(d.store, grant)
+    assert len({g.machine for g in grants if isinstance(g, Grant)}) == 3
+    assert isinstance(d.store, Faulty)
+    assert sorted(r.token or b"" for r in d.store.commits) == [token(1), token(2), token(3)]
+
+
+WORDS = st.sampled_from(["", "", "", "lose", "before", "after", "half", "read"])
+
+
+@given(st.integers(0, 2**32), st.lists(WORDS, max_size=60))
+@thorough
+def test_windows_never_overlap_and_every_answer_is_as_stored_whatever_the_store_does(
+    seed: int, plan: list[str]
+) -> None:
+    rng = random.Random(seed)
+    store = Faulty(*plan)
+    d = Desk(store, seed=seed)
+    drawn = 0
+    held: dict[int, Grant] = {}  # by number of the holder: what it was told last
+    wanted: dict[int, Request] = {}
+    for _ in range(25):
+        d.now += rng.choice([0, 1, 50, 400, 1100])
+        for holder in rng.sample(range(10), rng.randrange(1, 6)):
+            if holder in wanted and rng.random() < 0.8:
+                continue
+            drawn += 1
+            grant = held.get(holder)
+            wanted[holder] = (
+                acquire(drawn)
+                if grant is None
+                else Renew(grant.machine, grant.token, grant.gen, token(drawn))
+            )
+        holders = rng.sample(sorted(wanted), rng.randrange(0, len(wanted) + 1))
+        for holder, settled in zip(holders, d.desk.settle([wanted[h] for h in holders]), strict=True):
+            answer = settled.answer
+            if isinstance(answer, Grant):
+                told = (answer.machine, answer.gen, answer.start, answer.end, answer.token)
+                assert told in {(r.machine, r.gen, r.start, r.fence, r.token) for r in store.commits}
+                held[holder] = answer
+                del wanted[holder]
+            elif isinstance(answer, Refusal) and answer.reason is Refused.LOST:
+                held.pop(holder, None)
+                del wanted[holder]
+    windows = sorted((r.machine, r.start, r.fence) for r in store.commits)
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(windows))
+    tokens: dict[bytes | None, Record] = {}
+    for record in store.commits:
+        # A token may be shown again after the machine that it took has gone to somebody else: not before.
+        before = tokens.setdefault(record.token, record)
+        assert before is record or before.fence <= record.start, "two windows for a token"
+
+
+# --- the thread ---
+
+
+def ticket(request: Request, msgid: int, arrived_us: int = 1_000_000) -> Ticket:
+    return Ticket(request, arrived_us, [b"%d" % msgid, b""], msgid)
+
+
+def collected(d: Desk, count: int) -> list[tuple[Ticket, Settled]]:
+    got: list[tuple[Ticket, Settled]] = []
+
+    def collect() -> bool:
+        got.extend(d.desk.collect())
+        return len(got) >= count
+
+    until(collect)
+    return got
+
+
+def test_submitted_requests_come_back_with_their_envelopes_and_ring() -> None:
+    d = desk()
+    for number in range(5):
+        d.desk.submit(ticket(acquire(number), number))
+    assert d.desk.backlog == 5
+    d.desk.start()
+    got = collected(d, 5)
+    assert [t.msgid for t, _ in got] == list(range(5))
+    assert all(isinstance(settled.answer, Grant) for _, settled in got)
+    assert d.rings.is_set()
+    assert d.desk.backlog == 0
+    assert d.desk.stop(5)
+
+
+def test_waiting_requests_commit_together_in_bounded_batches() -> None:
+    store = Faulty()
+    d = Desk(store, replace(META, last_machine=1023))
+    for number in range(BATCH + 44):
+        d.desk.submit(ticket(acquire(number), number))
+    d.desk.start()
+    assert d.desk.stop(5)
+    assert len(d.desk.collect()) == BATCH + 44
+    assert store.swaps == 2
+
+
+def test_a_request_that_sat_for_too_long_is_dropped_and_changes_nothing() -> None:
+    d = desk()
+    d.local_us = 10_000_000
+    d.desk.submit(ticket(acquire(1), 1, d.local_us - STALE_US - 1))
+    d.desk.submit(ticket(acquire(2), 2, d.local_us - STALE_US))
+    d.desk.start()
+    assert d.desk.stop(5)
+    assert [t.msgid for t, _ in d.desk.collect()] == [2]
+    assert d.desk.stale == 1
+    assert isinstance(d.store, Faulty)
+    assert [r.token for r in d.store.commits] == [token(2)]
+
+
+def test_stop_settles_what_waits() -> None:
+    d = desk()
+    for number in range(3):
+        d.desk.submit(ticket(acquire(number), number))
+    d.desk.start()
+    assert d.desk.stop(5)
+    assert len(d.desk.collect()) == 3
+
+
+def test_stop_does_not_wait_for_ever_for_a_store_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = desk()
+    free = threading.Event()
+    swap: Callable[..., list[bool]] = d.store.swap
+    monkeypatch.setattr(d.store, "swap", lambda *swaps: swap(*swaps) if free.wait(10) else [])
+    d.desk.submit(ticket(acquire(1), 1))
+    d.desk.start()
+    assert not d.desk.stop(0.05)
+    free.set()
+    assert d.desk.stop(5)
+
+
+def test_a_store_that_fails_does_not_end_the_thread() -> None:
+    d = desk("read", "read")
+    d.desk.start()
+    d.desk.submit(ticket(acquire(1), 1))
+    ((_, settled),) = collected(d, 1)
+    unavailable(settled.answer)
+    d.desk.submit(ticket(acquire(1), 2))
+    ((_, settled),) = collected(d, 1)
+    assert isinstance(settled.answer, Grant)
+    assert d.desk.stop(5)
+
+
+def test_the_mark_is_written_with_each_commit_and_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    d = desk()
+    d.granted(acquire(1))
+    assert d.store.marks() == [Mark("here", d.now)]
+    monkeypatch.setattr(desk_module, "MARK_S", 0.01)
+    d.now += 500
+    d.desk.start()
+    until(lambda: d.store.marks() == [Mark("here", d.now)])
+    assert isinstance(d.store, Faulty)
+    d.store.plan = ["before"] * 3  # a mark that can't be written is written later
+    d.now += 500
+    until(lambda: d.store.marks() == [Mark("here", d.now)])
+    assert d.desk.stop(5)
+
+
+def test_every_grant_is_logged_before_it_can_be_collected(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="zflake.lease")
+    d = desk()
+    d.desk.submit(ticket(acquire(1), 1))
+    d.desk.start()
+    ((_, settled),) = collected(d, 1)
+    assert isinstance(settled.answer, Grant)
+    grant = settled.answer
+    assert [r.__dict__["lease"] for r in caplog.records] == [
+        ["acquired", grant.machine, grant.gen, grant.start, grant.end]
+    ]
+    assert d.desk.stop(5)

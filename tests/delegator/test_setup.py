@@ -1,0 +1,211 @@
+"""A delegator's start: what the store says against what the command line says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+
+from zflake.core.layout import PRESETS
+from zflake.core.lease import Mark, Meta
+from zflake.delegator.setup import DEFAULT_TTL_MS, MARGIN_MS, REST_MS, Wishes, settle_meta, start_timeline
+from zflake.errors import ConfigError, StoreError
+from zflake.stores.memory import MemoryStore
+
+LAYOUT: Final = PRESETS["snowcloud"]
+NOW: Final = 200_000_000_000
+NOW_US: Final = (LAYOUT.epoch_ms + NOW) * 1000 + 999
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def settle(store: MemoryStore, now_us: int = NOW_US, **wishes: object) -> Meta:
+    return settle_meta(store, Wishes(**wishes), now_us)  # type: ignore[arg-type]
+
+
+# --- a fresh store ---
+
+
+def test_a_new_cluster_grants_at_once_with_the_defaults(store: MemoryStore) -> None:
+    meta = settle(store, new=True)
+    assert meta == store.meta()
+    assert (meta.layout, meta.ttl, meta.first_machine, meta.last_machine, meta.floor, meta.version) == (
+        LAYOUT,
+        DEFAULT_TTL_MS,
+        0,
+        1023,
+        0,
+        1,
+    )
+
+
+def test_two_new_stores_have_two_ids() -> None:
+    assert settle(MemoryStore(), new=True).store_id != settle(MemoryStore(), new=True).store_id
+
+
+@pytest.mark.parametrize("ttl_ms", [1_000, 30_000, 60_000, 61_000, 3_600_000])
+def test_a_fresh_store_that_nobody_called_new_rests_for_longer_than_any_lost_window(
+    store: MemoryStore, ttl_ms: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    meta = settle(store, ttl_ms=ttl_ms)
+    rest = max(REST_MS, ttl_ms) + MARGIN_MS
+    assert NOW + rest < meta.floor <= NOW + rest + 1
+    assert "--new" in caplog.text
+
+
+def test_the_rest_is_whole_ticks_rounded_up(store: MemoryStore) -> None:
+    layout = PRESETS["sonyflake"]
+    now_us = (layout.epoch_ms + 10**10) * 1000 + 9_999
+    meta = settle(store, now_us, layout=layout)
+    assert meta.floor * 10 >= 10**10 + 9 + REST_MS + MARGIN_MS
+
+
+def test_a_restart_does_not_end_the_rest(store: MemoryStore) -> None:
+    floor = settle(store).floor
+    assert settle(store, NOW_US + 1_000_000).floor == floor
+    assert settle(store, new=True).floor == floor
+
+
+def test_new_on_an_initialised_store_does_nothing_and_says_so(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    meta = settle(store)
+    assert settle(store, new=True) == meta == store.meta()
+    assert "--new does nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "now_us", [0, LAYOUT.epoch_ms * 1000 - 1, (LAYOUT.epoch_ms + LAYOUT.end_tick) * 1000]
+)
+def test_a_time_outside_the_layout_is_refused(store: MemoryStore, now_us: int) -> None:
+    with pytest.raises(ConfigError, match="set the clock"):
+        settle(store, now_us, new=True)
+    assert store.meta() is None
+
+
+def test_an_epoch_of_ones_own_is_kept(store: MemoryStore) -> None:
+    assert settle(store, new=True, epoch_ms=5).layout == LAYOUT.with_epoch(5)
+
+
+# --- ttl and machines ---
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "ttl_ms"),
+    [("snowcloud", 999), ("snowcloud", 0), ("snowcloud", -1000), ("sonyflake", 1005), ("sonyflake", 990)],
+)
+def test_a_ttl_is_a_second_at_least_and_whole_ticks(
+    store: MemoryStore, layout: str, ttl_ms: int, initialised: bool
+) -> None:
+    if initialised:
+        settle(store, layout=PRESETS[layout], new=True)
+    before = store.meta()
+    with pytest.raises(ConfigError, match="ttl"):
+        settle(store, layout=PRESETS[layout], ttl_ms=ttl_ms)
+    assert store.meta() == before
+
+
+def test_a_ttl_is_kept_in_ticks(store: MemoryStore) -> None:
+    assert settle(store, layout=PRESETS["sonyflake"], ttl_ms=1010, new=True).ttl == 101
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+@pytest.mark.parametrize("machines", [(-1, 5), (5, 4), (0, 1024), (1024, 1024)])
+def test_machines_must_fit_the_layout(
+    store: MemoryStore, machines: tuple[int, int], initialised: bool
+) -> None:
+    if initialised:
+        settle(store, new=True)
+    before = store.meta()
+    with pytest.raises(ConfigError, match="machines"):
+        settle(store, machines=machines)
+    assert store.meta() == before
+
+
+def test_ttl_and_machines_may_be_changed_later_and_count_as_a_version(store: MemoryStore) -> None:
+    first = settle(store, new=True)
+    second = settle(store, ttl_ms=5_000, machines=(10, 1023))
+    assert second == replace(first, ttl=5_000, first_machine=10, version=2) == store.meta()
+
+
+def test_what_is_not_wished_stays_and_writes_nothing(store: MemoryStore) -> None:
+    first = settle(store, ttl_ms=5_000, machines=(10, 20), new=True)
+    assert settle(store) == first
+    assert settle(store, ttl_ms=5_000, machines=(10, 20)) == first
+
+
+def test_a_race_for_the_settings_is_lost_with_a_word(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(store, new=True)
+    monkeypatch.setattr(store, "swap_meta", lambda _: False)
+    with pytest.raises(StoreError, match="start again"):
+        settle(store, ttl_ms=5_000)
+
+
+# --- the layout stays ---
+
+
+def test_without_a_wish_the_stores_layout_holds(store: MemoryStore) -> None:
+    settle(store, layout=PRESETS["twitter"], new=True)
+    assert settle(store).layout == PRESETS["twitter"]
+    assert settle(store, layout=PRESETS["twitter"]).layout == PRESETS["twitter"]
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"layout": PRESETS["twitter"]},
+        {"layout": PRESETS["wide"]},
+        {"epoch_ms": LAYOUT.epoch_ms + 1},
+        {"layout": LAYOUT, "epoch_ms": 0},
+        {"layout": replace(LAYOUT, tick_ms=10)},
+    ],
+)
+def test_another_layout_is_refused_for_good(store: MemoryStore, wishes: dict[str, Any]) -> None:
+    meta = settle(store, new=True)
+    with pytest.raises(ConfigError, match="keeps its layout for good"):
+        settle(store, **wishes)
+    assert store.meta() == meta
+
+
+def test_the_same_layout_and_epoch_may_be_stated_again(store: MemoryStore) -> None:
+    meta = settle(store, epoch_ms=1000, layout=PRESETS["clawflake"], new=True)
+    assert settle(store, epoch_ms=1000, layout=PRESETS["clawflake"]) == meta
+    assert settle(store, epoch_ms=1000) == meta
+    with pytest.raises(ConfigError):
+        settle(store, layout=PRESETS["clawflake"])  # whose own epoch is another
+
+
+# --- the timeline ---
+
+
+def started(store: MemoryStore, *, accept_clock: bool = False) -> int:
+    carrier = start_timeline(store, accept_clock=accept_clock, wall_us=NOW_US, local_us=77)
+    return carrier.now_us(77)
+
+
+def test_the_timeline_of_a_first_start_is_the_wall_clocks(store: MemoryStore) -> None:
+    assert started(store) == NOW_US
+
+
+@pytest.mark.parametrize(("mark_us", "begins"), [(NOW_US - 5_000_000, NOW_US), (NOW_US + 5, NOW_US + 5)])
+def test_the_timeline_never_begins_behind_a_mark(store: MemoryStore, mark_us: int, begins: int) -> None:
+    settle(store, new=True)
+    store.swap([], Mark("here", mark_us))
+    assert started(store) == begins
+
+
+def test_a_clock_that_is_accepted_sets_every_mark(store: MemoryStore) -> None:
+    settle(store, new=True)
+    store.swap([], Mark("here", NOW_US * 2))
+    with pytest.raises(ConfigError, match="--accept-clock"):
+        started(store)
+    assert started(store, accept_clock=True) == NOW_US
+    assert store.marks() == [Mark("here", NOW_US)]
+    assert started(store) == NOW_US

@@ -1,0 +1,77 @@
+"""The holder's clock: the timeline on a local clock that never steps."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from zflake.core.layout import PRESETS
+from zflake.holder import clock
+from zflake.holder.clock import Clock, local_us
+
+LAYOUT = PRESETS["snowcloud"]
+NOW_US = (LAYOUT.epoch_ms + 5000) * 1000 + 999
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The local clock, under the test's hand."""
+    at = {"us": 1_000_000}
+    monkeypatch.setattr(clock, "local_us", lambda: at["us"])
+    return at
+
+
+def test_the_local_clock_counts_microseconds_and_never_steps_back() -> None:
+    readings = [local_us() for _ in range(1000)]
+    assert all(a <= b for a, b in pairwise(readings))
+    assert 0 < readings[-1] - readings[0] < 10_000_000
+
+
+def test_a_clock_that_learned_nothing_is_in_no_tick() -> None:
+    assert not Clock().known
+    assert Clock().tick(LAYOUT) == -1
+
+
+def test_a_clock_goes_on_from_what_it_learned(at: dict[str, int]) -> None:
+    clock = Clock()
+    clock.exchange(NOW_US, at["us"], step=False)
+    assert clock.known
+    assert (clock.now_us(), clock.tick(LAYOUT)) == (NOW_US, 5000)
+    at["us"] += 1
+    assert (clock.now_us(), clock.tick(LAYOUT)) == (NOW_US + 1, 5001)
+
+
+def test_a_tick_before_the_epoch_is_negative_and_in_no_window(at: dict[str, int]) -> None:
+    clock = Clock()
+    clock.exchange(LAYOUT.epoch_ms * 1000 - 1, at["us"], step=False)
+    assert clock.tick(LAYOUT) == -1
+
+
+def test_a_late_message_moves_nothing(at: dict[str, int]) -> None:
+    clock = Clock()
+    clock.exchange(NOW_US, at["us"], step=False)
+    at["us"] += 500_000
+    clock.exchange(NOW_US + 300_000, at["us"], step=False)  # 200 ms under way
+    assert clock.now_us() == NOW_US + 500_000
+
+
+def test_a_timeline_that_is_ahead_is_followed_at_once(at: dict[str, int]) -> None:
+    clock = Clock()
+    clock.exchange(NOW_US, at["us"], step=False)
+    clock.exchange(NOW_US + 60_000_000, at["us"], step=False)
+    assert clock.now_us() == NOW_US + 60_000_000
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_a_timeline_that_is_behind_is_stepped_to_only_where_no_window_holds(
+    at: dict[str, int], step: bool
+) -> None:
+    clock = Clock()
+    clock.exchange(NOW_US, at["us"], step=False)
+    at["us"] += 3_000_000
+    clock.exchange(NOW_US, at["us"], step=step)
+    assert (clock.now_us() == NOW_US) is step
+    before = clock.now_us()
+    at["us"] += 1000
+    assert before < clock.now_us() <= before + 1000
