@@ -343,7 +343,7 @@ def test_javascripts_ids_are_exact_numbers_until_the_layout_ends() -> None:
     assert int(float(highest)) == highest
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(layouts(), st.integers(0, 70))
 def test_fits_until_is_the_first_tick_whose_ids_need_more_bits(layout: Layout, bits: int) -> None:
     def highest(tick: int) -> int:
@@ -399,7 +399,7 @@ def test_a_time_zone_changes_nothing_and_a_missing_one_is_refused() -> None:
         DEFAULT.range(noon, naive)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(st.data(), layouts())
 def test_an_id_lies_in_a_range_exactly_when_its_time_does(data: st.DataObject, layout: Layout) -> None:
     tick, machine, sequence = data.draw(fields_of(layout))
@@ -439,7 +439,7 @@ def test_a_range_beyond_the_layout_is_cut_to_it() -> None:
     assert late.range(first, last) == (0, 1000 << 22)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(sorted(PRESETS)),
     st.datetimes(timezones=st.just(UTC)),

@@ -35,7 +35,7 @@ from zflake.stores.memory import MemoryStore
 
 T = TypeVar("T")
 
-thorough = settings(deadline=None, max_examples=250)
+thorough = settings(deadline=None, max_examples=150)
 
 TTL = 30
 # Small, so that histories meet in the same machines and reach the end; a tick of 10 ms, so that ticks are

@@ -12,7 +12,7 @@ from zflake.core.layout import PRESETS, Field, Layout
 from zflake.core.mint import Mint, Run
 from zflake.errors import LayoutError
 
-thorough = settings(deadline=None, max_examples=250)
+thorough = settings(deadline=None, max_examples=150)
 
 # Small enough that a few takes fill a tick and a few windows reach the layout's end.
 SMALL = Layout("small", (Field("time", 7), Field("machine", 2), Field("sequence", 3)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zflake.core.layout import DEFAULT, PRESETS
 from zflake.core.timeline import HORIZON_US, SLEW, Estimator, tick_of, us_until
 
-thorough = settings(deadline=None, max_examples=250)
+thorough = settings(deadline=None, max_examples=150)
 
 TRUE_US = 1_700_000_000_000_000
 """The timeline's now when the local clock shows 0."""
@@ -161,6 +161,23 @@ def test_a_second_slew_gets_no_credit_from_the_first() -> None:
     before = estimator.now_us(second)
     estimator.exchange(TRUE_US + second - 500 * MS, second, step=False)
     assert estimator.now_us(second) == before
+
+
+def test_a_step_forward_stands_though_nobody_read_the_time_before_the_fall() -> None:
+    estimator = follower((0, 50 * MS), (100 * MS, 0))
+    away = 100 * MS + HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 20 * MS, away, step=False)
+    assert lag(estimator, away) == 0
+    assert lag(estimator, away + 100 * MS) == 10 * MS
+
+
+def test_a_local_time_from_before_the_slew_is_not_put_ahead_by_it() -> None:
+    # A thread may read its local clock, and ask for the time only after an exchange came in between.
+    estimator = follower((0, 0))
+    away = HORIZON_US + 1
+    estimator.exchange(TRUE_US + away - 100 * MS, away, step=False)
+    assert lag(estimator, away - 10 * MS) == 0
+    assert lag(estimator, away) == 0
 
 
 def test_with_leave_it_steps_back_at_once() -> None:
