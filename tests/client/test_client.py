@@ -277,7 +277,7 @@ def test_a_peer_that_is_not_zflake_is_a_protocol_error_that_names_it(
     script: Scripts, answer: Callable[[str, list[Any], int], bytes]
 ) -> None:
     peer = script(answer)
-    with Client(peer.address) as ids:
+    with Client(peer.address, timeout=1.0) as ids:
         assert took(ids.next_id, ProtocolError) < 2
 
 

@@ -19,10 +19,12 @@ from zflake.client.conversation import (
     Ask,
     Budget,
     Conversation,
+    Outcome,
     Pause,
     Roster,
+    ask_ids,
+    attempt_s,
     introduce,
-    overture,
     take,
 )
 from zflake.core.layout import PRESETS, Layout
@@ -43,7 +45,7 @@ D1, D2 = "tcp://10.0.0.1:7410", "tcp://10.0.0.2:7410"
 W1, W2, W3 = (f"tcp://10.0.1.{n}:7411" for n in (1, 2, 3))
 TRIP_S: Final = 0.001
 
-Answer = Callable[[Ask], Response | None]
+Answer = Callable[[Ask], Outcome]
 
 
 def result(value: Any) -> Response:
@@ -109,15 +111,16 @@ class World:
         """As `Client` does it."""
         budget = self.budget(timeout)
         begun = None
-        if (ask := overture(self.roster, count, timeout)) is not None:
+        if (worker := self.roster.favourite(self.now)) is not None:
+            ask = ask_ids(worker, count, attempt_s(timeout))
             begun = (ask, self.ask(ask))
         runs: list[tuple[int, int, int]] = self.drive(take(self.roster, count, budget, begun))
         return runs
 
     def budget(self, timeout: float) -> Budget:
-        return Budget(timeout, lambda: self.now)
+        return Budget(timeout, lambda: self.now, self.now)
 
-    def ask(self, ask: Ask) -> Response | None:
+    def ask(self, ask: Ask) -> Outcome:
         assert 0 <= ask.timeout_s <= ATTEMPT_S * 1.5
         self.asked.append(ask)
         peer = self.peers.get(ask.endpoint)
@@ -126,7 +129,7 @@ class World:
         return answer
 
     def drive(self, talk: Conversation) -> Any:
-        response: Response | None = None
+        response: Outcome = None
         for _ in range(100_000):
             try:
                 step = talk.send(response)
@@ -291,7 +294,7 @@ def test_a_worker_that_came_back_is_taken_again_and_forgiven() -> None:
     minters[0].fails = "no"
     world.take()
     assert world.roster._health_of(W1).failures == 0
-    assert world.roster.favourite() == W1
+    assert world.roster.favourite(world.now) == W1
 
 
 @pytest.mark.parametrize("code", ["lease_expired", "overloaded", "unavailable", "timeout"])
@@ -425,14 +428,37 @@ def test_half_of_the_ids_is_a_timeout_that_says_how_many_came() -> None:
     assert "30 of 100 IDs" in str(world.fails(Timeout, count=100))
 
 
-@pytest.mark.parametrize("code", ["bad_request", "unknown_method", "denied", "no such code"])
-def test_what_no_other_try_would_mend_is_raised_at_once(code: str) -> None:
+def test_what_no_other_try_would_mend_is_raised_at_once() -> None:
     world, _, minters = cluster(1)
-    minters[0].fails = error(code)
+    minters[0].fails = error("denied")
     start = world.now
     with pytest.raises(ZflakeError):
         world.take()
     assert world.now - start < 0.1
+
+
+NONSENSE: Final = [error("bad_request"), error("unknown_method"), error("no such code"), result([1])]
+
+
+@pytest.mark.parametrize("nonsense", [*NONSENSE, ProtocolError("not MessagePack")])
+def test_a_worker_that_talks_nonsense_is_left_for_another(nonsense: Outcome) -> None:
+    world, _, _ = cluster(2)
+    world.peers[W1] = lambda _: nonsense
+    for _ in range(10):
+        world.roster._favourite = None
+        world.take()
+    assert world.endpoints().count(W1) <= 1
+
+
+@pytest.mark.parametrize("nonsense", [*NONSENSE, ProtocolError("not MessagePack")])
+def test_where_all_talk_nonsense_the_budget_ends_in_a_protocol_error(nonsense: Outcome) -> None:
+    world, _, _ = cluster(1)
+    world.peers[W1] = lambda _: nonsense
+    start = world.now
+    with pytest.raises(ProtocolError):
+        world.take()
+    assert world.now - start <= 5.01
+    assert world.endpoints().count(W1) < 200
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Whom to ask for IDs, and what to do about the answer: the client without its sockets.
 
 A conversation is a generator.  It yields what is to be done (`Ask` an endpoint, or `Pause`) and is sent what
-came of it (a `Response`, or None where nothing came in time).  Blocking code, asyncio and a simulator drive
+came of it: a `Response`, None where nothing came in time, or a `ProtocolError` for an answer that is none.  Blocking code, asyncio and a simulator drive
 the same one.
 
 The roster remembers between conversations which endpoints there are and how they fare.  A client stays with
@@ -44,6 +44,8 @@ REFRESH_WAIT_S: Final = 0.2
 EJECT_S: Final = 0.5
 EJECT_MAX_S: Final = 10.0
 PAUSE_S: Final = 0.05
+WAIT_S: Final = 0.5
+"""The longest pause that a refusal can impose: whoever refused may have recovered earlier than it thought."""
 
 
 class Ask(NamedTuple):
@@ -61,7 +63,8 @@ class Pause(NamedTuple):
     seconds: float
 
 
-Conversation: TypeAlias = Generator[Ask | Pause, Response | None, Any]
+Outcome: TypeAlias = Response | ProtocolError | None
+Conversation: TypeAlias = Generator[Ask | Pause, Outcome, Any]
 
 
 @dataclass(slots=True)
@@ -95,10 +98,10 @@ class Roster:
         """Begin with a fresh lock: in the child of a fork the old one may be held by nobody."""
         self._lock = threading.Lock()  # guards everything from _services to _refreshed_at
 
-    def favourite(self) -> str | None:
-        """The worker that answered last; None where that is not so, or the directory has aged."""
+    def favourite(self, now: float) -> str | None:
+        """The worker that answered last; None where that is not so, or the directory has aged by `now`."""
         # No lock: two reads, of which either may be outdated as soon as they are done.
-        return self._favourite if self._now() - self._refreshed_at < REFRESH_S else None
+        return self._favourite if now < self._refreshed_at + REFRESH_S else None
 
     def pick(self) -> str | None:
         """The worker to ask next; None where the directory should be read first."""
@@ -199,11 +202,11 @@ class Budget:
 
     __slots__ = ("_attempt_s", "_deadline", "_now", "total_s")
 
-    def __init__(self, total_s: float, now: Callable[[], float]) -> None:
+    def __init__(self, total_s: float, now: Callable[[], float], started_at: float) -> None:
         self._now = now
         self.total_s = total_s
-        self._deadline = now() + total_s
-        self._attempt_s = min(ATTEMPT_S, total_s / ATTEMPTS)
+        self._deadline = started_at + total_s
+        self._attempt_s = attempt_s(total_s)
 
     def left_s(self) -> float:
         """What is left, in seconds, 0 at the least."""
@@ -215,66 +218,85 @@ class Budget:
         return left if left < 1.5 * self._attempt_s else self._attempt_s
 
 
-def overture(roster: Roster, count: int, timeout_s: float) -> Ask | None:
-    """The first request of a call for `count` IDs, where the last one went well; None otherwise.
+def attempt_s(total_s: float) -> float:
+    """What one attempt may take of a budget of `total_s` seconds."""
+    return min(ATTEMPT_S, total_s / ATTEMPTS)
 
-    Nearly all calls end with its answer.  `take` goes on where they don't.
-    """
-    worker = roster.favourite()
-    if worker is None:
-        return None
-    timeout_s = min(ATTEMPT_S, timeout_s / ATTEMPTS)
+
+def ask_ids(worker: str, count: int, timeout_s: float) -> Ask:
+    """The request for up to `count` IDs."""
     return Ask(worker, "ids.next", (min(count, MAX_COUNT), int(timeout_s * 1000) or 1), timeout_s)
 
 
 def take(
-    roster: Roster, count: int, budget: Budget, begun: tuple[Ask, Response | None] | None = None
+    roster: Roster, count: int, budget: Budget, begun: tuple[Ask, Outcome] | None = None
 ) -> Conversation:
     """Ask for exactly `count` IDs; returns their runs, in the order in which they were minted.
 
-    `begun` is the overture and what came of it, where there was one.
+    `begun` is a first request that was sent already, and what came of it.
 
     Raises the error that stood in the way last once the budget is spent: `Timeout` where nobody answered,
-    `LeaseExpired`, `Overloaded` or `Unavailable` where somebody did.  Raises `ProtocolError`, `LayoutError`
-    and `AuthError` at once, since no other try would go better.
+    `LeaseExpired`, `Overloaded` or `Unavailable` where somebody did.  Raises `AuthError` at once, since no
+    other try would go better, `ProtocolError` where all that answer are not zflake's, and `LayoutError`
+    where they belong to two clusters.
     """
     runs: list[Run] = []
     missing = count
     reason: ZflakeError | None = None
     while missing:
-        if begun is not None:
-            (ask, response), begun = begun, None
-        elif budget.left_s() <= 0:
-            raise _spent(roster, count, missing, budget, reason)
-        else:
-            endpoint = roster.pick()
-            if endpoint is None:
-                reason = (yield from _refresh(roster, budget)) or reason
-                endpoint = roster.pick() or roster.probe()
-            if endpoint is None:
-                yield Pause(min(PAUSE_S, budget.left_s()))
+        if begun is None:
+            if budget.left_s() <= 0:
+                raise _spent(roster, count, missing, budget, reason)
+            worker = yield from _choose(roster, budget)
+            if not isinstance(worker, str):
+                reason = worker or reason
                 continue
-            timeout_s = budget.attempt_s()
-            params = (min(missing, MAX_COUNT), int(timeout_s * 1000) or 1)
-            ask = Ask(endpoint, "ids.next", params, timeout_s)
-            response = yield ask
-        if response is None:
-            roster.failed(ask.endpoint)
-            continue
-        if response.error is None:
-            run = check_run(response.result, ask.params[0])
+            ask = ask_ids(worker, missing, budget.attempt_s())
+            begun = ask, (yield ask)
+        (ask, outcome), begun = begun, None
+        run = _run_of(outcome, ask)
+        if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
             roster.succeeded(ask.endpoint)
-            continue
-        reason = exception_of(response.error)
-        if not isinstance(reason, LeaseExpired | Overloaded | Unavailable | Timeout):
-            raise reason
-        wait_s = reason.retry_after or PAUSE_S
-        roster.failed(ask.endpoint, for_s=wait_s)
-        if roster.pick() is None:
-            yield Pause(min(wait_s, PAUSE_S, budget.left_s()))
+        elif run is None:
+            roster.failed(ask.endpoint)
+        else:
+            reason = run
+            wait_s = min(reason.retry_after or PAUSE_S, WAIT_S)
+            # One that talks nonsense is not what the directory takes it for: as good as away.
+            roster.failed(ask.endpoint, for_s=None if isinstance(reason, ProtocolError) else wait_s)
+            if roster.pick() is None:
+                yield Pause(min(wait_s, budget.left_s()))
     return runs
+
+
+def _choose(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, str | ZflakeError | None]:
+    """The worker to ask; where there is none, what stood in the way, after a pause."""
+    if (worker := roster.pick()) is not None:
+        return worker
+    reason = yield from _refresh(roster, budget)
+    if (worker := roster.pick() or roster.probe()) is not None:
+        return worker
+    if isinstance(reason, ProtocolError):
+        raise reason
+    yield Pause(min(PAUSE_S, budget.left_s()))
+    return reason
+
+
+def _run_of(outcome: Outcome, ask: Ask) -> Run | ZflakeError | None:
+    """The run that came, or the error that stands in its place; None where nothing came."""
+    if outcome is None or isinstance(outcome, ProtocolError):
+        return outcome
+    if outcome.error is None:
+        try:
+            return check_run(outcome.result, ask.params[0])
+        except ProtocolError as nonsense:
+            return nonsense
+    error = exception_of(outcome.error)
+    if isinstance(error, LeaseExpired | Overloaded | Unavailable | Timeout | ProtocolError):
+        return error
+    raise error
 
 
 def introduce(roster: Roster, budget: Budget) -> Conversation:
@@ -282,13 +304,15 @@ def introduce(roster: Roster, budget: Budget) -> Conversation:
     while roster.layout is None:
         reason = yield from _refresh(roster, budget)
         if roster.layout is None:
+            if isinstance(reason, ProtocolError):
+                raise reason
             if budget.left_s() <= 0:
                 raise _spent(roster, 0, 0, budget, reason)
             yield Pause(min(PAUSE_S, budget.left_s()))
     return roster.layout
 
 
-def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response | None, ZflakeError | None]:
+def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, ZflakeError | None]:
     """Read the directory anew; returns what stood in the way where it gave no worker."""
     workers: list[str] = []
     reason: ZflakeError | None = None
@@ -298,27 +322,22 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response 
     for seed in roster.in_order():
         if asked_delegator and roster.service_of(seed) == "delegator":
             continue
-        if roster.service_of(seed) is None or roster.layout is None:
-            response = yield Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s()))
-            if response is None:
-                roster.failed(seed)
-                continue
-            _introduce(roster, seed, response)
-        if roster.service_of(seed) == "worker":
+        try:
+            if roster.service_of(seed) is None or roster.layout is None:
+                _introduce(roster, seed, (yield Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s()))))
+            if roster.service_of(seed) == "worker":
+                workers.append(seed)
+            elif not asked_delegator:
+                ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s()))
+                workers += _addresses((yield ask))
+                asked_delegator = True
             answered = True
-            workers.append(seed)
-            continue
-        if asked_delegator:
-            continue
-        response = yield Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s()))
-        if response is None:
-            roster.failed(seed)
-        elif response.error is not None:
-            reason = exception_of(response.error)
-        else:
-            answered = asked_delegator = True
             roster.succeeded(seed)
-            workers += _addresses(seed, response.result)
+        except Timeout:
+            roster.failed(seed)
+        except ProtocolError as error:
+            roster.failed(seed)
+            reason = ProtocolError(f"{seed}: {error}")
     if answered:
         roster.refresh(workers)
         return None if workers else reason or Unavailable("no worker holds a lease: start one")
@@ -326,20 +345,29 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Response 
     return reason
 
 
-def _introduce(roster: Roster, seed: str, response: Response) -> None:
-    try:
-        hello = check_hello(response.error, response.result)
-    except ProtocolError as error:
-        raise ProtocolError(f"{seed}: {error}") from error
+def _introduce(roster: Roster, seed: str, outcome: Outcome) -> None:
+    response = _answer(outcome)
+    hello = check_hello(response.error, response.result)
     roster.introduce(seed, hello.service, hello.layout)
 
 
-def _addresses(seed: str, result: Any) -> list[str]:
+def _addresses(outcome: Outcome) -> list[str]:
+    response = _answer(outcome)
+    if response.error is not None:
+        raise exception_of(response.error)
     try:
-        addresses = [worker["address"] for worker in result["workers"]]
+        addresses = [worker["address"] for worker in response.result["workers"]]
         return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
     except (KeyError, TypeError, ConfigError) as error:
-        raise ProtocolError(f"{seed} sent a directory that can't be read: {error}") from error
+        raise ProtocolError(f"it sent a directory that can't be read: {error}") from error
+
+
+def _answer(outcome: Outcome) -> Response:
+    if outcome is None:
+        raise Timeout("no answer")
+    if isinstance(outcome, ProtocolError):
+        raise outcome
+    return outcome
 
 
 def _spent(

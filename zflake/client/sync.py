@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from zflake.client import conversation
-from zflake.client.conversation import Ask, Budget, Conversation, Roster, overture
+from zflake.client.conversation import Ask, Budget, Conversation, Outcome, Roster, ask_ids, attempt_s
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
-from zflake.errors import ConfigError
+from zflake.errors import ConfigError, ProtocolError
+from zflake.wire.codec import Response
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 from zflake.wire.messages import check_run
 
@@ -41,14 +42,19 @@ class Client:
         timeout: float = 5.0,
         route: str = "auto",
     ) -> None:
-        seeds = [endpoints] if isinstance(endpoints, str) else list(endpoints)
-        if not seeds:
-            raise ConfigError("a client needs at least one endpoint")
+        seeds = (
+            list(endpoints)
+            if isinstance(endpoints, Iterable) and not isinstance(endpoints, str)
+            else [endpoints]
+        )
+        if not seeds or not all(isinstance(seed, str) for seed in seeds):
+            raise ConfigError("a client takes an endpoint, or a list of at least one")
         if route not in ROUTES:
             raise ConfigError(f"no route {route!r}: take one of {', '.join(ROUTES)}")
         if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
             raise ConfigError(f"a timeout is a positive number of seconds, not {timeout!r}")
         self._timeout = timeout
+        self._attempt_s = attempt_s(timeout)
         self._roster = Roster(
             dict.fromkeys(parse_endpoint(seed).text for seed in seeds), now=time.monotonic, draw=random.random
         )
@@ -81,7 +87,7 @@ class Client:
 
         Raises what `next_id` raises.
         """
-        layout: Layout = self._drive(conversation.introduce(self._roster, self._budget()))
+        layout: Layout = self._drive(conversation.introduce(self._roster, self._budget(time.monotonic())))
         return layout
 
     def close(self) -> None:
@@ -98,29 +104,38 @@ class Client:
 
     def _take(self, count: int) -> list[Run]:
         begun = None
-        budget = self._budget()
-        if (ask := overture(self._roster, count, self._timeout)) is not None:
-            response = self._transport.ask(ask)
-            if response is not None and response.error is None:
-                run = check_run(response.result, ask.params[0])
+        started_at = time.monotonic()
+        # Nearly all calls end here: the worker that answered last answers again.
+        worker = self._roster.favourite(started_at)
+        if worker is not None:
+            ask = ask_ids(worker, count, self._attempt_s)
+            outcome = self._ask(ask)
+            if isinstance(outcome, Response) and outcome.error is None:
+                run = check_run(outcome.result, count)
                 if run[2] == count:
                     return [run]
-            begun = (ask, response)
-        runs: list[Run] = self._drive(conversation.take(self._roster, count, budget, begun))
+            begun = (ask, outcome)
+        runs: list[Run] = self._drive(conversation.take(self._roster, count, self._budget(started_at), begun))
         return runs
 
-    def _budget(self) -> Budget:
-        return Budget(self._timeout, time.monotonic)
+    def _ask(self, ask: Ask) -> Outcome:
+        try:
+            return self._transport.ask(ask)
+        except ProtocolError as error:
+            return error
+
+    def _budget(self, started_at: float) -> Budget:
+        return Budget(self._timeout, time.monotonic, started_at)
 
     def _drive(self, talk: Conversation) -> Any:
-        response = None
+        outcome: Outcome = None
         try:
             while True:
-                step = talk.send(response)
+                step = talk.send(outcome)
                 if isinstance(step, Ask):
-                    response = self._transport.ask(step)
+                    outcome = self._ask(step)
                 else:
-                    response = None
+                    outcome = None
                     time.sleep(step.seconds)
         except StopIteration as end:
             return end.value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from typing import Final
 
@@ -30,7 +31,7 @@ class Line:
     Once an answer has failed to come it is of no more use.
     """
 
-    __slots__ = ("_msgid", "_pack", "_rcvtimeo_ms", "_recv", "_send", "socket")
+    __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "_timeout_s", "socket")
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
@@ -38,21 +39,22 @@ class Line:
         self._recv = socket.recv
         self._pack = packer()
         self._msgid = 0
-        self._rcvtimeo_ms = -1
-        socket.setsockopt(zmq.SNDTIMEO, int(CONNECT_S * 1000))
+        self._timeout_s = -1.0
+        self._connected = False
+        # A peer that went away after its last answer: as good as no answer.
+        socket.setsockopt(zmq.SNDTIMEO, 0)
 
     def ask(self, ask: Ask) -> Response | None:
         """The answer to one request, or None where none comes in time."""
         _, method, params, timeout_s = ask
         self._msgid = msgid = (self._msgid + 1) & 0xFFFF_FFFF
-        timeout_ms = int(timeout_s * 1000) or 1
-        if timeout_ms != self._rcvtimeo_ms:
-            # Setting an option costs a call into libzmq: the usual time-out is set once.
-            self.socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
-            self._rcvtimeo_ms = timeout_ms
         try:
-            if timeout_s < CONNECT_S and not self.socket.poll(timeout_ms, zmq.POLLOUT):
-                return None
+            if not self._connected:
+                timeout_s -= self._connect(timeout_s)
+            if timeout_s != self._timeout_s:
+                # Setting an option costs a call into libzmq: the usual time-out is set once.
+                self.socket.setsockopt(zmq.RCVTIMEO, max(1, int(timeout_s * 1000)))
+                self._timeout_s = timeout_s
             self._send(self._pack((REQUEST, msgid, method, params)))
             response = decode_response(self._recv())
         except zmq.Again:
@@ -61,9 +63,17 @@ class Line:
             if error.errno != zmq.EFSM:
                 raise
             raise ProtocolError("its last answer had more than one frame") from error
-        if response.msgid not in (msgid, None):
+        if response.msgid != msgid and response.msgid is not None:
             raise ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
         return response
+
+    def _connect(self, timeout_s: float) -> float:
+        """Wait until the peer has taken the connection; gives the seconds that took."""
+        begun = time.monotonic()
+        if not self.socket.poll(int(min(CONNECT_S, timeout_s) * 1000), zmq.POLLOUT):
+            raise zmq.Again
+        self._connected = True
+        return time.monotonic() - begun
 
 
 class Transport:
@@ -80,13 +90,17 @@ class Transport:
         Raises `Closed` after `close`, `ProtocolError` where the answer is not zflake's.
         """
         line = self._check_out(ask.endpoint)
-        response = None
         try:
             response = line.ask(ask)
-        except ProtocolError as error:
-            raise ProtocolError(f"{ask.endpoint}: {error}") from error
-        finally:
-            self._give_back(ask.endpoint, line, usable=response is not None)
+        except BaseException as error:
+            self._discard(line)
+            if isinstance(error, ProtocolError):
+                raise ProtocolError(f"{ask.endpoint}: {error}") from error
+            raise
+        if response is None:
+            self._discard(line)
+        else:
+            self._give_back(ask.endpoint, line)
         return response
 
     def close(self) -> None:
@@ -118,16 +132,22 @@ class Transport:
                 self._out -= 1
             raise
 
-    def _give_back(self, endpoint: str, line: Line, *, usable: bool) -> None:
+    def _give_back(self, endpoint: str, line: Line) -> None:
+        with self._lock:
+            lines = self._idle.get(endpoint)
+            if lines is None:
+                lines = self._idle[endpoint] = []
+            if not self._closed and len(lines) < MAX_IDLE:
+                self._out -= 1
+                lines.append(line)
+                return
+        self._discard(line)
+
+    def _discard(self, line: Line) -> None:
+        line.socket.close(linger=0)
         with self._lock:
             self._out -= 1
-            if usable and not self._closed:
-                lines = self._idle.setdefault(endpoint, [])
-                if len(lines) < MAX_IDLE:
-                    lines.append(line)
-                    return
             last = self._closed and self._out == 0
-        line.socket.close(linger=0)
         if last:
             self._context.term()
 

@@ -79,6 +79,8 @@ class Layout:
     """How many machine IDs there are: 0 to machines - 1."""
     ids_per_tick: int = field(init=False, repr=False, compare=False)
     """How many IDs one machine can mint in one tick."""
+    epoch_us: int = field(init=False, repr=False, compare=False)
+    tick_us: int = field(init=False, repr=False, compare=False)
     end_tick: int = field(init=False, repr=False, compare=False)
     """The exclusive upper bound of the ticks: the layout's overflow."""
 
@@ -98,6 +100,8 @@ class Layout:
             raise LayoutError(f"a tick lasts 1 to {MAX_TICK_MS} ms, not {self.tick_ms!r}")
         if type(self.epoch_ms) is not int or not 0 <= self.epoch_ms < CALENDAR_END_MS:
             raise LayoutError(f"an epoch lies between the years 1970 and 9999, not at {self.epoch_ms!r} ms")
+        object.__setattr__(self, "epoch_us", self.epoch_ms * 1000)
+        object.__setattr__(self, "tick_us", self.tick_ms * 1000)
         shift = 0
         for name, width in reversed(self.fields):
             object.__setattr__(self, f"{name}_shift", shift)

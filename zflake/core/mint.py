@@ -73,7 +73,8 @@ class Mint:
     def take(self, now: int, count: int) -> Run | None:
         """Mint up to `count` IDs (at least 1) at tick `now`: one run, inside one tick.
 
-        None when nothing can be minted at `now`; `opens` then says when it can.
+        None when nothing can be minted at `now`; `opens` then says when it can.  Raises `LayoutError` where
+        `count` is less than 1.
         """
         if now > self._tick:
             windows = self._windows
@@ -90,7 +91,9 @@ class Mint:
         minted = self._full - sequence
         if minted == 0:
             return None
-        if count < minted:  # noqa: PLR1730  (min() would be a call on the hot path)
+        if count < minted:
+            if count < 1:
+                raise LayoutError(f"can't mint {count} IDs")
             minted = count
         self._sequence = sequence + minted
         first = tick << self._time_shift | self._machine_bits | sequence << self._sequence_shift

@@ -139,9 +139,9 @@ class Estimator:
 
 def tick_of(layout: Layout, now_us: int) -> int:
     """The layout's tick at `now_us` (since the Unix epoch), rounded down."""
-    return (now_us // 1000 - layout.epoch_ms) // layout.tick_ms
+    return (now_us - layout.epoch_us) // layout.tick_us
 
 
 def us_until(layout: Layout, tick: int, now_us: int) -> int:
     """How many microseconds after `now_us` `tick` begins; 0 where it has begun."""
-    return max(0, (layout.epoch_ms + tick * layout.tick_ms) * 1000 - now_us)
+    return max(0, layout.epoch_us + tick * layout.tick_us - now_us)

@@ -34,10 +34,12 @@ class Clock:
         """Learn from one message of a delegator's; see `Estimator.exchange`."""
         self._estimator.exchange(sent_us, received_us, step=step)
 
-    def now_us(self) -> int:
-        """Microseconds since the Unix epoch; only once the clock is `known`."""
-        return self._estimator.now_us(local_us())
+    def now_us(self) -> int | None:
+        """Microseconds since the Unix epoch; None while the clock is not `known`."""
+        estimator = self._estimator
+        return estimator.now_us(local_us()) if estimator.known else None
 
     def tick(self, layout: Layout) -> int:
         """The layout's tick now; -1, which no window holds, while the clock is not `known`."""
-        return tick_of(layout, self.now_us()) if self._estimator.known else -1
+        now_us = self.now_us()
+        return -1 if now_us is None else tick_of(layout, now_us)

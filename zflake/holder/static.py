@@ -64,7 +64,7 @@ class StaticHold:
         self.wake_us = now_local_us + EXCHANGE_US
         wall_us = time.time_ns() // 1000
         self.clock.exchange(wall_us, local_us(), step=False)
-        ahead_us = self.clock.now_us() - wall_us
+        ahead_us = (self.clock.now_us() or 0) - wall_us
         if ahead_us > WARN_AHEAD_US and not self._warned:
             _log.warning(
                 "the wall clock went back by %.1f s; going on ahead of it. Do not restart this machine ID "

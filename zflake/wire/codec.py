@@ -75,6 +75,11 @@ _repr: Final = reprlib.Repr()
 _repr.maxlevel = 2
 
 
+_unpackb: Final = msgpack.unpackb
+# ExtraData, StackError and FormatError are ValueErrors; an unhashable map key is a TypeError.
+_UNPACKABLE: Final = (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException)
+
+
 def packer() -> Callable[[Any], bytes]:
     """A function that packs faster than `msgpack.packb`, for use by one thread."""
     pack: Callable[[Any], bytes] = msgpack.Packer().pack
@@ -101,25 +106,31 @@ def encode_error(msgid: int | None, code: str, message: str, retry_after_ms: int
 
 def decode_request(body: bytes) -> Request:
     """The request in `body`; raises `BadRequest` where there is none."""
-    message = _unpack(body, MAX_REQUEST_ITEMS)
+    try:
+        message = _unpackb(body, max_array_len=MAX_REQUEST_ITEMS, max_map_len=MAX_REQUEST_ITEMS)
+    except _UNPACKABLE as error:
+        raise BadRequest(f"not one MessagePack value: {_reason(error)}") from error
     try:
         kind, msgid, method, params = message
+        if (
+            type(kind) is type(msgid) is int
+            and kind == REQUEST
+            and 0 <= msgid <= MAX_MSGID
+            and type(method) is str
+            and type(params) is list
+        ):
+            return msgid, method, params
     except (TypeError, ValueError):
-        raise _no_request(message) from None
-    if (
-        kind == REQUEST
-        and type(kind) is type(msgid) is int
-        and 0 <= msgid <= MAX_MSGID
-        and type(method) is str
-        and type(params) is list
-    ):
-        return msgid, method, params
+        pass  # it does not have four elements
     raise _no_request(message)
 
 
 def decode_response(body: bytes) -> Response:
     """The response in `body`; raises `ProtocolError` where there is none."""
-    message = _unpack(body, MAX_RESPONSE_ITEMS)
+    try:
+        message = _unpackb(body, max_array_len=MAX_RESPONSE_ITEMS, max_map_len=MAX_RESPONSE_ITEMS)
+    except _UNPACKABLE as why:
+        raise ProtocolError(f"not one MessagePack value: {_reason(why)}") from why
     if type(message) is not list or len(message) != 4 or not _is_kind(message[0], RESPONSE):  # noqa: PLR2004
         raise ProtocolError("a response is an array [1, msgid, error, result]")
     _, msgid, error, result = message
@@ -142,14 +153,6 @@ def _no_request(message: Any) -> BadRequest:
     msgid = message[1] if len(message) > 1 and _is_msgid(message[1]) else None
     answerable = not (_is_kind(message[0], RESPONSE) or _is_kind(message[0], NOTIFICATION))
     return BadRequest(rule, msgid=msgid if answerable else None, answerable=answerable)
-
-
-def _unpack(body: bytes, max_items: int) -> Any:
-    try:
-        return msgpack.unpackb(body, max_array_len=max_items, max_map_len=max_items)
-    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
-        # ExtraData, StackError and FormatError are ValueErrors; an unhashable map key is a TypeError.
-        raise BadRequest(f"not one MessagePack value: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -165,6 +165,8 @@ def check_hello(error: WireError | None, result: Any, *, service: str | None = N
             f"it speaks version {show(result.get('protocol'))} of the protocol, this zflake speaks {PROTOCOL_VERSION}"
         )
     layout = result.get("layout")
+    if layout is None and service == "delegator":
+        raise ProtocolError("it is a delegator without a layout")
     try:
         return Hello(service, None if layout is None else Layout.from_map(layout))
     except LayoutError as error_:

@@ -23,7 +23,7 @@ from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.frames import split
 from zflake.wire.messages import MAX_TEXT
-from zflake.wire.sockets import address_of, bound_router, receive, send
+from zflake.wire.sockets import NOW, address_of, bound_router, receive, send
 from zflake.worker.handler import Figures, Handler
 
 TURN_US: Final = 1_000
@@ -80,7 +80,7 @@ class Worker:
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        self._handler = Handler(self._hold, self._now_us, self._describe)
+        self._handler = Handler(self._hold, self._hold.clock.now_us, self._describe)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._alarm.register(self._poller)
@@ -186,7 +186,7 @@ class Worker:
         answered = 0
         while True:
             # What is parked waits for a turn of the loop: no lingering then.
-            frames = receive(router, 0 if linger and not handler.parked else zmq.NOBLOCK)
+            frames = receive(router, 0 if linger and not handler.parked else NOW)
             if frames is None:
                 return answered
             answered += 1
@@ -225,10 +225,6 @@ class Worker:
                 self._arrived_us = self._woke_us = local_us()
                 self._answer(linger=False)
         _log.info("worker %s has stopped; it minted %d IDs", self._name, self._handler.figures.ids)
-
-    def _now_us(self) -> int | None:
-        clock = self._hold.clock
-        return clock.now_us() if clock.known else None
 
     def _describe(self) -> dict[str, Any]:
         hold = self._hold

@@ -1,0 +1,65 @@
+"""Clusters of real processes: each test's own, and one that tests which leave it as it was share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+import zmq
+
+from tests.conftest import Peer
+from tests.system.daemons import Daemon, Daemons, names_of, until
+
+Peers: TypeAlias = Callable[[str], Peer]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A delegator and two workers that hold machine IDs."""
+
+    delegator: Daemon
+    workers: list[Daemon]
+
+    @property
+    def all(self) -> list[Daemon]:
+        return [self.delegator, *self.workers]
+
+
+def start_cluster(daemons: Daemons, *flags: str, workers: int = 2, ttl: str = "30s") -> Cluster:
+    """A delegator with these flags and its workers, once all of them serve."""
+    delegator = daemons.delegator(*flags, ttl=ttl)
+    address = delegator.address
+    started = [daemons.worker(to=address) for _ in range(workers)]
+    until(lambda: len(names_of(delegator)) == workers, "all workers to hold a machine ID")
+    return Cluster(delegator, started)
+
+
+@pytest.fixture
+def daemons(tmp_path: Path) -> Iterator[Daemons]:
+    """Starts processes, and ends them after the test, whatever came of it."""
+    with Daemons(tmp_path) as daemons:
+        yield daemons
+
+
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster that is shared: tests must leave it serving."""
+    with Daemons(tmp_path_factory.mktemp("cluster")) as daemons:
+        yield start_cluster(daemons)
+
+
+@pytest.fixture
+def peers(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Peers]:
+    """Connects bare sockets to daemons, and closes them at the end."""
+    made: list[Peer] = []
+
+    def connect(address: str) -> Peer:
+        made.append(Peer(context, address))
+        return made[-1]
+
+    yield connect
+    for peer in made:
+        peer.socket.close(linger=0)
