@@ -15,7 +15,7 @@ from zflake.core.lease import Holder
 from zflake.core.tenant import RETRY_US, State
 from zflake.errors import LayoutError
 from zflake.holder import clock, keeper
-from zflake.holder.keeper import ANSWER_US, LeaseKeeper
+from zflake.holder.keeper import LeaseKeeper
 from zflake.wire.codec import encode_error, encode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.messages import PROTOCOL_VERSION
@@ -132,7 +132,7 @@ class Scene:
     def time_out(self, keeper: LeaseKeeper) -> None:
         """Let the answer under way be given up."""
         assert keeper._pending is not None
-        self.local.ahead_us += ANSWER_US + 1
+        self.local.ahead_us += RETRY_US + 1
         keeper.service(self.local())
 
     def due(self, keeper: LeaseKeeper) -> None:

@@ -114,7 +114,8 @@ class Tenant:
         self._gen = 0
         self._next: Token | None = None  # drawn and not settled
         self._send_at_us = 0
-        self._retry_us = RETRY_US
+        self.retry_us = RETRY_US
+        """How long an unanswered request waits before it is sent again."""
 
     @property
     def send_at_us(self) -> int:
@@ -129,7 +130,7 @@ class Tenant:
         """
         if self.state is State.RELEASED or local_us < self._send_at_us:
             return None
-        self._send_at_us = local_us + self._retry_us
+        self._send_at_us = local_us + self.retry_us
         if self._next is None:
             self._next = self._draw_token()
         if self.mint is None:
@@ -189,7 +190,7 @@ class Tenant:
         self._token, self._gen, self._next = grant.token, grant.gen, None
         self._move(Event.GRANT)
         third_us = grant.ttl * grant.layout.tick_ms * 1000 // 3
-        self._retry_us = min(RETRY_US, third_us // 2)
+        self.retry_us = min(RETRY_US, third_us // 2)
         if grant.end > now:
             self._send_at_us = local_us + int(third_us * (0.9 + 0.2 * self._jitter()))
         else:

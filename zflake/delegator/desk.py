@@ -26,7 +26,6 @@ from zflake.core.lease import (
     Record,
     Refusal,
     Refused,
-    Release,
     Released,
     Renew,
     Request,
@@ -94,9 +93,11 @@ class LeaseDesk:
         self._pick = pick
         self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._done: deque[tuple[Ticket, Settled]] = deque()
-        self._thread = threading.Thread(target=self._work, name="lease-desk", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lease-desk", daemon=True)
         self.stale = 0
         """How many requests were dropped for their age."""
+        self.fault: BaseException | None = None
+        """What ended the thread, where that was not `stop`: nothing will be settled any more."""
 
     # --- the router loop's side ---
 
@@ -128,31 +129,22 @@ class LeaseDesk:
     def settle(self, requests: Sequence[Request]) -> list[Settled]:
         """Settle requests together; one that the store does not settle is `unavailable`."""
         settled: dict[int, Settled] = {}
-        pending = list(range(len(requests)))
+        tried: dict[int, Record] = {}
         failures = 0
         for _ in range(ROUNDS):
-            swaps: dict[int, Swap] = {}
             try:
-                self._decide(requests, pending, swaps, settled)
+                swaps = self._decide(requests, tried, settled)
                 if not swaps:
                     break
-                committed = self._store.swap(list(swaps.values()), self._mark() if self._mark else None)
+                tried.update({i: swap.new for i, swap in swaps.items()})
+                self._store.swap(list(swaps.values()), self._mark() if self._mark else None)
             except StoreError as error:
                 # Whatever was tried may have happened.  The next round reads the outcome, if the store
                 # can be read at all.
                 _log.error("%s", error)
-                pending = [i for i in pending if i not in settled]
                 failures += 1
                 if failures == FAILURES:
                     break
-                continue
-            for (i, swap), done in zip(swaps.items(), committed, strict=True):
-                if done and isinstance(requests[i], Release):
-                    # Nothing of a release is left to be read: its token is gone.
-                    settled[i] = Settled(Released(swap.new.machine, swap.new.fence), swap.new)
-            pending = [i for i in swaps if i not in settled]
-            if not pending:
-                break
         unsettled = Settled(
             Refusal(Refused.UNAVAILABLE, "the store did not settle the request; send it again", RETRY_MS),
             None,
@@ -160,17 +152,16 @@ class LeaseDesk:
         return [settled.get(i, unsettled) for i in range(len(requests))]
 
     def _decide(
-        self,
-        requests: Sequence[Request],
-        pending: list[int],
-        swaps: dict[int, Swap],
-        settled: dict[int, Settled],
-    ) -> None:
+        self, requests: Sequence[Request], tried: dict[int, Record], settled: dict[int, Settled]
+    ) -> dict[int, Swap]:
+        """Settle what the store answers already; gives the swaps to try for the others."""
         now = self._now()
+        swaps: dict[int, Swap] = {}
         lowest: Sequence[Record] | None = None
         taken: set[int] = set()
-        for i in pending:
-            request = requests[i]
+        for i, request in enumerate(requests):
+            if i in settled:
+                continue
             record: Record | None
             if isinstance(request, Acquire):
                 record = self._store.by_token(request.next)
@@ -186,12 +177,25 @@ class LeaseDesk:
                 decision = lessor.renew(self._meta, now, request, record=record)
             else:
                 record = self._store.by_machine(request.machine)
+                if record == tried.get(i):
+                    # No token is left by which a release would know itself; its record is its own all the same.
+                    settled[i] = Settled(Released(record.machine, record.fence), record)
+                    continue
                 decision = lessor.release(self._meta, now, request, record=record)
             if isinstance(decision, Swap):
                 taken.add(decision.new.machine)
                 swaps[i] = decision
             else:
                 settled[i] = Settled(decision, record if isinstance(decision, Grant) else None)
+        return swaps
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.fault = error
+            self._ring()
+            raise
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:

@@ -18,7 +18,7 @@ from zflake.daemon import Alarm, Pulse
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import Directory
 from zflake.delegator.setup import Wishes, check_wishes, settle_meta, start_timeline
-from zflake.errors import ProtocolError
+from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
 from zflake.stores import open_store
 from zflake.version import __version__
@@ -142,6 +142,8 @@ class Delegator:
             self._receive(arrived_us)
         self._alarm.hear(events)
         self._answer_settled()
+        if self.desk.fault is not None:
+            raise StoreError(f"the lease desk broke down: {self.desk.fault!r}") from self.desk.fault
         self._compare_clocks(woke_us)
 
     def _drain(self) -> None:

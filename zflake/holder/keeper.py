@@ -31,7 +31,6 @@ from zflake.wire.messages import Method, check_hello, lease_answer, lease_call, 
 from zflake.wire.sockets import connected
 
 PING_US: Final = 250_000
-ANSWER_US: Final = RETRY_US
 QUIET_US: Final = 10_000_000
 """How often an outage that goes on is logged again."""
 
@@ -154,7 +153,7 @@ class LeaseKeeper:
         with contextlib.suppress(zmq.Again):  # the same as a lost message: it is sent again
             self.socket.send_multipart([b"", encode_request(self._msgid, method, params)], zmq.NOBLOCK)
         self._pending = what
-        self._answer_by_us = now_local_us + ANSWER_US
+        self._answer_by_us = now_local_us + self.tenant.retry_us
         self._ping_at_us = now_local_us + PING_US
 
     def _receive(self) -> None:
@@ -173,11 +172,12 @@ class LeaseKeeper:
 
     def _take(self, response: Response, received_us: int) -> None:
         pending, self._pending = self._pending, None
-        if (now_us := now_of(response.result)) is not None:
-            self.clock.exchange(now_us, received_us, step=self.tenant.state is not State.HELD)
         if pending is Method.HELLO:
             self._greet(response, received_us)
-        elif pending is not None and not isinstance(pending, Method):
+        # Only what a delegator says is the timeline.
+        if self._greeted and (now_us := now_of(response.result)) is not None:
+            self.clock.exchange(now_us, received_us, step=self.tenant.state is not State.HELD)
+        if pending is not None and not isinstance(pending, Method):
             self._settle(pending, response, received_us)
 
     def _greet(self, response: Response, received_us: int) -> None:
@@ -201,6 +201,8 @@ class LeaseKeeper:
         method, _ = lease_call(request)
         answer = lease_answer(method, response.error, response.result)
         if isinstance(request, Release):
+            if isinstance(answer, Refusal) and answer.reason is not Refused.LOST:
+                _log.warning("machine %d was not given back: %s", request.machine, answer.message)
             return
         before = self.tenant.mint
         layout = answer.layout if isinstance(answer, Grant) else before.layout if before else None

@@ -96,11 +96,13 @@ class Handler:
 
     def turn(self, local_us: int) -> list[tuple[list[bytes], bytes]]:
         """The answers to what was parked, once the tick that it waits for has begun."""
-        if not self._parked or self.wait_us():
+        mint = self._hold.mint
+        # Who would wait for longer than the next tick (the clock was stepped back) is answered at once.
+        if not self._parked or (mint is not None and 0 < self.wait_us() <= mint.layout.tick_us):
             return []
         parked, self._parked = self._parked, []
         answers = []
-        left = 0 if (mint := self._hold.mint) is None else mint.layout.ids_per_tick
+        left = 0 if mint is None else mint.layout.ids_per_tick
         for waiting in range(len(parked), 0, -1):
             prefix, msgid, asked, deadline_us = parked[len(parked) - waiting]
             if deadline_us <= local_us:
