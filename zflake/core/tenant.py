@@ -118,6 +118,11 @@ class Tenant:
         """How long an unanswered request waits before it is sent again."""
 
     @property
+    def token(self) -> Token:
+        """What the record of the current tenancy holds, as far as is known; empty before a first grant."""
+        return self._token
+
+    @property
     def send_at_us(self) -> int:
         """When `poll` will have something to send (local clock)."""
         return self._send_at_us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ import zmq
 from zflake.core.lease import Mark, Record, Refusal
 from zflake.core.timeline import LEAD_US, tick_of
 from zflake.daemon import Alarm, Pulse
+from zflake.delegator.broker import TAG_BYTES, Broker
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import Directory
 from zflake.delegator.setup import Wishes, check_wishes, settle_meta, start_timeline
@@ -30,17 +32,31 @@ from zflake.wire.messages import (
     PROTOCOL_VERSION,
     Code,
     Method,
+    check_beat,
+    check_next,
     check_no_params,
+    check_ready,
     lease_result,
 )
 from zflake.wire.sockets import address_of, bound_router, receive, send
 
 BATCH: Final = 256
 IDLE_MS: Final = 500
+SWEEP_US: Final = 50_000
+"""How often is looked for requests and workers whose time is over."""
+STALL_US: Final = 200_000
+"""A turn of the loop that took longer was a stop: the workers are not to blame for what they missed."""
+ANSWER: Final = b"\x94\x01"
+"""How the body of a response begins, in MessagePack: only workers send any."""
+DRAIN_US: Final = 500_000
+GONE_MS: Final = 500
+"""After how long clients may come back to a delegator that shuts down: it may be a restart."""
 COMPARE_US: Final = 1_000_000
 MAX_BACKLOG: Final = 10_000
 """How many lease requests may wait for the store; the next ones are `overloaded`."""
 DRAIN_S: Final = 2.0
+
+WORKERS_OWN: Final = frozenset({Method.WORKER_READY, Method.WORKER_BEAT, Method.WORKER_LEAVE})
 
 _log = logging.getLogger("zflake.delegator")
 
@@ -101,12 +117,15 @@ class Delegator:
         self.desk = LeaseDesk(
             self._store, self.meta, now=self._now, local_us=local_us, ring=alarm.ring, mark=self._mark
         )
+        self.broker = Broker(lambda: secrets.token_bytes(TAG_BYTES))
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         alarm.register(self._poller)
         self.requests: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.dropped = 0
+        self._draining = False
+        self._sweep_at_us = 0
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
@@ -133,21 +152,52 @@ class Delegator:
             self._context.term()
 
     def _tick(self) -> None:
-        events = dict(self._poller.poll(IDLE_MS))
+        poll_ms = SWEEP_US // 1000 if self.broker.open else IDLE_MS
+        events = dict(self._poller.poll(poll_ms))
         # A request may have come at any time since the loop overslept.
         woke_us = local_us()
-        arrived_us = woke_us - max(0, woke_us - self._woke_us - IDLE_MS * 1000)
+        overslept_us = max(0, woke_us - self._woke_us - poll_ms * 1000)
         self._woke_us = woke_us
+        if overslept_us > STALL_US:
+            self.directory.excuse(overslept_us)
         if self._router in events:
-            self._receive(arrived_us)
+            self._receive(woke_us - overslept_us)
         self._alarm.hear(events)
         self._answer_settled()
+        self._sweep(woke_us)
+        self._flush()
         if self.desk.fault is not None:
             raise StoreError(f"the lease desk broke down: {self.desk.fault!r}") from self.desk.fault
         self._compare_clocks(woke_us)
 
+    def _sweep(self, now_local_us: int) -> None:
+        if now_local_us < self._sweep_at_us:
+            return
+        self._sweep_at_us = now_local_us + SWEEP_US
+        for identity in self.directory.sweep(self._now(), now_local_us):
+            self.broker.lose(identity, now_local_us)
+        self.broker.sweep(now_local_us)
+
+    def _flush(self) -> None:
+        """Send what the broker has left to be sent."""
+        broker = self.broker
+        while broker.outbox:
+            outbox, broker.outbox = broker.outbox, []
+            for prefix, body, worker in outbox:
+                if send(self._router, prefix, body):
+                    continue
+                if worker is None:
+                    self.dropped += 1
+                else:
+                    self.directory.leave(worker)
+                    broker.lose(worker, local_us())
+
     def _drain(self) -> None:
-        self._receive(local_us())
+        self._draining = True
+        until_us = local_us() + DRAIN_US
+        self._tick()
+        while self.broker.busy and local_us() < until_us:
+            self._tick()
         if self.desk.stop(DRAIN_S):
             self._answer_settled()
             self._store.close()
@@ -167,6 +217,9 @@ class Delegator:
                 self.dropped += 1
                 continue
             prefix, body = message
+            if body[:2] == ANSWER:
+                self.broker.answer(prefix[0], prefix[1:], body, self._woke_us)
+                continue
             answer = self._handle(prefix, body, arrived_us)
             if answer is not None:
                 self._send(prefix, answer)
@@ -174,6 +227,10 @@ class Delegator:
     def _handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
         try:
             msgid, method, params = decode_request(body)
+            if method == "ids.next":
+                return self._broker(prefix, msgid, params, arrived_us)
+            if method in WORKERS_OWN:
+                return self._hear(prefix, msgid, method, params)
             if (check := LEASE_REQUESTS.get(method)) is not None:
                 self.requests[method] += 1
                 if self.desk.backlog >= MAX_BACKLOG:
@@ -189,6 +246,34 @@ class Delegator:
         except ProtocolError as error:
             return self._refuse(msgid, Code.BAD_REQUEST, str(error))
 
+    def _broker(self, prefix: list[bytes], msgid: int, params: list[Any], arrived_us: int) -> bytes | None:
+        count, timeout_ms = check_next(params)
+        self.requests["ids.next"] += 1
+        if self._draining:
+            return self._refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", GONE_MS)
+        self.broker.submit(prefix, msgid, count, arrived_us + timeout_ms * 1000, self._woke_us)
+        return None
+
+    def _hear(self, prefix: list[bytes], msgid: int, method: str, params: list[Any]) -> bytes:
+        """Take in what a worker says of itself."""
+        identity, now_us = prefix[0], self._woke_us
+        self.requests[method] += 1
+        if method == Method.WORKER_READY:
+            machine, token = check_ready(params)
+            if not self.directory.arrive(identity, machine, token, self._now(), now_us):
+                return self._refuse(
+                    msgid, Code.NOT_READY, f"that is not the token of machine {machine}'s lease"
+                )
+            self.broker.join(identity, now_us)
+        elif method == Method.WORKER_BEAT:
+            if not self.directory.hear(identity, check_beat(params), now_us):
+                return self._refuse(msgid, Code.NOT_READY, "say worker.ready first")
+        else:
+            check_no_params(params)
+            self.directory.leave(identity)
+            self.broker.leave(identity)
+        return encode_result(msgid, self._ping())
+
     def _other(self, msgid: int, method: str, params: list[Any]) -> bytes:
         answers = {
             Method.HELLO: self._hello,
@@ -197,10 +282,7 @@ class Delegator:
             Method.CLUSTER_STATUS: self._status,
         }
         if method not in answers:
-            hint = ": ask a worker, cluster.workers says where" if method == Method.IDS_NEXT else ""
-            return self._refuse(
-                msgid, Code.UNKNOWN_METHOD, f"a delegator has no method {method[:60]!r}{hint}"
-            )
+            return self._refuse(msgid, Code.UNKNOWN_METHOD, f"a delegator has no method {method[:60]!r}")
         check_no_params(params)
         self.requests[method] += 1
         return encode_result(msgid, answers[Method(method)]())
@@ -269,12 +351,23 @@ class Delegator:
 
     def _workers(self) -> dict[str, Any]:
         now = self._now()
-        workers = [self._holder(record, now) for record in self.directory.held(now) if record.holder.address]
+        workers = [
+            self._holder(record, now)
+            for record, _ in self.directory.workers(now, local_us())
+            if record.holder.address
+        ]
         return {"workers": workers, "now_us": self._now_us()}
 
     def _status(self) -> dict[str, Any]:
         now, meta = self._now(), self.meta
-        leases = [self._holder(record, now) for record in self.directory.held(now)]
+        present = {record.machine: there for record, there in self.directory.workers(now, local_us())}
+        leases = []
+        for record in self.directory.held(now):
+            there = present.get(record.machine)
+            worker = (
+                None if there is None else there.load | {"in_flight": self.broker.in_flight(there.identity)}
+            )
+            leases.append(self._holder(record, now) | {"worker": worker})
         return self._hello() | {
             "store": self._store.url,
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
@@ -282,6 +375,11 @@ class Delegator:
             "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
             "lead_ms": self.timeline.lead_us // 1000,
             "leases": leases,
+            "broker": {
+                "workers": self.broker.open,
+                "queued": self.broker.queued,
+                **vars(self.broker.figures),
+            },
             "backlog": self.desk.backlog,
             "stale": self.desk.stale,
             "dropped": self.dropped,

@@ -58,6 +58,9 @@ class Method(StrEnum):
     LEASE_ACQUIRE = "lease.acquire"
     LEASE_RENEW = "lease.renew"
     LEASE_RELEASE = "lease.release"
+    WORKER_READY = "worker.ready"
+    WORKER_BEAT = "worker.beat"
+    WORKER_LEAVE = "worker.leave"
     CLUSTER_WORKERS = "cluster.workers"
     CLUSTER_STATUS = "cluster.status"
 
@@ -76,6 +79,7 @@ class Code(StrEnum):
     NO_FREE_MACHINE = "no_free_machine"
     EXHAUSTED = "exhausted"
     DENIED = "denied"
+    NOT_READY = "not_ready"
 
 
 _ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
@@ -90,6 +94,7 @@ _ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
     Code.NO_FREE_MACHINE: NoFreeMachine,
     Code.EXHAUSTED: LayoutError,
     Code.DENIED: AuthError,
+    Code.NOT_READY: Unavailable,
 }
 
 
@@ -263,6 +268,34 @@ def lease_answer(method: Method, error: WireError | None, result: Any) -> Answer
     if ttl == 0:
         raise ProtocolError(f"the answer to {method} has a ttl of 0: it could not be renewed in time")
     return Grant(machine, gen, start, end, _token("token", result.get("token")), layout, ttl)
+
+
+# --- workers ---
+
+
+class Ready(NamedTuple):
+    """A worker says that it is there to serve, and shows its lease's token."""
+
+    machine: int
+    token: bytes
+
+
+def check_ready(params: list[Any]) -> Ready:
+    """The params of a `worker.ready`; raises `ProtocolError` where they are not right."""
+    machine, token = _take(params, "machine", "token")
+    return Ready(_number("machine", machine), _token("token", token))
+
+
+LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
+"""What a beat says of a worker: counts, since its start but for `parked`."""
+
+
+def check_beat(params: list[Any]) -> dict[str, int]:
+    """The load that a `worker.beat` carries; raises `ProtocolError` where it is not right."""
+    (load,) = _take(params, "load")
+    if type(load) is not dict:
+        raise ProtocolError(f"load is a map, not {show(load)}")
+    return {key: _number(key, load.get(key)) for key in LOAD}
 
 
 def now_of(result: Any) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from zflake.core.layout import Layout
 from zflake.core.mint import Mint
@@ -21,6 +21,10 @@ from zflake.wire.messages import PROTOCOL_VERSION, Code, Method, check_next, che
 
 GONE_MS: Final = 10_000
 """For how long clients should not come back to a worker that shuts down."""
+
+
+Asker: TypeAlias = Any
+"""Whoever asked, in whatever form the caller knows him: it comes back with the answer."""
 
 
 class Hold(Protocol):
@@ -38,7 +42,7 @@ class Hold(Protocol):
 class Parked(NamedTuple):
     """An `ids.next` that waits for the next tick."""
 
-    prefix: list[bytes]
+    asker: Asker
     msgid: int
     asked: int
     deadline_us: int
@@ -74,7 +78,7 @@ class Handler:
         self._parked: list[Parked] = []
         self._pack = packer()
 
-    def handle(self, prefix: list[bytes], body: bytes, arrived_us: int, local_us: int) -> bytes | None:
+    def handle(self, asker: Asker, body: bytes, arrived_us: int, local_us: int) -> bytes | None:
         """The answer to one request; None where it was parked, or must not be answered.
 
         `arrived_us` is when it came, and `local_us` what time it is, on the local clock.
@@ -84,7 +88,7 @@ class Handler:
             msgid, method, params = decode_request(body)
             if method == "ids.next":
                 count, timeout_ms = check_next(params)
-                return self._next(prefix, msgid, count, arrived_us + timeout_ms * 1000, local_us)
+                return self._next(asker, msgid, count, arrived_us + timeout_ms * 1000, local_us)
             return self._other(msgid, method, params)
         except BadRequest as error:
             if not error.answerable:
@@ -94,7 +98,7 @@ class Handler:
         except ProtocolError as error:
             return self._refuse(msgid, Code.BAD_REQUEST, str(error))
 
-    def turn(self, local_us: int) -> list[tuple[list[bytes], bytes]]:
+    def turn(self, local_us: int) -> list[tuple[Asker, bytes]]:
         """The answers to what was parked, once the tick that it waits for has begun."""
         mint = self._hold.mint
         # Who would wait for longer than the next tick (the clock was stepped back) is answered at once.
@@ -104,16 +108,16 @@ class Handler:
         answers = []
         left = 0 if mint is None else mint.layout.ids_per_tick
         for waiting in range(len(parked), 0, -1):
-            prefix, msgid, asked, deadline_us = parked[len(parked) - waiting]
+            asker, msgid, asked, deadline_us = parked[len(parked) - waiting]
             if deadline_us <= local_us:
                 answers.append(
-                    (prefix, self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted"))
+                    (asker, self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted"))
                 )
                 continue
             share = max(1, min(asked, left // waiting))
             answer = self._mint(msgid, share)
             left -= share
-            answers.append((prefix, answer or self._refuse_for_now(msgid)))
+            answers.append((asker, answer or self._refuse_for_now(msgid)))
         return answers
 
     def wait_us(self) -> int:
@@ -124,14 +128,23 @@ class Handler:
         opens = mint.opens(tick_of(mint.layout, now_us))
         return 0 if opens is None else us_until(mint.layout, opens, now_us)
 
+    def load(self) -> dict[str, int]:
+        """What a beat says of this worker."""
+        figures = self.figures
+        return {
+            "requests": figures.requests,
+            "ids": figures.ids,
+            "parked": len(self._parked),
+            "dropped": figures.dropped,
+            "errors": self.errors.total(),
+        }
+
     @property
     def parked(self) -> int:
         """How many requests wait for the next tick."""
         return len(self._parked)
 
-    def _next(
-        self, prefix: list[bytes], msgid: int, count: int, deadline_us: int, local_us: int
-    ) -> bytes | None:
+    def _next(self, asker: Asker, msgid: int, count: int, deadline_us: int, local_us: int) -> bytes | None:
         if deadline_us <= local_us:
             return self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted")
         if self.draining:
@@ -153,7 +166,7 @@ class Handler:
                 f"{len(parked)} requests wait for the next tick, which has no more IDs",
                 mint.layout.tick_ms,
             )
-        parked.append(Parked(prefix, msgid, count, deadline_us))
+        parked.append(Parked(asker, msgid, count, deadline_us))
         return None
 
     def _mint(self, msgid: int, count: int) -> bytes | None:
@@ -206,11 +219,4 @@ class Handler:
         }
 
     def _status(self) -> dict[str, Any]:
-        figures = self.figures
-        return {
-            "requests": figures.requests,
-            "ids": figures.ids,
-            "dropped": figures.dropped,
-            "parked": len(self._parked),
-            "errors": dict(self.errors),
-        }
+        return self.load() | {"errors": dict(self.errors)}

@@ -25,11 +25,13 @@ from zflake.wire.frames import split
 from zflake.wire.messages import MAX_TEXT
 from zflake.wire.sockets import NOW, address_of, bound_router, receive, send
 from zflake.worker.handler import Figures, Handler
+from zflake.worker.link import Link
 
 TURN_US: Final = 1_000
 """For how long requests are answered before the rest of the loop gets its turn."""
 IDLE_US: Final = 500_000
 """The longest sleep of the poll loop."""
+QUIET_US: Final = 10_000
 DRAIN_US: Final = 250_000
 """How long requests that are on their way when the worker is told to stop are still answered."""
 STALL_US: Final = 100_000
@@ -70,6 +72,7 @@ class Worker:
         self._name = check_name(config.name) or f"{socket.gethostname()}-{os.getpid()}"
         self._started_us = local_us()
         self._woke_us = self._arrived_us = local_us()
+        self._brokered_at_us = 0
         check_addresses(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -77,12 +80,16 @@ class Worker:
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self.address = _advertised(config, address_of(self._router))
             self._hold = self._take_hold()
+            delegators = () if config.machine is not None else config.delegators
+            self._links = [Link(self._context, delegator, self._hold.clock) for delegator in delegators]
         except BaseException:
             self._context.destroy(linger=0)
             raise
         self._handler = Handler(self._hold, self._hold.clock.now_us, self._describe)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
+        for link in self._links:
+            self._poller.register(link.socket, zmq.POLLIN)
         self._alarm.register(self._poller)
         self._polled: zmq.Socket[bytes] | None = None
         self._stalled_us = (
@@ -102,6 +109,8 @@ class Worker:
         finally:
             self._hold.close()
             self._router.close()
+            for link in self._links:
+                link.close()
             self._context.term()
 
     @property
@@ -137,15 +146,47 @@ class Worker:
     def _tick(self) -> None:
         events = self._poll()
         if self._router in events:
-            self._answer(linger=True)
+            # Lingering, it would keep brokered requests waiting.
+            self._answer(linger=self._woke_us > self._brokered_at_us + QUIET_US)
+        for link in self._links:
+            if link.socket in events:
+                self._answer_link(link)
         self._alarm.hear(events)
         now_us = local_us()
         self._hold.service(now_us)
+        self._service_links(now_us)
         self._answer_parked(now_us)
+
+    def _service_links(self, now_us: int) -> None:
+        for link in self._links:
+            assert isinstance(self._hold, LeaseKeeper)
+            link.service(
+                now_us,
+                self.machine,
+                self._hold.tenant.token,
+                self._handler.load(),
+                is_open=self._hold.is_open,
+            )
+
+    def _answer_link(self, link: Link) -> int:
+        """Answer the brokered requests that have come over a link; gives how many those were."""
+        answered = 0
+        while (message := link.receive(step=not self._hold.is_open)) is not None:
+            answered += 1
+            now_us = self._brokered_at_us = local_us()
+            prefix, body = message
+            asker = (link, prefix)
+            answer = self._handler.handle(asker, body, self._arrived_us, now_us)
+            if answer is not None:
+                self._send(asker, answer)
+            if now_us >= self._woke_us + TURN_US:
+                break
+        return answered
 
     def _poll(self) -> dict[Any, int]:
         self._follow_keeper()
-        sleep_us = min(max(0, self._hold.wake_us - local_us()), IDLE_US)
+        wake_us = min([self._hold.wake_us, *(link.wake_us for link in self._links)])
+        sleep_us = min(max(0, wake_us - local_us()), IDLE_US)
         poll_ms = -(-sleep_us // 1000)
         if self._handler.parked:
             # A poll's time-out is in whole milliseconds, and the tick's turn is not to be overslept.
@@ -203,27 +244,35 @@ class Worker:
                 return answered
 
     def _answer_parked(self, now_us: int) -> None:
-        for prefix, answer in self._handler.turn(now_us):
-            self._send(prefix, answer)
+        for asker, answer in self._handler.turn(now_us):
+            self._send(asker, answer)
 
-    def _send(self, prefix: list[bytes], answer: bytes) -> None:
-        if not send(self._router, prefix, answer):
+    def _send(self, asker: list[bytes] | tuple[Link, list[bytes]], answer: bytes) -> None:
+        if isinstance(asker, list):
+            sent = send(self._router, asker, answer)
+        else:
+            link, prefix = asker
+            sent = link.send(prefix, answer)
+        if not sent:
             self._handler.figures.dropped += 1
 
+    def _answer_all(self) -> int:
+        return self._answer(linger=False) + sum(self._answer_link(link) for link in self._links)
+
     def _drain(self) -> None:
+        for link in self._links:
+            link.leave()
         until_us = local_us() + DRAIN_US
-        while self._handler.parked and local_us() < until_us:
-            self._tick()
-        while (self._answer(linger=False) or self._handler.parked) and local_us() < until_us:
+        while (self._answer_all() or self._handler.parked) and local_us() < until_us:
             self._answer_parked(local_us())
         self._handler.draining = True  # whoever comes now is sent to another worker
         self._hold.release(local_us() + RELEASE_US)
         self._answer_parked(local_us())  # whoever is parked still is sent there too
         until_us = local_us() + DRAIN_US
         while (left_us := until_us - local_us()) > 0:
-            if self._router.poll(max(1, left_us // 1000)):
-                self._arrived_us = self._woke_us = local_us()
-                self._answer(linger=False)
+            self._poller.poll(max(1, left_us // 1000))
+            self._arrived_us = self._woke_us = local_us()
+            self._answer_all()
         _log.info("worker %s has stopped; it minted %d IDs", self._name, self._handler.figures.ids)
 
     def _describe(self) -> dict[str, Any]:

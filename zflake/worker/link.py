@@ -1,0 +1,107 @@
+"""A worker's link to one delegator: says that it is there, and takes brokered requests.
+
+Its socket is not the lease's: a flood of requests may delay a beat, never a renewal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Final
+
+import zmq
+
+from zflake.core.lease import Token
+from zflake.errors import ProtocolError
+from zflake.holder.clock import Clock, local_us
+from zflake.wire.codec import decode_response, encode_request
+from zflake.wire.endpoint import Endpoint
+from zflake.wire.messages import Method, now_of
+from zflake.wire.sockets import NOW, connected
+
+BEAT_US: Final = 250_000
+REQUEST: Final = b"\x94\x00"
+"""How the body of a request begins, in MessagePack."""
+
+
+class Link:
+    """A DEALER to one delegator; its owner polls `socket`, and calls `service` then and every `BEAT_US`."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, clock: Clock) -> None:
+        self.socket: zmq.Socket[bytes] = connected(context, zmq.DEALER, endpoint)
+        self.wake_us = 0
+        """When `service` wants to be called again (local clock)."""
+        self._clock = clock
+        self._msgid = 0
+        self._was_open = False
+        self._known_as: int | None = None
+        """The machine ID as which the delegator knows this worker."""
+
+    def service(
+        self, now_local_us: int, machine: int | None, token: Token, load: Mapping[str, int], *, is_open: bool
+    ) -> None:
+        """Say what is due: that this worker is ready, that it lives, or that it leaves."""
+        if not is_open:
+            self.leave()
+        elif not self._was_open:
+            self.wake_us = 0
+        self._was_open = is_open
+        if now_local_us < self.wake_us:
+            return
+        self.wake_us = now_local_us + BEAT_US
+        if not is_open or machine is None:
+            return
+        if self._known_as != machine:
+            self._say(Method.WORKER_READY, machine, token)
+            self._known_as = machine
+        else:
+            self._say(Method.WORKER_BEAT, dict(load))
+
+    def leave(self) -> None:
+        """Say that this worker takes no more requests."""
+        if self._known_as is not None:
+            self._say(Method.WORKER_LEAVE)
+            self._known_as = None
+
+    def receive(self, *, step: bool) -> tuple[list[bytes], bytes] | None:
+        """The next brokered request, its tag before it; None where nothing (more) has come in.
+
+        `step` is for the clock, which learns from the delegator's answers.
+        """
+        while True:
+            try:
+                frames = self.socket.recv_multipart(NOW)
+            except zmq.Again:
+                return None
+            body = frames[-1]
+            if body[:2] == REQUEST:
+                return frames[:-1], body
+            self._take(body, step=step)
+
+    def send(self, prefix: list[bytes], answer: bytes) -> bool:
+        """Send the answer to a brokered request; False where the delegator is away."""
+        try:
+            self.socket.send_multipart([*prefix, answer], NOW)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket, once what it holds is sent or half a second has passed."""
+        self.socket.close(linger=500)
+
+    def _take(self, body: bytes, *, step: bool) -> None:
+        received_us = local_us()
+        with contextlib.suppress(ProtocolError):
+            response = decode_response(body)
+            if response.error is not None:
+                self._known_as = (
+                    None  # it was restarted, or has not seen the lease yet: introduce ourselves again
+                )
+            elif (now_us := now_of(response.result)) is not None:
+                self._clock.exchange(now_us, received_us, step=step)
+
+    def _say(self, method: Method, *params: object) -> None:
+        self._msgid = (self._msgid + 1) & 0xFFFF_FFFF
+        with contextlib.suppress(zmq.Again):  # it is away; the next beat tells
+            self.socket.send_multipart([b"", encode_request(self._msgid, method, params)], NOW)
