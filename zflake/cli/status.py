@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from zflake.client.conversation import Ask
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
-from zflake.errors import ProtocolError, Timeout
+from zflake.errors import ConfigError, ProtocolError, Timeout
 from zflake.wire.messages import Method, exception_of
 
 WIDE = 200
-WORKER_S = 0.3
-"""How long one worker has to say how it is."""
+LOOK_S = 1.0
+"""How often a live view is taken anew."""
 
 
 def ask_status(endpoint: str, timeout_s: float) -> dict[str, Any]:
-    """What a daemon says of itself; a delegator's leases with each worker's own figures, where it answers.
+    """What a daemon says of itself, as PROTOCOL.md describes `cluster.status`.
 
     Raises `Timeout` where nobody answers, `ProtocolError` where it is no daemon of zflake's.
     """
     transport = Transport()
     try:
-        return _ask_all(transport, endpoint, timeout_s)
+        response = transport.ask(Ask(endpoint, Method.CLUSTER_STATUS, (), timeout_s))
     finally:
         transport.close()
-
-
-def _ask_all(transport: Transport, endpoint: str, timeout_s: float) -> dict[str, Any]:
-    response = transport.ask(Ask(endpoint, Method.CLUSTER_STATUS, (), timeout_s))
     if response is None:
         raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; is it running?")
     if response.error is not None:
@@ -40,10 +41,6 @@ def _ask_all(transport: Transport, endpoint: str, timeout_s: float) -> dict[str,
     if not isinstance(response.result, dict) or "service" not in response.result:
         raise ProtocolError(f"{endpoint} does not answer as a daemon of zflake's")
     facts: dict[str, Any] = response.result
-    for lease in facts.get("leases", ()):
-        if lease["address"]:
-            answer = transport.ask(Ask(lease["address"], Method.CLUSTER_STATUS, (), min(WORKER_S, timeout_s)))
-            lease["worker"] = answer.result if answer is not None and answer.error is None else None
     return facts
 
 
@@ -58,35 +55,116 @@ def show_status(facts: dict[str, Any]) -> None:
         console.print(lease_table(facts["leases"]))
 
 
-def lease_table(leases: list[dict[str, Any]]) -> Table:
-    """A table of leases and what their holders do."""
+def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None = None) -> Table:
+    """A table of leases and what their holders do; `rates` are IDs a second, by machine."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("machine", "name", "address", "process", "window ends in", "IDs", "errors", "state"):
-        table.add_column(
-            heading, justify="right" if heading in ("machine", "pid", "IDs", "errors") else "left"
-        )
+    for heading, right in (
+        ("machine", True),
+        ("name", False),
+        ("address", False),
+        ("process", False),
+        ("window ends in", True),
+        ("IDs", True),
+        ("IDs/s", True),
+        ("in flight", True),
+        ("parked", True),
+        ("errors", True),
+        ("", False),
+    ):
+        if heading != "IDs/s" or rates is not None:
+            table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for lease in leases:
-        worker = lease.get("worker")
-        own = (
-            (f"{worker['ids']:,}", f"{sum(worker['errors'].values()):,}", worker["state"])
-            if worker
-            else ("", "", "no answer" if lease["address"] else "embedded")
-        )
+        worker = lease["worker"]
+        figures = [""] * (4 if rates is None else 5)
+        if worker is not None:
+            figures = [f"{worker[key]:,}" for key in ("ids", "in_flight", "parked", "errors")]
+            if rates is not None:
+                figures.insert(1, f"{rates.get(lease['machine'], 0.0):,.0f}")
         table.add_row(
             str(lease["machine"]),
             lease["name"],
             lease["address"],
             f"{lease['pid']}@{lease['host']}",
             f"{lease['ends_in_ms'] / 1000:.1f} s",
-            *own,
+            *figures,
+            "ready" if worker else "not there" if lease["address"] else "embedded",
         )
     return table
+
+
+class Rates:
+    """What goes on between one look and the next."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+        self._ids: dict[int, int] = {}
+        self._requests: Mapping[str, int] = {}
+        self.ids: dict[int, float] = {}
+        """IDs a second, by machine."""
+        self.requests: dict[str, float] = {}
+        """The delegator's requests a second, by method."""
+
+    def update(self, facts: dict[str, Any]) -> None:
+        """Take in what a delegator says now."""
+        now = time.monotonic()
+        passed_s = max(now - self._at, 1e-9)
+        ids = {lease["machine"]: lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"]}
+        # Who was not there at the last look has no rate yet.
+        self.ids = {
+            machine: max(0, count - self._ids.get(machine, count)) / passed_s
+            for machine, count in ids.items()
+        }
+        self.requests = {
+            method: max(0, count - self._requests.get(method, count)) / passed_s
+            for method, count in facts["requests"].items()
+        }
+        self._ids, self._requests, self._at = ids, facts["requests"], now
+
+
+def live_view(facts: dict[str, Any], rates: Rates) -> Group:
+    """A delegator and its workers, with what goes on a second."""
+    first, last = facts["machines"]
+    broker = facts["broker"]
+    brokered = rates.requests.get(Method.IDS_NEXT, 0.0)
+    lines = [
+        (
+            f"[bold]{facts['address']}[/]  {Layout.from_map(facts['layout']).name}, up {_duration(facts['uptime_ms'])}, "
+            f"timeline {facts['lead_ms'] / 1000:+.3f} s"
+        ),
+        (
+            f"{sum(rates.ids.values()):,.0f} IDs/s from {broker['workers']} workers; "
+            f"{len(facts['leases'])} of {last - first + 1:,} machines held; {facts['backlog']} wait for the store"
+        ),
+        (
+            f"broker: {brokered:,.0f} requests/s, {broker['queued']:,} queued, {broker['requeued']:,} taken back, "
+            f"{broker['refused']:,} refused, {broker['expired']:,} expired, {broker['strays']:,} strays"
+        ),
+        f"errors: {_counts(facts['errors'])}",
+        "",
+    ]
+    return Group(*(Text.from_markup(line) for line in lines), lease_table(facts["leases"], rates.ids))
+
+
+def watch(endpoint: str, timeout_s: float) -> None:
+    """Show a delegator live, on a terminal, until interrupted; an outage of it is shown, and waited out."""
+    rates = Rates()
+    with Live(auto_refresh=False, screen=True, transient=True) as live:
+        while True:
+            try:
+                facts = ask_status(endpoint, timeout_s)
+                if facts["service"] != "delegator":
+                    raise ConfigError(f"{endpoint} is a {facts['service']}; --watch takes a delegator")
+                rates.update(facts)
+                live.update(live_view(facts, rates), refresh=True)
+            except Timeout as error:
+                live.update(Text(str(error), style="red"), refresh=True)
+            time.sleep(LOOK_S)
 
 
 def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         (facts["service"], f"{facts['address']}  zflake {facts['version']}, pid {facts['pid']}"),
-        ("up for", f"{facts['uptime_ms'] / 1000:.0f} s"),
+        ("up for", _duration(facts["uptime_ms"])),
     ]
     if facts["layout"] is not None:
         layout = Layout.from_map(facts["layout"])
@@ -109,6 +187,17 @@ def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("errors", _counts(facts["errors"])),
         ("timeline", f"{facts['lead_ms'] / 1000:+.3f} s against the delegator's wall clock"),
     ]
+    broker = facts["broker"]
+    lines.append(
+        (
+            "broker",
+            (
+                f"{broker['workers']} workers, {broker['queued']} queued; so far {broker['brokered']:,} brokered, "
+                f"{broker['requeued']:,} taken back, {broker['refused']:,} refused, {broker['expired']:,} expired, "
+                f"{broker['strays']:,} strays"
+            ),
+        )
+    )
     if facts["granting_in_ms"]:
         lines.append(
             (
@@ -117,6 +206,10 @@ def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return lines
+
+
+def _duration(ms: int) -> str:
+    return str(timedelta(seconds=ms // 1000))
 
 
 def _counts(counts: dict[str, int]) -> str:

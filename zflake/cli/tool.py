@@ -13,7 +13,8 @@ import click
 
 from zflake.cli.conduct import run
 from zflake.cli.options import DURATION, EPOCH, LAYOUT, choose_layout
-from zflake.client.sync import ROUTES, Client
+from zflake.client.roster import ROUTES
+from zflake.client.sync import Client
 from zflake.core.layout import DEFAULT, PRESETS, Decomposed, Layout
 from zflake.errors import ConfigError
 from zflake.version import __version__
@@ -182,17 +183,25 @@ def layouts(*, as_json: bool) -> None:
     metavar="ENDPOINT",
     help="Whom to ask.",
 )
+@click.option("--watch", is_flag=True, help="A live view, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, as PROTOCOL.md describes it.")
 @_timeout
-def status(*, to: str, as_json: bool, timeout: int) -> None:
+def status(*, to: str, watch: bool, as_json: bool, timeout: int) -> None:
     """Show a delegator and its workers, or one worker."""
-    from zflake.cli.status import ask_status, show_status  # noqa: PLC0415  (it loads what only it needs)
+    from zflake.cli import status as status_  # noqa: PLC0415  (it loads what only it needs)
 
-    facts = ask_status(parse_endpoint(to).text, timeout / 1000)
+    if watch:
+        if as_json:
+            raise ConfigError("--watch is for people, --json for programs: take one")
+        try:
+            status_.watch(parse_endpoint(to).text, timeout / 1000)
+        except KeyboardInterrupt:
+            return
+    facts = status_.ask_status(parse_endpoint(to).text, timeout / 1000)
     if as_json:
         print(json.dumps(facts))
     else:
-        show_status(facts)
+        status_.show_status(facts)
 
 
 @command.command()

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
-from zflake.cli.status import ask_status, lease_table
+from rich.live import Live
+
+from zflake.cli.status import LOOK_S, Rates, ask_status, live_view
 from zflake.client.sync import Client
 from zflake.core.layout import Layout
 from zflake.errors import StoreError, Unavailable, ZflakeError
@@ -28,8 +30,6 @@ from zflake.wire.endpoint import DEFAULT_DELEGATOR
 
 START_S: Final = 20.0
 STOP_S: Final = 5.0
-LOOK_S: Final = 1.0
-"""How often the figures are taken."""
 REPORT_S: Final = 10.0
 """How often they are printed where there is no terminal to redraw."""
 CALM_S: Final = 10.0
@@ -255,33 +255,12 @@ class Cluster:
             return {}
 
 
-class _Figures:
-    """IDs in all and a second, from one look to the next."""
-
-    def __init__(self) -> None:
-        self._at = time.monotonic()
-        self._ids: dict[str, int] = {}
-
-    def update(self, facts: dict[str, Any]) -> tuple[int, float]:
-        """The IDs that the workers have minted in all, and how many a second since the last look."""
-        now = time.monotonic()
-        ids = {
-            lease["address"]: lease["worker"]["ids"]
-            for lease in facts.get("leases", ())
-            if lease.get("worker")
-        }
-        minted = sum(max(0, count - self._ids.get(address, 0)) for address, count in ids.items())
-        rate = minted / max(now - self._at, 1e-9)
-        self._ids, self._at = ids, now
-        return sum(ids.values()), rate
-
-
 class _Lines:
     """Figures for a log: a line now and then."""
 
     def __init__(self) -> None:
-        self._figures = _Figures()
-        self._said_at = time.monotonic()
+        self._rates = Rates()
+        self._said_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -290,20 +269,24 @@ class _Lines:
         pass
 
     def show(self, facts: dict[str, Any]) -> None:
-        if facts and time.monotonic() - self._said_at >= REPORT_S:
-            self._said_at = time.monotonic()
-            ids, rate = self._figures.update(facts)
-            workers = sum(1 for lease in facts["leases"] if lease.get("worker"))
-            print(f"{workers} workers, {ids:,} IDs minted, {rate:,.0f} a second", flush=True)
+        if not facts or time.monotonic() - self._said_at < REPORT_S:
+            return
+        first, self._said_at = not self._said_at, time.monotonic()
+        self._rates.update(facts)
+        if not first:
+            minted = sum(lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"])
+            rate = sum(self._rates.ids.values())
+            print(
+                f"{facts['broker']['workers']} workers, {minted:,} IDs minted, {rate:,.0f} a second",
+                flush=True,
+            )
 
 
 class _Live:
     """Figures for a terminal, redrawn in place."""
 
     def __init__(self) -> None:
-        from rich.live import Live  # noqa: PLC0415  (only a terminal needs it)
-
-        self._figures = _Figures()
+        self._rates = Rates()
         self._live = Live(auto_refresh=False, redirect_stdout=False)
 
     def __enter__(self) -> Self:
@@ -314,10 +297,6 @@ class _Live:
         self._live.__exit__(None, None, None)
 
     def show(self, facts: dict[str, Any]) -> None:
-        if not facts:
-            return
-        ids, rate = self._figures.update(facts)
-        table = lease_table(facts["leases"])
-        table.title = f"{ids:,} IDs minted, {rate:,.0f} a second"
-        table.title_justify = "left"
-        self._live.update(table, refresh=True)
+        if facts:
+            self._rates.update(facts)
+            self._live.update(live_view(facts, self._rates), refresh=True)

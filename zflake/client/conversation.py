@@ -4,23 +4,18 @@ A conversation is a generator.  It yields what is to be done (`Ask` an endpoint,
 came of it: a `Response`, None where nothing came in time, or a `ProtocolError` for an answer that is none.  Blocking code, asyncio and a simulator drive
 the same one.
 
-The roster remembers between conversations which endpoints there are and how they fare.  A client stays with
-one worker, whose IDs ascend, until that fails or the directory is read again.  An endpoint that does not
-answer is passed over for a while, longer with each failure, and then probed by one request.
+The roster remembers between conversations which endpoints there are and how they fare.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from zflake.core.layout import Layout
+from zflake.client.roster import PROBE_S, Roster
 from zflake.core.mint import Run
 from zflake.errors import (
     ConfigError,
-    LayoutError,
     LeaseExpired,
     Overloaded,
     ProtocolError,
@@ -38,11 +33,7 @@ ATTEMPTS: Final = 4
 """Over how many endpoints, or tries, a budget is spread."""
 CONNECT_S: Final = 0.5
 """How long an endpoint has to take a connection."""
-REFRESH_S: Final = 10.0
-"""How old the directory may get while calls succeed."""
 REFRESH_WAIT_S: Final = 0.2
-EJECT_S: Final = 0.5
-EJECT_MAX_S: Final = 10.0
 PAUSE_S: Final = 0.05
 WAIT_S: Final = 0.5
 """The longest pause that a refusal can impose: whoever refused may have recovered earlier than it thought."""
@@ -65,136 +56,6 @@ class Pause(NamedTuple):
 
 Outcome: TypeAlias = Response | ProtocolError | None
 Conversation: TypeAlias = Generator[Ask | Pause, Outcome, Any]
-
-
-@dataclass(slots=True)
-class _Health:
-    """How an endpoint fares."""
-
-    failures: int = 0
-    passed_over_until: float = 0.0
-
-
-class Roster:
-    """The endpoints that a client knows, shared by its threads.
-
-    `seeds` were given by the application.  `now` is a monotonic clock in seconds, `draw` gives a number in
-    [0, 1).
-    """
-
-    def __init__(self, seeds: Iterable[str], *, now: Callable[[], float], draw: Callable[[], float]) -> None:
-        self.seeds = tuple(seeds)
-        self.layout: Layout | None = None
-        self._now = now
-        self._draw = draw
-        self._services: dict[str, str] = {}
-        self._workers: list[str] = []
-        self._favourite: str | None = None
-        self._health: dict[str, _Health] = {}
-        self._refreshed_at = float("-inf")
-        self.unlock()
-
-    def unlock(self) -> None:
-        """Begin with a fresh lock: in the child of a fork the old one may be held by nobody."""
-        self._lock = threading.Lock()  # guards everything from _services to _refreshed_at
-
-    def favourite(self, now: float) -> str | None:
-        """The worker that answered last; None where that is not so, or the directory has aged by `now`."""
-        # No lock: two reads, of which either may be outdated as soon as they are done.
-        return self._favourite if now < self._refreshed_at + REFRESH_S else None
-
-    def pick(self) -> str | None:
-        """The worker to ask next; None where the directory should be read first."""
-        with self._lock:
-            now = self._now()
-            if now - self._refreshed_at >= REFRESH_S and any(self._is_fit(seed, now) for seed in self.seeds):
-                return None
-            if self._favourite is not None:
-                return self._favourite
-            fit = [worker for worker in self._workers if self._is_fit(worker, now)]
-            if not fit:
-                return None
-            picked = fit[int(self._draw() * len(fit))]
-            health = self._health_of(picked)
-            if health.failures:
-                health.passed_over_until = now + ATTEMPT_S  # half open: one probe at a time
-            return picked
-
-    def has_fit_worker(self) -> bool:
-        """Whether some worker is known that is not passed over."""
-        with self._lock:
-            now = self._now()
-            return any(self._is_fit(worker, now) for worker in self._workers)
-
-    def probe(self) -> str | None:
-        """The worker that has been passed over for longest; None where none is known."""
-        with self._lock:
-            return min(self._workers, key=lambda w: self._health_of(w).passed_over_until, default=None)
-
-    def succeeded(self, endpoint: str) -> None:
-        """Note an answer: stay with this worker, if it is one."""
-        if endpoint == self._favourite:
-            return
-        with self._lock:
-            self._health[endpoint] = _Health()
-            if self._favourite is None and endpoint in self._workers:
-                self._favourite = endpoint
-
-    def failed(self, endpoint: str, *, for_s: float | None = None) -> None:
-        """Pass an endpoint over: for `for_s` seconds where it said so itself, longer each time otherwise."""
-        with self._lock:
-            if self._favourite == endpoint:
-                self._favourite = None
-            health = self._health_of(endpoint)
-            if for_s is None:
-                for_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
-                health.failures = min(health.failures + 1, 10)
-            health.passed_over_until = self._now() + for_s
-
-    def service_of(self, endpoint: str) -> str | None:
-        """What an endpoint has said it is: `delegator` or `worker`."""
-        return self._services.get(endpoint)
-
-    def introduce(self, endpoint: str, service: str, layout: Layout | None) -> None:
-        """Note what an endpoint says it is.  Raises `LayoutError` where its layout is not the others'."""
-        with self._lock:
-            if layout is not None:
-                if self.layout is not None and not layout.same_ids(self.layout):
-                    raise LayoutError(
-                        f"{endpoint} has layout {layout}, epoch {layout.epoch.isoformat()}; an endpoint before it had "
-                        f"{self.layout}, epoch {self.layout.epoch.isoformat()}: they belong to two clusters"
-                    )
-                self.layout = layout
-            self._services[endpoint] = service
-
-    def refresh(self, workers: list[str]) -> None:
-        """Take in a directory that was just read."""
-        with self._lock:
-            self._workers = workers
-            self._refreshed_at = self._now()
-            self._favourite = None
-            known = {*workers, *self.seeds}
-            self._health = {e: health for e, health in self._health.items() if e in known}
-
-    def keep(self) -> None:
-        """Go on with the directory as it is: nobody could be asked for a newer one."""
-        with self._lock:
-            self._refreshed_at = self._now()
-
-    def in_order(self) -> list[str]:
-        """The seeds, the ones that fare best first, equals in random order."""
-        with self._lock:
-            now = self._now()
-            rank = {
-                s: (max(0.0, self._health_of(s).passed_over_until - now), self._draw()) for s in self.seeds
-            }
-            return sorted(self.seeds, key=rank.__getitem__)
-
-    def _is_fit(self, endpoint: str, now: float) -> bool:
-        return self._health_of(endpoint).passed_over_until <= now
-
-    def _health_of(self, endpoint: str) -> _Health:
-        return self._health.setdefault(endpoint, _Health())
 
 
 class Budget:
@@ -243,15 +104,17 @@ def take(
     runs: list[Run] = []
     missing = count
     reason: ZflakeError | None = None
+    brokered = False
     while missing:
         if begun is None:
             if budget.left_s() <= 0:
                 raise _spent(roster, count, missing, budget, reason)
-            worker = yield from _choose(roster, budget)
-            if not isinstance(worker, str):
-                reason = worker or reason
+            endpoint = yield from _choose(roster, budget, brokered=brokered)
+            if not isinstance(endpoint, str):
+                reason = endpoint or reason
                 continue
-            ask = ask_ids(worker, missing, budget.attempt_s())
+            attempt = PROBE_S if roster.is_probe(endpoint) and roster.has_fit() else ATTEMPT_S
+            ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()))
             begun = ask, (yield ask)
         (ask, outcome), begun = begun, None
         run = _run_of(outcome, ask)
@@ -261,6 +124,8 @@ def take(
             roster.succeeded(ask.endpoint)
         elif run is None:
             roster.failed(ask.endpoint)
+            # One worker that is out of reach may mean that all are.
+            brokered = brokered or roster.is_worker(ask.endpoint)
         else:
             reason = run
             wait_s = min(reason.retry_after or PAUSE_S, WAIT_S)
@@ -271,13 +136,15 @@ def take(
     return runs
 
 
-def _choose(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, str | ZflakeError | None]:
-    """The worker to ask; where there is none, what stood in the way, after a pause."""
-    if (worker := roster.pick()) is not None:
-        return worker
+def _choose(
+    roster: Roster, budget: Budget, *, brokered: bool
+) -> Generator[Ask | Pause, Outcome, str | ZflakeError | None]:
+    """Whom to ask for IDs; where there is nobody, what stood in the way, after a pause."""
+    if (endpoint := roster.pick(brokered=brokered)) is not None:
+        return endpoint
     reason = yield from _refresh(roster, budget)
-    if (worker := roster.pick() or roster.probe()) is not None:
-        return worker
+    if (endpoint := roster.pick(brokered=brokered) or roster.last_resort()) is not None:
+        return endpoint
     if isinstance(reason, ProtocolError):
         raise reason
     yield Pause(min(PAUSE_S, budget.left_s()))
@@ -315,22 +182,24 @@ def introduce(roster: Roster, budget: Budget) -> Conversation:
 def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, ZflakeError | None]:
     """Read the directory anew; returns what stood in the way where it gave no worker."""
     workers: list[str] = []
+    brokers: list[str] = []
     reason: ZflakeError | None = None
-    answered = asked_delegator = False
-    # Who has workers that serve must not wait long for a delegator that is away.
-    most_s = REFRESH_WAIT_S if roster.has_fit_worker() else ATTEMPT_S
+    answered = False
+    asked = roster.route == "broker"  # by which nobody needs to know the workers
+    # Who can be served must not wait long for a delegator that is away.
+    most_s = REFRESH_WAIT_S if roster.has_fit() else ATTEMPT_S
     for seed in roster.in_order():
-        if asked_delegator and roster.service_of(seed) == "delegator":
-            continue
         try:
             if roster.service_of(seed) is None or roster.layout is None:
                 _introduce(roster, seed, (yield Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s()))))
             if roster.service_of(seed) == "worker":
                 workers.append(seed)
-            elif not asked_delegator:
+            else:
+                brokers.append(seed)
+            if not asked and seed in brokers:
                 ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s()))
                 workers += _addresses((yield ask))
-                asked_delegator = True
+                asked = True
             answered = True
             roster.succeeded(seed)
         except Timeout:
@@ -338,11 +207,13 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, 
         except ProtocolError as error:
             roster.failed(seed)
             reason = ProtocolError(f"{seed}: {error}")
-    if answered:
-        roster.refresh(workers)
-        return None if workers else reason or Unavailable("no worker holds a lease: start one")
-    roster.keep()
-    return reason
+    if not answered:
+        roster.keep()
+        return reason
+    roster.refresh(workers, brokers)
+    if roster.route == "broker":
+        return None if brokers else reason or Unavailable("the route broker needs a delegator's endpoint")
+    return None if workers else reason or Unavailable("no worker is ready: start one")
 
 
 def _introduce(roster: Roster, seed: str, outcome: Outcome) -> None:

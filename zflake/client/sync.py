@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from zflake.client import conversation
-from zflake.client.conversation import Ask, Budget, Conversation, Outcome, Roster, ask_ids, attempt_s
+from zflake.client.conversation import Ask, Budget, Conversation, Outcome, ask_ids, attempt_s
+from zflake.client.roster import ROUTES, Roster
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
@@ -20,14 +21,13 @@ from zflake.wire.codec import Response
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 from zflake.wire.messages import check_run
 
-ROUTES = ("auto", "direct")
-
 
 class Client:
     """Takes IDs from a cluster.
 
     `endpoints` is one endpoint or several, of delegators or of workers.  A delegator is asked where the
-    workers are, and those are then asked directly.  `timeout` is the whole budget of a call in seconds,
+    workers are, and those are then asked directly; where none of them answers, delegators pass requests on.
+    `route` may insist on one way: `direct` or `broker`.  `timeout` is the whole budget of a call in seconds,
     retries on other endpoints included.
 
     Safe to share between threads, and usable in the child of a fork.  Connects at the first call.
@@ -56,7 +56,10 @@ class Client:
         self._timeout = timeout
         self._attempt_s = attempt_s(timeout)
         self._roster = Roster(
-            dict.fromkeys(parse_endpoint(seed).text for seed in seeds), now=time.monotonic, draw=random.random
+            dict.fromkeys(parse_endpoint(seed).text for seed in seeds),
+            route,
+            now=time.monotonic,
+            draw=random.random,
         )
         self._transport = Transport()
         _all.add(self)
