@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 
 from zflake.client.conversation import (
     ATTEMPT_S,
-    REFRESH_S,
     REFRESH_WAIT_S,
     Ask,
     Budget,
     Conversation,
     Outcome,
     Pause,
-    Roster,
     ask_ids,
     attempt_s,
     introduce,
+    run_of,
     take,
 )
+from zflake.client.roster import PROBE_S, REFRESH_S, Roster
 from zflake.core.layout import PRESETS, Layout
 from zflake.errors import (
     LayoutError,
@@ -100,12 +100,12 @@ class Delegator:
 class World:
     """Endpoints, a clock, and the log of what was asked."""
 
-    def __init__(self, peers: dict[str, Answer], *seeds: str, seed: int = 1) -> None:
+    def __init__(self, peers: dict[str, Answer], *seeds: str, seed: int = 1, route: str = "direct") -> None:
         self.peers = peers
         self.now = 1000.0
         self.asked: list[Ask] = []
         rng = random.Random(seed)
-        self.roster = Roster(seeds or [next(iter(peers))], now=lambda: self.now, draw=rng.random)
+        self.roster = Roster(seeds or [next(iter(peers))], route, now=lambda: self.now, draw=rng.random)
 
     def take(self, count: int = 1, timeout: float = 5.0) -> list[tuple[int, int, int]]:
         """As `Client` does it."""
@@ -113,7 +113,7 @@ class World:
         begun = None
         if (worker := self.roster.favourite(self.now)) is not None:
             ask = ask_ids(worker, count, attempt_s(timeout))
-            begun = (ask, self.ask(ask))
+            begun = (ask, run_of(self.ask(ask), ask))
         runs: list[tuple[int, int, int]] = self.drive(take(self.roster, count, budget, begun))
         return runs
 
@@ -155,11 +155,12 @@ class World:
         return caught.value
 
 
-def cluster(workers: int = 3) -> tuple[World, Delegator, list[Worker]]:
-    names = [W1, W2, W3][:workers]
+def cluster(workers: int = 3, route: str = "direct") -> tuple[World, Delegator, list[Worker]]:
+    names = [f"tcp://10.0.1.{n}:7411" for n in range(1, workers + 1)]
     minters = [Worker() for _ in names]
     delegator = Delegator(*names)
-    return World({D1: delegator, **dict(zip(names, minters, strict=True))}, D1), delegator, minters
+    peers: dict[str, Answer] = {D1: delegator, **dict(zip(names, minters, strict=True))}
+    return World(peers, D1, route=route), delegator, minters
 
 
 # --- when all is well ---
@@ -265,7 +266,7 @@ def test_a_dead_worker_is_passed_over_for_longer_with_each_failure_and_probed_by
         world.roster._favourite = None  # choose anew each time
         start = world.now
         world.take()
-        if world.now - start > 0.5:
+        if world.now - start >= PROBE_S:
             probes.append(start)
         world.now += 0.02
     gaps = [b - a for a, b in pairwise(probes)]
@@ -315,6 +316,84 @@ def test_the_only_worker_is_asked_again_until_it_serves(hint_ms: int | None) -> 
     world.peers[W1] = lambda ask: worker(ask) if world.now > serves_at else error("lease_expired", hint_ms)
     world.take(timeout=5.0)
     assert world.now < serves_at + 0.3
+
+
+# --- routes ---
+
+
+def brokering(world: World, minter: Answer) -> None:
+    """Have the delegator pass requests on to that worker."""
+    desk = world.peers[D1]
+    world.peers[D1] = lambda ask: minter(ask) if ask.method == "ids.next" else desk(ask)
+
+
+def test_by_auto_workers_are_asked_directly() -> None:
+    world, _, minters = cluster(2, route="auto")
+    brokering(world, minters[0])
+    for _ in range(20):
+        world.take()
+    assert D1 not in world.endpoints()
+
+
+def test_by_auto_the_broker_serves_where_no_worker_can_be_reached_and_is_left_when_one_can() -> None:
+    world, _, minters = cluster(2, route="auto")
+    behind = Worker()
+    brokering(world, behind)
+    for minter in minters:
+        minter.fails = None
+    for _ in range(20):
+        world.take()
+        world.now += 0.1
+    assert world.endpoints()[-1] == D1
+    for minter in minters:
+        minter.fails = "no"
+    world.now += 30
+    for _ in range(5):
+        world.take()
+    assert D1 not in world.endpoints()[-3:]
+
+
+def test_one_worker_out_of_reach_sends_the_call_to_the_broker_and_not_through_all_the_others() -> None:
+    world, _, minters = cluster(8, route="auto")
+    brokering(world, Worker())
+    for minter in minters:
+        minter.fails = None
+    start = world.now
+    world.take()
+    assert world.now - start < ATTEMPT_S + 0.1
+
+
+def test_by_direct_a_delegator_is_never_asked_for_ids() -> None:
+    world, _, minters = cluster(1, route="direct")
+    brokering(world, Worker())
+    minters[0].fails = None
+    world.fails(Timeout)
+    assert D1 not in world.endpoints()
+
+
+def test_by_broker_only_delegators_are_asked() -> None:
+    world, _, minters = cluster(2, route="broker")
+    brokering(world, minters[0])
+    for _ in range(20):
+        world.take()
+        world.now += 1.0
+    assert set(world.endpoints()) == {D1}
+    assert "cluster.workers" not in {ask.method for ask in world.asked}
+
+
+def test_by_broker_a_worker_is_no_help() -> None:
+    world = World({W1: Worker()}, route="broker")
+    assert "needs a delegator" in str(world.fails(Unavailable))
+
+
+def test_a_delegator_that_has_just_started_and_knows_nobody_costs_nothing() -> None:
+    world, delegator, _ = cluster(2)
+    world.take()
+    delegator.workers = []
+    world.now += REFRESH_S + 1
+    start = world.now
+    world.take()
+    assert world.now - start < 0.1
 
 
 # --- delegators that fail ---

@@ -24,9 +24,13 @@ def run(command: click.Command, prefix: str) -> NoReturn:
     name = command.name or "zflake"
     try:
         code = command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(MISUSED)
     except click.ClickException as error:
         # click would print the usage as well; what is wrong should not drown in it.
-        _say(name, error.format_message(), hint=isinstance(error, click.UsageError))
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else None
+        _say(name, error.format_message(), see=path)
         sys.exit(MISUSED)
     except click.Abort:
         sys.exit(INTERRUPTED)
@@ -43,9 +47,9 @@ def run(command: click.Command, prefix: str) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _say(name: str, message: str, *, hint: bool = False) -> None:
+def _say(name: str, message: str, *, see: str | None = None) -> None:
     line = " ".join(message.split())
-    print(f"{name}: {line}{f' (see {name} --help)' if hint else ''}", file=sys.stderr)
+    print(f"{name}: {line}{f' (see {see} --help)' if see else ''}", file=sys.stderr)
 
 
 class _Text(logging.Formatter):

@@ -15,7 +15,7 @@ from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
 
 
-@click.command("zflake-delegator")
+@click.command("zflake-delegator", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("--bind", type=BIND, default=DEFAULT_DELEGATOR, show_default=True, help="Where to serve.")
 @click.option(

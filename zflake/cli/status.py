@@ -72,7 +72,8 @@ def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None 
         ("", False),
     ):
         if heading != "IDs/s" or rates is not None:
-            table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+            # On a narrow terminal an address is folded, never cut: it is what people copy.
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for lease in leases:
         worker = lease["worker"]
         figures = [""] * (4 if rates is None else 5)
@@ -109,9 +110,9 @@ class Rates:
         now = time.monotonic()
         passed_s = max(now - self._at, 1e-9)
         ids = {lease["machine"]: lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"]}
-        # Who was not there at the last look has no rate yet.
+        # Who had not yet said a count at the last look has no rate yet.
         self.ids = {
-            machine: max(0, count - self._ids.get(machine, count)) / passed_s
+            machine: max(0, count - (self._ids.get(machine) or count)) / passed_s
             for machine, count in ids.items()
         }
         self.requests = {

@@ -102,7 +102,7 @@ def next_(*, count: int, to: tuple[str, ...], route: str, format_: str, timeout:
             raise click.Abort from None
 
 
-@command.command()
+@command.command(context_settings={"ignore_unknown_options": True})
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.option(
     "--layout", type=LAYOUT, help="A preset or one spelt out.  [default: snowcloud]", metavar="NAME"

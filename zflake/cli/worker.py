@@ -14,7 +14,7 @@ from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig, check_addresses, check_name
 
 
-@click.command("zflake-worker")
+@click.command("zflake-worker", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option(
     "--delegator",

@@ -90,11 +90,11 @@ def ask_ids(worker: str, count: int, timeout_s: float) -> Ask:
 
 
 def take(
-    roster: Roster, count: int, budget: Budget, begun: tuple[Ask, Outcome] | None = None
+    roster: Roster, count: int, budget: Budget, begun: tuple[Ask, Run | ZflakeError | None] | None = None
 ) -> Conversation:
     """Ask for exactly `count` IDs; returns their runs, in the order in which they were minted.
 
-    `begun` is a first request that was sent already, and what came of it.
+    `begun` is a first request that was sent already, and what `run_of` says came of it.
 
     Raises the error that stood in the way last once the budget is spent: `Timeout` where nobody answered,
     `LeaseExpired`, `Overloaded` or `Unavailable` where somebody did.  Raises `AuthError` at once, since no
@@ -115,9 +115,8 @@ def take(
                 continue
             attempt = PROBE_S if roster.is_probe(endpoint) and roster.has_fit() else ATTEMPT_S
             ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()))
-            begun = ask, (yield ask)
-        (ask, outcome), begun = begun, None
-        run = _run_of(outcome, ask)
+            begun = ask, run_of((yield ask), ask)
+        (ask, run), begun = begun, None
         if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
@@ -151,7 +150,7 @@ def _choose(
     return reason
 
 
-def _run_of(outcome: Outcome, ask: Ask) -> Run | ZflakeError | None:
+def run_of(outcome: Outcome, ask: Ask) -> Run | ZflakeError | None:
     """The run that came, or the error that stands in its place; None where nothing came."""
     if outcome is None or isinstance(outcome, ProtocolError):
         return outcome

@@ -11,15 +11,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from zflake.client import conversation
-from zflake.client.conversation import Ask, Budget, Conversation, Outcome, ask_ids, attempt_s
+from zflake.client.conversation import Ask, Budget, Conversation, Outcome, ask_ids, attempt_s, run_of
 from zflake.client.roster import ROUTES, Roster
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
 from zflake.errors import ConfigError, ProtocolError
-from zflake.wire.codec import Response
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
-from zflake.wire.messages import check_run
 
 
 class Client:
@@ -113,11 +111,10 @@ class Client:
         if worker is not None:
             ask = ask_ids(worker, count, self._attempt_s)
             outcome = self._ask(ask)
-            if isinstance(outcome, Response) and outcome.error is None:
-                run = check_run(outcome.result, count)
-                if run[2] == count:
-                    return [run]
-            begun = (ask, outcome)
+            run = run_of(outcome, ask)
+            if isinstance(run, tuple) and run[2] == count:
+                return [run]
+            begun = (ask, run)
         runs: list[Run] = self._drive(conversation.take(self._roster, count, self._budget(started_at), begun))
         return runs
 

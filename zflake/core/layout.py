@@ -28,7 +28,7 @@ from zflake.errors import LayoutError
 UNIX_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # `datetime` ends with the year 9999, and so does every layout: a time that can't be shown can't be minted.
 CALENDAR_END_MS: Final = 253_402_300_800_000
-MILLENNIUM_2020_MS: Final = 1_577_836_800_000
+EPOCH_2020_MS: Final = 1_577_836_800_000
 MAX_TICK_MS: Final = 86_400_000
 
 
@@ -322,7 +322,7 @@ def _preset(
 PRESETS: Final[Mapping[str, Layout]] = MappingProxyType(
     dict(
         [
-            _preset("snowcloud", [("time", 42), ("machine", 10), ("sequence", 12)], MILLENNIUM_2020_MS),
+            _preset("snowcloud", [("time", 42), ("machine", 10), ("sequence", 12)], EPOCH_2020_MS),
             _preset("clawflake", [("time", 45), ("sequence", 12), ("machine", 7)], 0),
             _preset("twitter", [("time", 41), ("machine", 10), ("sequence", 12)], 1_288_834_974_657),
             _preset(
@@ -333,9 +333,9 @@ PRESETS: Final[Mapping[str, Layout]] = MappingProxyType(
             ),
             _preset("sonyflake", [("time", 39), ("sequence", 8), ("machine", 16)], 1_409_529_600_000, 10),
             _preset("instagram", [("time", 41), ("machine", 13), ("sequence", 10)], 1_314_220_021_721),
-            _preset("wide", [("time", 42), ("machine", 14), ("sequence", 8)], MILLENNIUM_2020_MS),
+            _preset("wide", [("time", 42), ("machine", 14), ("sequence", 8)], EPOCH_2020_MS),
             # 53 bits: until 2089, 64 machines, 64,000 IDs a second each.
-            _preset("javascript", [("time", 41), ("machine", 6), ("sequence", 6)], MILLENNIUM_2020_MS),
+            _preset("javascript", [("time", 41), ("machine", 6), ("sequence", 6)], EPOCH_2020_MS),
         ]
     )
 )

@@ -56,10 +56,12 @@ def acquire(
     free = [record for record in lowest if max(record.fence, meta.floor) <= now]
     if not free:
         soonest = max(lowest[0].fence, meta.floor) if lowest else now + meta.ttl
+        wait_ms = ticks_to_ms(meta, soonest - now)
+        why = f"all machines from {meta.first_machine} to {meta.last_machine} are held or resting"
+        if now < meta.floor:
+            why = "the store may have lost leases that still run: nothing is granted until these have ended"
         return Refusal(
-            Refused.NO_FREE_MACHINE,
-            f"all machines from {meta.first_machine} to {meta.last_machine} are held or resting",
-            ticks_to_ms(meta, soonest - now),
+            Refused.NO_FREE_MACHINE, f"{why}; the wait is {-(-wait_ms // 1000)} s at least", wait_ms
         )
     record = free[pick(min(POOL, max(1, len(free) // 4)))]
     window = _next_window(meta, now, record)

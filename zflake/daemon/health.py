@@ -48,6 +48,8 @@ class HealthServer:
 
         class Handler(BaseHTTPRequestHandler):
             timeout = 5
+            server_version = "zflake"
+            sys_version = ""
 
             def do_GET(self) -> None:
                 if self.path == "/livez":
@@ -68,7 +70,11 @@ class HealthServer:
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
 
             def log_message(self, *_: object) -> None:
                 """Say nothing: probes come every few seconds."""

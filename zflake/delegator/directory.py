@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from zflake.core.lease import Record, Token
+from zflake.wire.messages import LOAD
 
 MISSED_US: Final = 1_000_000
 """A worker that has not been heard of for this long is out: four beats."""
@@ -31,7 +32,7 @@ class Presence:
     """Which tenancy of the machine it showed the token of."""
     heard_us: int
     load: dict[str, Any]
-    """What it last said of itself."""
+    """What it last said of itself; all zero until then."""
 
 
 class Directory:
@@ -75,7 +76,8 @@ class Directory:
             or not hmac.compare_digest(record.token, token)
         ):
             return False
-        self._present[identity] = Presence(identity, machine, record.tenancy_start, local_us, {})
+        load = dict.fromkeys(LOAD, 0)
+        self._present[identity] = Presence(identity, machine, record.tenancy_start, local_us, load)
         return True
 
     def hear(self, identity: bytes, load: dict[str, Any], local_us: int) -> bool:

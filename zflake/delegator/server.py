@@ -22,7 +22,7 @@ from zflake.delegator.directory import Directory
 from zflake.delegator.setup import Wishes, check_wishes, settle_meta, start_timeline
 from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
-from zflake.stores import open_store
+from zflake.stores import check_url, open_store
 from zflake.version import __version__
 from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.endpoint import Endpoint, check_bind
@@ -92,6 +92,7 @@ class Delegator:
         self._woke_us = local_us()
         check_bind(config.bind, insecure=config.insecure)
         check_wishes(config.wishes)
+        check_url(config.store)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             # Before the store is touched: a delegator that can't serve changes nothing.

@@ -111,7 +111,7 @@ def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
     else:
         _log.warning(
             "%s was empty. In case it replaces one that was lost, nothing is granted for %d s; "
-            "start a cluster that is new with --new to skip that",
+            "where there was no such store, stop, delete this one, and start with --new",
             store.url,
             -(-rest_ms // 1000),
         )

@@ -20,7 +20,7 @@ from typing import Final
 import zmq
 
 from zflake.core.layout import Layout
-from zflake.core.lease import TOKEN_BYTES, Grant, Holder, Refusal, Refused, Release, Request
+from zflake.core.lease import TOKEN_BYTES, Grant, Holder, Refusal, Refused, Release, Released, Request
 from zflake.core.mint import Mint
 from zflake.core.tenant import RETRY_US, State, Tenant
 from zflake.errors import LayoutError, ProtocolError
@@ -99,11 +99,12 @@ class LeaseKeeper:
 
         Raises `LayoutError` where the delegator's layout is not the one that this holder was told to use.
         """
+        before = self.tenant.state
         self._receive()
         if self._pending is not None and now_local_us >= self._answer_by_us:
             self._complain(now_local_us, "%s does not answer", self._endpoint)
             self._connect_next()
-        self._follow()
+        self._follow(before)
         if self._pending is None and now_local_us >= self._hold_until_us:
             self._send_due(now_local_us)
 
@@ -200,6 +201,8 @@ class LeaseKeeper:
     def _settle(self, request: Request, response: Response, received_us: int) -> None:
         method, _ = lease_call(request)
         answer = lease_answer(method, response.error, response.result)
+        if isinstance(request, Release) and isinstance(answer, Released):
+            _log.info("gave machine %d back", answer.machine)
         if isinstance(request, Release):
             if isinstance(answer, Refusal) and answer.reason is not Refused.LOST:
                 _log.warning("machine %d was not given back: %s", request.machine, answer.message)
@@ -225,16 +228,15 @@ class LeaseKeeper:
         if refusal.reason is Refused.UNAVAILABLE and len(self._endpoints) > 1:
             self._connect_next()
 
-    def _follow(self) -> None:
+    def _follow(self, before: State) -> None:
         mint = self.tenant.mint
         if mint is None or not self.clock.known:
             return
-        before = self.tenant.state
         self.tenant.observe(self.clock.tick(mint.layout))
-        if self.tenant.state is not before:
-            if self.tenant.state is State.LAPSED:
+        match before, self.tenant.state:
+            case State.HELD, State.LAPSED:
                 _log.warning("machine %d: the window has run out; no IDs until it is renewed", mint.machine)
-            else:
+            case State.LAPSED, State.HELD:
                 _log.info("machine %d: a window is open again", mint.machine)
 
     def _complain(self, now_local_us: int, message: str, *args: object) -> None:

@@ -101,6 +101,12 @@ class Worker:
         """Serve until told to stop, then drain: answer what is queued, give the lease back, close."""
         try:
             _log.info("worker %s serves at %s", self._name, self.address, extra={"address": self.address})
+            if isinstance(self._hold, StaticHold):
+                _log.warning(
+                    "static machine %d, layout %s: nobody checks that no other worker and no delegator uses it",
+                    self.machine,
+                    self._hold.mint.layout.name,
+                )
             while not self._alarm.stopping:
                 self._tick()
                 self.pulse.beat(ready=self._hold.is_open)
