@@ -236,8 +236,8 @@ def to_base32(id_: int) -> str:
 
 def read_id(text: str) -> int:
     """The ID that one of the formats shows.  Raises `ConfigError` for anything else."""
-    if text.isascii() and text.isdecimal():
-        if len(text.lstrip("0")) > MAX_DIGITS:  # Python itself refuses to read thousands of them
+    if text.isascii() and text.removeprefix("-").isdecimal():
+        if len(text.lstrip("-0")) > MAX_DIGITS:  # Python itself refuses to read thousands of them
             raise ConfigError(f"no ID {text[:MAX_DIGITS]}...: IDs have 64 bits, {MAX_DIGITS} digits, at most")
         return int(text)
     if text[:2].lower() == "0x":

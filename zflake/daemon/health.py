@@ -31,6 +31,49 @@ class _Facts(Collector):
         return self._measure()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    pulse: Pulse
+    registry: CollectorRegistry
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 5
+    server: _Server
+    server_version = "zflake"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        pulse = self.server.pulse
+        match self.path:
+            case "/livez":
+                self._say(pulse.is_alive)
+            case "/readyz":
+                self._say(pulse.is_alive and pulse.is_ready)
+            case "/metrics":
+                self._send(HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.server.registry))
+            case _:
+                self._send(HTTPStatus.NOT_FOUND, "text/plain", b"/livez, /readyz, /metrics\n")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _say(self, good: bool) -> None:  # noqa: FBT001
+        status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
+        self._send(status, "text/plain", b"ok\n" if good else b"not ok\n")
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing: probes come every few seconds."""
+
+
 class HealthServer:
     """Serves probes and metrics at `(host, port)`; a context manager.
 
@@ -42,48 +85,14 @@ class HealthServer:
     def __init__(
         self, address: tuple[str, int], pulse: Pulse, measure: Callable[[], Iterable[Metric]]
     ) -> None:
-        registry = CollectorRegistry()
-        registry.register(_Facts(measure))
-        ProcessCollector(registry=registry)
-
-        class Handler(BaseHTTPRequestHandler):
-            timeout = 5
-            server_version = "zflake"
-            sys_version = ""
-
-            def do_GET(self) -> None:
-                if self.path == "/livez":
-                    self._say(pulse.is_alive)
-                elif self.path == "/readyz":
-                    self._say(pulse.is_alive and pulse.is_ready)
-                elif self.path == "/metrics":
-                    self._send(HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry))
-                else:
-                    self._send(HTTPStatus.NOT_FOUND, "text/plain", b"/livez, /readyz, /metrics\n")
-
-            def _say(self, good: bool) -> None:  # noqa: FBT001
-                status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-                self._send(status, "text/plain", b"ok\n" if good else b"not ok\n")
-
-            def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing: probes come every few seconds."""
-
         try:
-            self._server = ThreadingHTTPServer(address, Handler)
+            self._server = _Server(address, _Handler)
         except OSError as error:
             raise ConfigError(f"can't serve HTTP at {address[0]}:{address[1]}: {error.strerror}") from error
-        self._server.daemon_threads = True
+        self._server.pulse = pulse
+        self._server.registry = CollectorRegistry()
+        self._server.registry.register(_Facts(measure))
+        ProcessCollector(registry=self._server.registry)
         self.port: int = self._server.server_address[1]
         """The bound port."""
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
