@@ -29,6 +29,15 @@ def measure(delegator: Delegator) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "zflake_delegator_stale", "Lease requests dropped for their age.", delegator.desk.stale
     )
+    broker = delegator.broker
+    brokered = CounterMetricFamily(
+        "zflake_delegator_brokered", "What became of ID requests that clients sent here.", labels=["outcome"]
+    )
+    for outcome, count in vars(broker.figures).items():
+        brokered.add_metric([outcome], count)
+    yield brokered
+    yield GaugeMetricFamily("zflake_delegator_queued", "ID requests that wait for a worker.", broker.queued)
+    yield GaugeMetricFamily("zflake_delegator_workers", "Workers that take brokered requests.", broker.open)
     yield GaugeMetricFamily(
         "zflake_delegator_backlog", "Lease requests that wait for the store.", delegator.desk.backlog
     )
