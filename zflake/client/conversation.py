@@ -246,7 +246,10 @@ def _spent(
     seeds = ", ".join(roster.seeds)
     got = f"{count - missing} of {count} IDs" if missing < count else "no answer"
     if reason is None or missing < count:
+        # A delegator may be fine, and the workers that it names out of reach.
+        silent = [endpoint for endpoint in roster.silent() if endpoint not in roster.seeds]
+        whom = f"{', '.join(silent[:3])}, which {seeds} named," if silent else seeds
         return Timeout(
-            f"{got} from {seeds} within {budget.total_s:g} s; is it running, and is the timeout enough?"
+            f"{got} from {whom} within {budget.total_s:g} s; is it running, and is the timeout enough?"
         )
     return type(reason)(f"{reason} (asked {seeds} for {budget.total_s:g} s)", retry_after=reason.retry_after)

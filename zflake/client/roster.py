@@ -99,6 +99,11 @@ class Roster:
             now = self._now()
             return any(self._is_fit(endpoint, now) for tier in self._tiers() for endpoint in tier)
 
+    def silent(self) -> list[str]:
+        """Who is known to ask for IDs and did not answer when last asked."""
+        with self._lock:
+            return [e for tier in self._tiers() for e in tier if self._health_of(e).failures]
+
     def last_resort(self) -> str | None:
         """Who has been passed over for longest; None where nobody is known."""
         with self._lock:

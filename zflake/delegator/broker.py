@@ -115,18 +115,18 @@ class Broker:
     def leave(self, identity: bytes) -> None:
         """Give this worker nothing more; what it has under way it may still answer."""
         peer = self._peers.get(identity)
-        if peer is not None and peer.open:
-            peer.open = False
-            self._open -= 1
+        if peer is not None:
+            self._close(peer)
 
     def lose(self, identity: bytes, now_us: int) -> None:
         """Forget a worker that has gone, and give what it had to others."""
-        self.leave(identity)
-        peer = self._peers.pop(identity, None)
-        if peer is not None and peer.jobs:
-            self._take_back(list(peer.jobs.values()))
-            peer.jobs.clear()
-            self._dispatch(now_us)
+        peer = self._peers.get(identity)
+        if peer is None:
+            return
+        self._take_back(list(peer.jobs.values()))
+        peer.jobs.clear()
+        self._close(peer)
+        self._dispatch(now_us)
 
     def answer(self, identity: bytes, envelope: list[bytes], body: bytes, now_us: int) -> None:
         """Take a worker's answer in; `envelope` is what stands between its identity and the body."""
@@ -138,12 +138,12 @@ class Broker:
             return
         del peer.jobs[envelope[0]]
         if response.error is not None and response.error.code in ELSEWHERE:
-            self.leave(identity)  # until it says that it is ready again
+            self._close(peer)  # until it says that it is ready again
             self._take_back([job])
         else:
             self.figures.brokered += 1
             self.outbox.append(Outgoing(job.client, body, None))
-        self._line_up(peer)
+        self._settle(peer)
         self._dispatch(now_us)
 
     # --- clients ---
@@ -165,12 +165,12 @@ class Broker:
 
     def sweep(self, now_us: int) -> None:
         """Answer whatever has outlived its budget; to be called every now and then."""
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             for tag, job in list(peer.jobs.items()):
                 if job.deadline_us <= now_us:
                     del peer.jobs[tag]
                     self._expire(job)
-            self._line_up(peer)
+            self._settle(peer)
         if any(job.deadline_us <= now_us for job in self._queue):
             waiting, self._queue = self._queue, deque()
             for job in waiting:
@@ -206,6 +206,22 @@ class Broker:
 
     # --- inside ---
 
+    def _close(self, peer: Peer) -> None:
+        if peer.open:
+            peer.open = False
+            self._open -= 1
+        if peer.lined_up:
+            peer.lined_up = False
+            self._line.remove(peer)
+        self._settle(peer)
+
+    def _settle(self, peer: Peer) -> None:
+        """Line a peer up that has credit; forget one that neither takes nor owes anything."""
+        if peer.open or peer.jobs:
+            self._line_up(peer)
+        else:
+            self._peers.pop(peer.identity, None)
+
     def _line_up(self, peer: Peer) -> None:
         if peer.open and not peer.lined_up and len(peer.jobs) < CREDIT:
             peer.lined_up = True
@@ -215,8 +231,6 @@ class Broker:
         while self._queue and self._line:
             peer = self._line.popleft()
             peer.lined_up = False
-            if not peer.open:
-                continue
             job = self._queue.popleft()
             if job.deadline_us <= now_us:
                 self._expire(job)

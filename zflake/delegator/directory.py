@@ -107,8 +107,10 @@ class Directory:
 
     def workers(self, now: int, local_us: int) -> list[tuple[Record, Presence]]:
         """Who is there to serve, by machine, with the lease that it serves on."""
-        present = [p for p in self._present.values() if self._is_there(p, now, local_us)]
-        return sorted(((self._held[p.machine], p) for p in present), key=lambda pair: pair[0].machine)
+        # One that reconnected is there twice, until the beats of its former connection are missed.
+        latest = sorted(self._present.values(), key=lambda p: p.heard_us)
+        present = {p.machine: p for p in latest if self._is_there(p, now, local_us)}
+        return [(self._held[machine], present[machine]) for machine in sorted(present)]
 
     def _is_there(self, presence: Presence, now: int, local_us: int) -> bool:
         record = self._held.get(presence.machine)

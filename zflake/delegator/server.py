@@ -38,9 +38,11 @@ from zflake.wire.messages import (
     check_ready,
     lease_result,
 )
-from zflake.wire.sockets import address_of, bound_router, receive, send
+from zflake.wire.sockets import NOW, address_of, bound_router, receive, send
 
-BATCH: Final = 256
+QUIET_US: Final = 10_000
+TURN_US: Final = 1_000
+"""For how long messages are taken in before the rest of the loop gets its turn."""
 IDLE_MS: Final = 500
 SWEEP_US: Final = 50_000
 """How often is looked for requests and workers whose time is over."""
@@ -97,6 +99,7 @@ class Delegator:
         try:
             # Before the store is touched: a delegator that can't serve changes nothing.
             self._router = bound_router(self._context, config.bind)
+            self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._store = open_store(config.store)
         except BaseException:
             self._context.destroy(linger=0)
@@ -127,6 +130,7 @@ class Delegator:
         self.dropped = 0
         self._draining = False
         self._sweep_at_us = 0
+        self._brokered_at_us = 0
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
@@ -209,8 +213,16 @@ class Delegator:
     # --- requests ---
 
     def _receive(self, arrived_us: int) -> None:
-        for _ in range(BATCH):
-            frames = receive(self._router)
+        """Take in what has come, for `TURN_US` at most.
+
+        While ID requests are under way this waits for the next message in the socket, for as long: a poll
+        over all that the loop looks at would cost more than to pass a request on.
+        """
+        until_us = self._woke_us + TURN_US
+        linger = self._woke_us < self._brokered_at_us + QUIET_US
+        while local_us() < until_us:
+            self._flush()
+            frames = receive(self._router, 0 if linger else NOW)
             if frames is None:
                 return
             message = split(frames)
@@ -250,6 +262,7 @@ class Delegator:
     def _broker(self, prefix: list[bytes], msgid: int, params: list[Any], arrived_us: int) -> bytes | None:
         count, timeout_ms = check_next(params)
         self.requests["ids.next"] += 1
+        self._brokered_at_us = self._woke_us
         if self._draining:
             return self._refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", GONE_MS)
         self.broker.submit(prefix, msgid, count, arrived_us + timeout_ms * 1000, self._woke_us)

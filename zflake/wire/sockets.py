@@ -57,7 +57,7 @@ _MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 
 
 def receive(router: zmq.Socket[bytes], flags: int = NOW) -> list[bytes] | None:
-    """The frames of the next message that has come in; None where there is none.
+    """The frames of the next message that has come in at a ROUTER; None where there is none.
 
     With `flags` 0 it is waited for, as long as the socket's RCVTIMEO says.  Of a message with more frames
     than the protocol knows only the first ones are kept.
@@ -67,21 +67,33 @@ def receive(router: zmq.Socket[bytes], flags: int = NOW) -> list[bytes] | None:
         frames = [recv(flags), recv()]  # a ROUTER's messages have an identity and something behind it
     except zmq.Again:
         return None
-    more = router.getsockopt
-    while more(zmq.RCVMORE):
-        frame = recv()
+    return _rest(router, frames)
+
+
+def receive_as_dealer(dealer: zmq.Socket[bytes], flags: int = NOW) -> list[bytes] | None:
+    """The same at a DEALER, whose messages may have a single frame."""
+    try:
+        frames = [dealer.recv(flags)]
+    except zmq.Again:
+        return None
+    return _rest(dealer, frames)
+
+
+def _rest(socket: zmq.Socket[bytes], frames: list[bytes]) -> list[bytes]:
+    while socket.getsockopt(zmq.RCVMORE):
+        frame = socket.recv()
         if len(frames) < MAX_FRAMES:
             frames.append(frame)
     return frames
 
 
-def send(router: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:
-    """Send an answer, never waiting; False where the peer has gone or takes no more."""
+def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:
+    """Send a message, never waiting; False where the peer has gone or takes no more."""
     # Not send_multipart(), which costs more than its parts.
     try:
         for frame in prefix:
-            router.send(frame, _MORE)
-        router.send(body, NOW)
+            socket.send(frame, _MORE)
+        socket.send(body, NOW)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             raise

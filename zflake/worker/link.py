@@ -17,9 +17,10 @@ from zflake.holder.clock import Clock, local_us
 from zflake.wire.codec import decode_response, encode_request
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.messages import Method, now_of
-from zflake.wire.sockets import NOW, connected
+from zflake.wire.sockets import NOW, connected, receive_as_dealer, send
 
 BEAT_US: Final = 250_000
+LINGER_MS: Final = 1
 REQUEST: Final = b"\x94\x00"
 """How the body of a request begins, in MessagePack."""
 
@@ -29,6 +30,7 @@ class Link:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, clock: Clock) -> None:
         self.socket: zmq.Socket[bytes] = connected(context, zmq.DEALER, endpoint)
+        self.socket.setsockopt(zmq.RCVTIMEO, LINGER_MS)
         self.wake_us = 0
         """When `service` wants to be called again (local clock)."""
         self._clock = clock
@@ -52,10 +54,10 @@ class Link:
         if not is_open or machine is None:
             return
         if self._known_as != machine:
-            self._say(Method.WORKER_READY, machine, token)
-            self._known_as = machine
+            said = self._say(Method.WORKER_READY, machine, token)
         else:
-            self._say(Method.WORKER_BEAT, dict(load))
+            said = self._say(Method.WORKER_BEAT, dict(load))
+        self._known_as = machine if said else None
 
     def leave(self) -> None:
         """Say that this worker takes no more requests."""
@@ -63,15 +65,15 @@ class Link:
             self._say(Method.WORKER_LEAVE)
             self._known_as = None
 
-    def receive(self, *, step: bool) -> tuple[list[bytes], bytes] | None:
+    def receive(self, flags: int = NOW, *, step: bool) -> tuple[list[bytes], bytes] | None:
         """The next brokered request, its tag before it; None where nothing (more) has come in.
 
-        `step` is for the clock, which learns from the delegator's answers.
+        With `flags` 0 it is waited for, for `LINGER_MS`.  `step` is for the clock, which learns from the
+        delegator's answers.
         """
         while True:
-            try:
-                frames = self.socket.recv_multipart(NOW)
-            except zmq.Again:
+            frames = receive_as_dealer(self.socket, flags)
+            if frames is None:
                 return None
             body = frames[-1]
             if body[:2] == REQUEST:
@@ -79,12 +81,8 @@ class Link:
             self._take(body, step=step)
 
     def send(self, prefix: list[bytes], answer: bytes) -> bool:
-        """Send the answer to a brokered request; False where the delegator is away."""
-        try:
-            self.socket.send_multipart([*prefix, answer], NOW)
-        except zmq.Again:
-            return False
-        return True
+        """Send a body, such as the answer to a brokered request; False where the delegator is away."""
+        return send(self.socket, prefix, answer)
 
     def close(self) -> None:
         """Close the socket, once what it holds is sent or half a second has passed."""
@@ -101,7 +99,6 @@ class Link:
             elif (now_us := now_of(response.result)) is not None:
                 self._clock.exchange(now_us, received_us, step=step)
 
-    def _say(self, method: Method, *params: object) -> None:
+    def _say(self, method: Method, *params: object) -> bool:
         self._msgid = (self._msgid + 1) & 0xFFFF_FFFF
-        with contextlib.suppress(zmq.Again):  # it is away; the next beat tells
-            self.socket.send_multipart([b"", encode_request(self._msgid, method, params)], NOW)
+        return self.send([b""], encode_request(self._msgid, method, params))

@@ -72,7 +72,7 @@ class Worker:
         self._name = check_name(config.name) or f"{socket.gethostname()}-{os.getpid()}"
         self._started_us = local_us()
         self._woke_us = self._arrived_us = local_us()
-        self._brokered_at_us = 0
+        self._brokered_at_us = self._direct_at_us = 0
         check_addresses(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -151,12 +151,12 @@ class Worker:
 
     def _tick(self) -> None:
         events = self._poll()
+        # Lingering at one socket, the loop would keep those waiting who come to another.
         if self._router in events:
-            # Lingering, it would keep brokered requests waiting.
             self._answer(linger=self._woke_us > self._brokered_at_us + QUIET_US)
         for link in self._links:
             if link.socket in events:
-                self._answer_link(link)
+                self._answer_link(link, linger=self._woke_us > self._direct_at_us + QUIET_US)
         self._alarm.hear(events)
         now_us = local_us()
         self._hold.service(now_us)
@@ -174,10 +174,14 @@ class Worker:
                 is_open=self._hold.is_open,
             )
 
-    def _answer_link(self, link: Link) -> int:
-        """Answer the brokered requests that have come over a link; gives how many those were."""
+    def _answer_link(self, link: Link, *, linger: bool) -> int:
+        """Answer the brokered requests that have come over a link, as `_answer` does; gives how many."""
         answered = 0
-        while (message := link.receive(step=not self._hold.is_open)) is not None:
+        step = not self._hold.is_open
+        linger = linger and len(self._links) == 1
+        while (
+            message := link.receive(0 if linger and not self._handler.parked else NOW, step=step)
+        ) is not None:
             answered += 1
             now_us = self._brokered_at_us = local_us()
             prefix, body = message
@@ -237,7 +241,7 @@ class Worker:
             if frames is None:
                 return answered
             answered += 1
-            now_us = local_us()
+            now_us = self._direct_at_us = local_us()
             message = split(frames)
             if message is None:
                 handler.figures.dropped += 1
@@ -263,7 +267,7 @@ class Worker:
             self._handler.figures.dropped += 1
 
     def _answer_all(self) -> int:
-        return self._answer(linger=False) + sum(self._answer_link(link) for link in self._links)
+        return self._answer(linger=False) + sum(self._answer_link(link, linger=False) for link in self._links)
 
     def _drain(self) -> None:
         for link in self._links:
