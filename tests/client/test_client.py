@@ -203,7 +203,7 @@ def test_close_in_the_midst_of_calls_ends_them(delegator: str, workers: list[str
     for thread in threads:
         thread.join(5)
     assert raised == [Closed] * 6
-    assert ids._transport._context.closed
+    assert not ids._transport._sockets._open
 
 
 # --- what it refuses at once ---

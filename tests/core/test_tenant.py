@@ -28,7 +28,7 @@ from zflake.core.lease import (
 )
 from zflake.core.lessor import OFFER, acquire, release, renew
 from zflake.core.mint import Mint
-from zflake.core.tenant import RETRY_US, TRANSITIONS, Event, State, Tenant
+from zflake.core.tenant import FREED_US, LAPSED_US, RETRY_US, TRANSITIONS, Event, State, Tenant
 from zflake.errors import ProtocolError
 from zflake.stores.memory import MemoryStore
 
@@ -94,7 +94,7 @@ def held(*, jitter: float = 0.5) -> Tenant:
 
 def lapsed() -> Tenant:
     tenant = held()
-    tenant.observe(1000 + TTL)
+    tenant.observe(1000 + TTL, 0)
     assert tenant.state is State.LAPSED
     return tenant
 
@@ -140,17 +140,17 @@ def test_a_tenant_is_held_exactly_while_a_window_holds_now() -> None:
         (1000 + TTL, State.LAPSED),
         (1500, State.HELD),
     ):
-        tenant.observe(now)
+        tenant.observe(now, 0)
         assert tenant.state is state
 
 
 def test_following_the_timeline_moves_nothing_without_a_lease() -> None:
     tenant = new()
-    tenant.observe(5)
+    tenant.observe(5, 0)
     assert tenant.state is State.ACQUIRING
     tenant = held()
     tenant.close()
-    tenant.observe(1500)
+    tenant.observe(1500, 0)
     assert tenant.state is State.RELEASED
 
 
@@ -192,7 +192,7 @@ def test_a_token_is_rotated_after_every_grant() -> None:
 def test_a_tenant_that_lapses_keeps_the_token_of_its_renewal() -> None:
     tenant = held()
     first = tenant.poll(tenant.send_at_us)
-    tenant.observe(1000 + TTL)
+    tenant.observe(1000 + TTL, 0)
     assert tenant.poll(tenant.send_at_us) == first == Renew(5, token(1), 1, token(2))
 
 
@@ -246,7 +246,7 @@ def test_a_third_of_the_ttl_is_counted_in_the_layouts_ticks() -> None:
     assert tenant.send_at_us == 10_000_000
 
 
-@pytest.mark.parametrize("reason", [Refused.TOO_EARLY, Refused.NO_FREE_MACHINE, Refused.UNAVAILABLE])
+@pytest.mark.parametrize("reason", [Refused.TOO_EARLY, Refused.UNAVAILABLE])
 @pytest.mark.parametrize("wait_ms", [0, 1, 250, 4_000, 3_600_000])
 def test_a_hint_to_wait_is_honoured_to_the_millisecond(reason: Refused, wait_ms: int) -> None:
     for tenant in (new(), held()):
@@ -257,6 +257,31 @@ def test_a_hint_to_wait_is_honoured_to_the_millisecond(reason: Refused, wait_ms:
         assert tenant.send_at_us == due
         assert tenant.poll(due - 1) is None
         assert tenant.poll(due) == request
+
+
+@pytest.mark.parametrize("wait_ms", [0, 250, 60_000, 3_600_000])
+def test_a_machine_that_is_given_back_early_is_not_waited_for_to_the_end(wait_ms: int) -> None:
+    tenant = new()
+    tenant.poll(0)
+    tenant.receive(Refusal(Refused.NO_FREE_MACHINE, "", wait_ms), 300, 1500)
+    assert tenant.send_at_us - 300 <= min(wait_ms * 1000, 1.5 * FREED_US)
+    assert wait_ms < 60_000 or tenant.send_at_us - 300 >= 0.5 * FREED_US
+
+
+def test_whom_the_timeline_leaves_behind_renews_at_once() -> None:
+    tenant = held()
+    due = tenant.send_at_us
+    tenant.observe(1000 + 10 * TTL, 50)
+    assert tenant.state is State.LAPSED
+    assert tenant.send_at_us <= 50 + LAPSED_US < due
+
+
+def test_who_lapses_with_a_request_under_way_does_not_hurry_it() -> None:
+    tenant = held()
+    tenant.poll(tenant.send_at_us)
+    due = tenant.send_at_us
+    tenant.observe(1000 + 10 * TTL, 50)
+    assert tenant.send_at_us == due
 
 
 def test_a_refusal_without_a_hint_leaves_the_retry_as_it_was() -> None:
@@ -393,7 +418,7 @@ def test_a_window_that_has_not_begun_is_waited_for() -> None:
     assert tenant.receive(grant(1), 0, 900)
     states = [tenant.state]
     assert mint_of(tenant).opens(900) == 1000
-    tenant.observe(1000)
+    tenant.observe(1000, 0)
     states.append(tenant.state)
     assert states == [State.LAPSED, State.HELD]
 
@@ -585,7 +610,7 @@ class Cluster:
     def step(self, *, loss: float, error: int, leave: float) -> None:
         self.us += self.random.randint(1, 400_000)
         for i, tenant in enumerate(self.tenants):
-            tenant.observe(self.now(error))
+            tenant.observe(self.now(error), 0)
             if self.random.random() < leave:
                 parting = tenant.close()
                 if parting is not None and self.random.random() > loss:

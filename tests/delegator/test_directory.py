@@ -1,13 +1,18 @@
-"""The directory: who holds a lease, as this delegator last saw it stored."""
+"""The directory: who holds a lease, as this delegator last saw it stored, and who is there to serve."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
 from zflake.core.lease import Record
-from zflake.delegator.directory import Directory
+from zflake.delegator.directory import MISSED_US, Directory
 
 
 def record(machine: int, gen: int = 1, fence: int = 100, *, held: bool = True) -> Record:
-    return Record(machine, fence, gen, b"%16d" % gen if held else None)
+    return Record(machine, fence, gen, token(gen) if held else None)
 
 
 def test_it_begins_with_what_the_store_held_and_lists_by_machine() -> None:
@@ -39,3 +44,166 @@ def test_a_window_that_has_run_out_is_forgotten_until_it_is_renewed() -> None:
     assert directory.held(0) == []
     directory.learn(record(1, gen=2, fence=200))
     assert len(directory.held(100)) == 1
+
+
+# --- workers ---
+
+LOAD: Final = {"requests": 1, "ids": 2, "parked": 3, "dropped": 4, "errors": 5}
+NOW: Final = 50
+"""A tick inside the window of `record`."""
+
+
+def token(gen: int) -> bytes:
+    """The token of `record` at that gen."""
+    return b"%16d" % gen
+
+
+def there(*machines: int) -> Directory:
+    """A directory whose workers have just arrived, each under its machine ID's digits."""
+    directory = Directory(record(machine) for machine in machines)
+    for machine in machines:
+        assert directory.arrive(b"%d" % machine, machine, token(1), NOW, 0)
+    return directory
+
+
+def present(directory: Directory, local_us: int = 0, now: int = NOW) -> list[int]:
+    return [worker.machine for _, worker in directory.workers(now, local_us)]
+
+
+def test_a_holder_is_no_worker_until_it_has_shown_its_token() -> None:
+    directory = Directory([record(1), record(2)])
+    assert present(directory) == []
+    assert directory.arrive(b"x", 2, token(1), NOW, 0)
+    ((lease, worker),) = directory.workers(NOW, 0)
+    assert lease == record(2)
+    assert (worker.identity, worker.machine, worker.load) == (b"x", 2, dict.fromkeys(LOAD, 0))
+
+
+@pytest.mark.parametrize(
+    "wrong", [token(2), b"", token(1)[:-1], token(1) + b"\0", bytes(16), b"\xff" * 16], ids=range(6)
+)
+def test_a_wrong_token_lets_nobody_in(wrong: bytes) -> None:
+    directory = Directory([record(1)])
+    assert not directory.arrive(b"x", 1, wrong, NOW, 0)
+    assert not directory.hear(b"x", LOAD, 0)
+    assert present(directory) == []
+
+
+def test_a_token_of_another_machine_or_of_one_that_nobody_holds_lets_nobody_in() -> None:
+    directory = Directory([record(1, gen=1), record(2, gen=2)])
+    for machine in (2, 3, 2**63 - 1):
+        assert not directory.arrive(b"x", machine, token(1), NOW, 0)
+    directory.learn(record(1, gen=2, held=False))
+    assert not directory.arrive(b"x", 1, token(1), NOW, 0)
+    assert present(directory) == []
+
+
+def test_a_token_that_was_renewed_since_lets_nobody_in_and_its_successor_does() -> None:
+    directory = Directory([record(1, gen=1)])
+    directory.learn(record(1, gen=2, fence=200))
+    assert not directory.arrive(b"x", 1, token(1), NOW, 0)
+    assert directory.arrive(b"x", 1, token(2), NOW, 0)
+
+
+def test_a_lease_whose_window_has_ended_lets_nobody_in() -> None:
+    directory = Directory([record(1, fence=100)])
+    assert not directory.arrive(b"x", 1, token(1), 100, 0)
+    assert directory.arrive(b"x", 1, token(1), 99, 0)
+
+
+def test_a_wrong_token_does_not_put_out_the_worker_that_is_there() -> None:
+    directory = there(1)
+    assert not directory.arrive(b"stranger", 1, token(9), NOW, 0)
+    assert not directory.arrive(b"1", 1, token(9), NOW, 0)
+    assert present(directory) == [1]
+
+
+def test_a_renewal_keeps_a_worker_and_a_new_tenancy_puts_it_out() -> None:
+    directory = there(1)
+    directory.learn(record(1, gen=2, fence=200))
+    assert present(directory) == [1]
+    assert directory.sweep(NOW, 0) == []
+    directory.learn(replace(record(1, gen=3, fence=300), tenancy_start=150))
+    assert present(directory) == []
+    assert directory.sweep(NOW, 0) == [b"1"]
+    assert not directory.hear(b"1", LOAD, 0)
+
+
+def test_a_release_puts_a_worker_out() -> None:
+    directory = there(1, 2)
+    directory.learn(record(1, gen=2, held=False))
+    assert present(directory) == [2]
+    assert directory.sweep(NOW, 0) == [b"1"]
+
+
+def test_a_worker_that_lapsed_is_out_and_must_introduce_itself_again() -> None:
+    directory = there(1)
+    assert present(directory, now=99) == [1]
+    assert present(directory, now=100) == []
+    assert directory.sweep(99, 0) == []
+    assert directory.sweep(100, 0) == [b"1"]
+    directory.learn(record(1, gen=2, fence=200))
+    assert not directory.hear(b"1", LOAD, 0)
+    assert directory.arrive(b"1", 1, token(2), 100, 0)
+
+
+def test_a_worker_that_missed_its_beats_is_out_at_once_and_given_by_one_sweep() -> None:
+    directory = there(1, 2)
+    assert directory.hear(b"2", LOAD, 1)
+    assert present(directory, MISSED_US - 1) == [1, 2]
+    assert present(directory, MISSED_US) == [2]
+    assert directory.sweep(NOW, MISSED_US - 1) == []
+    assert directory.sweep(NOW, MISSED_US) == [b"1"]
+    assert directory.sweep(NOW, MISSED_US) == []
+    assert not directory.hear(b"1", LOAD, MISSED_US)
+    assert directory.arrive(b"1", 1, token(1), NOW, MISSED_US)
+    assert present(directory, MISSED_US) == [1, 2]
+
+
+def test_a_beat_keeps_a_worker_and_says_how_it_is() -> None:
+    directory = there(1)
+    for beat in range(1, 20):
+        assert directory.hear(b"1", LOAD | {"ids": beat}, beat * 250_000)
+        assert directory.sweep(NOW, beat * 250_000) == []
+    ((_, worker),) = directory.workers(NOW, 20 * 250_000)
+    assert worker.load == LOAD | {"ids": 19}
+
+
+def test_a_stranger_s_beat_is_nobody_s() -> None:
+    directory = there(1)
+    assert not directory.hear(b"x", LOAD, 5)
+    assert directory.sweep(NOW, MISSED_US) == [b"1"]
+
+
+def test_who_leaves_is_out_at_once_and_not_given_by_a_sweep() -> None:
+    directory = there(1, 2)
+    directory.leave(b"1")
+    directory.leave(b"x")
+    assert present(directory) == [2]
+    assert directory.sweep(NOW, 0) == []
+    assert not directory.hear(b"1", LOAD, 0)
+    assert len(directory.held(NOW)) == 2  # the lease runs on
+
+
+def test_the_time_that_the_delegator_was_stopped_is_nobody_s_fault_and_no_more_than_it() -> None:
+    directory = there(1)
+    stop_us = 60_000_000
+    directory.excuse(stop_us)
+    assert directory.sweep(NOW, stop_us + MISSED_US - 1) == []
+    assert present(directory, stop_us + MISSED_US - 1) == [1]
+    assert directory.sweep(NOW, stop_us + MISSED_US) == [b"1"]
+
+
+def test_a_worker_that_reconnected_is_listed_once_as_it_was_heard_of_last() -> None:
+    directory = there(1)
+    assert directory.arrive(b"again", 1, token(1), NOW, 10)
+    ((_, worker),) = directory.workers(NOW, 20)
+    assert worker.identity == b"again"
+    assert directory.hear(b"again", LOAD, 500_000)
+    assert directory.sweep(NOW, MISSED_US) == [b"1"]
+    ((_, worker),) = directory.workers(NOW, MISSED_US)
+    assert worker.identity == b"again"
+
+
+def test_workers_are_listed_by_machine() -> None:
+    assert present(there(7, 2, 5)) == [2, 5, 7]

@@ -15,7 +15,7 @@ import zmq
 from tests.conftest import Bell, Connect, Peer, serving, until
 from zflake.core.layout import PRESETS, Layout
 from zflake.core.lease import Mark, Swap
-from zflake.delegator import server
+from zflake.delegator import desk
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.setup import Wishes
 from zflake.errors import ConfigError
@@ -97,10 +97,16 @@ def test_a_token_that_is_not_the_records_is_lost(peer: Peer) -> None:
     assert code(peer.ask("lease.renew", 2**63 - 1, token(8), 1, token(9))) == "lost"
 
 
-def test_the_directory_lists_who_serves_from_grant_to_release(peer: Peer) -> None:
+def test_the_directory_lists_who_serves_until_its_release(
+    connect: Connect, delegator: Delegator, peer: Peer
+) -> None:
     assert peer.ask("cluster.workers").result["workers"] == []
     granted = peer.ask("lease.acquire", token(1), *WHO).result
-    peer.ask("lease.acquire", token(2), "embedded", "host", 1, "")  # serves nobody
+    embedded = connect(delegator.address)
+    other = embedded.ask("lease.acquire", token(2), "embedded", "host", 1, "").result["machine"]
+    embedded.ask("worker.ready", other, token(2))  # has no address
+    assert peer.ask("cluster.workers").result["workers"] == []  # it has not said that it is there
+    assert peer.ask("worker.ready", granted["machine"], token(1)).error is None
     (listed,) = peer.ask("cluster.workers").result["workers"]
     assert (listed["name"], listed["host"], listed["pid"], listed["address"]) == WHO
     assert listed["machine"] == granted["machine"]
@@ -116,7 +122,9 @@ def test_status_counts_what_was_asked(peer: Peer) -> None:
     peer.ask("nonsense")
     peer.send(b"no envelope")
     peer.send(b"", encode_result(1, None))
+    peer.send(b"", msgpack.packb([2, "ping", []]))
     said = until(lambda: (s := peer.ask("cluster.status").result)["dropped"] == 2 and s)
+    assert said["broker"]["strays"] == 1
     assert said["requests"]["ping"] == 1
     assert said["requests"]["lease.acquire"] == 1
     assert said["errors"] == {"unknown_method": 1}
@@ -125,16 +133,10 @@ def test_status_counts_what_was_asked(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["", "ids.next", "lease", "lease.acquire ", "cluster.trace", "x" * 9000, "run"]
+    "method", ["", "ids", "worker", "lease", "lease.acquire ", "cluster.trace", "x" * 9000, "run"]
 )
 def test_an_unknown_method_is_refused(peer: Peer, method: str) -> None:
     assert code(peer.ask(method, 1, 1000)) == "unknown_method"
-
-
-def test_ids_are_asked_of_workers_and_it_says_so(peer: Peer) -> None:
-    response = peer.ask("ids.next", 1, 1000)
-    assert response.error is not None
-    assert "cluster.workers" in response.error.message
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,13 @@ def test_ids_are_asked_of_workers_and_it_says_so(peer: Peer) -> None:
         ("lease.renew", [3, None, 1, token(2)]),
         ("lease.release", [3, token(1), None, -1]),
         ("lease.release", [3, token(1), 0, None]),
+        ("ids.next", [0, 1000]),
+        ("ids.next", [1]),
+        ("worker.ready", [3]),
+        ("worker.ready", [3, "x" * 16]),
+        ("worker.beat", []),
+        ("worker.beat", [{"ids": 1}]),
+        ("worker.leave", [3]),
     ],
 )
 def test_wrong_params_are_bad_requests_and_lease_nothing(peer: Peer, method: str, params: list[Any]) -> None:
@@ -246,7 +255,7 @@ def test_while_the_store_is_behind_the_rest_is_answered(gate: threading.Event, p
 def test_a_backlog_that_is_full_is_overloaded(
     gate: threading.Event, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MAX_BACKLOG", 10)
+    monkeypatch.setattr(desk, "MAX_ACQUIRES", 10)
     first = peer.request("lease.acquire", token(0), *WHO)
     until(
         lambda: (
@@ -322,6 +331,9 @@ def test_a_restart_on_the_same_store_knows_the_holders_and_their_layout(
     with serving(lambda alarm: Delegator(DelegatorConfig(ANY, url), alarm)) as delegator:
         peer = connect(delegator.address)
         assert Layout.from_map(peer.ask("hello").result["layout"]).same_ids(layout)
+        (lease,) = peer.ask("cluster.status").result["leases"]
+        assert (lease["machine"], lease["worker"]) == (before["machine"], None)
+        assert peer.ask("worker.ready", before["machine"], token(1)).error is None
         (listed,) = peer.ask("cluster.workers").result["workers"]
         assert listed["machine"] == before["machine"]
         repeat = peer.ask("lease.acquire", token(1), *WHO).result

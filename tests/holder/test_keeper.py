@@ -273,7 +273,7 @@ def test_unavailable_sends_it_to_the_next_endpoint(scene: Scene) -> None:
     assert script_a.calls("lease.acquire") == script_b.calls("lease.acquire")
 
 
-@pytest.mark.parametrize("code", ["too_early", "no_free_machine", "unavailable"])
+@pytest.mark.parametrize("code", ["too_early", "unavailable"])
 def test_the_time_to_wait_is_honoured(scene: Scene, code: str) -> None:
     desk, script = scene.desk()
     desk.refuse = (code, 7000)
@@ -533,6 +533,6 @@ def test_a_caller_is_never_told_to_come_back_at_once_or_much_later(scene: Scene)
     desk, script = scene.desk()
     keeper = scene.keeper(script)
     assert 50 <= keeper.retry_after_ms <= 1000
-    desk.refuse = ("no_free_machine", 60_000)
+    desk.refuse = ("unavailable", 60_000)
     scene.until(keeper, lambda: keeper.tenant.send_at_us > scene.local() + 5_000_000)
     assert 50 <= keeper.retry_after_ms <= 1000

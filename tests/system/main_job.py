@@ -1,6 +1,7 @@
 """The main job: many IDs through a cluster whose parts are killed, replaced and frozen meanwhile.
 
-A delegator, three workers and four clients, each a process of its own.  There are no more machine IDs than
+A delegator, three workers and four clients, each a process of its own; two of the clients ask workers
+directly, two have the delegator pass their requests on, unless all are told to go by one route.  There are no more machine IDs than
 workers, so that whoever joins must take over a machine ID that somebody else has minted with.  Faults are
 paced by progress: each strikes at a share of the IDs, and the clients go on taking.
 
@@ -27,6 +28,8 @@ from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, Process, TookT
 from zflake.core.layout import DEFAULT
 
 CLIENTS: Final = 4
+HALF: Final = "half"
+"""Half of the clients by the route `auto`, which finds the workers, and half by `broker`."""
 MACHINES: Final = "0-2"
 TTL_S: Final = 2
 OUTAGES_S: Final = (0.3, 1.2)
@@ -57,6 +60,9 @@ class Result:
     seconds: float = 0.0
     check_seconds: float = 0.0
     windows: int = 0
+    by_route: Counter[str] = field(default_factory=Counter)
+    brokered: int = 0
+    """How many requests went through a delegator, those of its last instants before a kill aside."""
     by_machine: Counter[int] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -66,6 +72,8 @@ class Result:
             f"main job: {self.ids:,} of {self.expected:,} IDs in {self.seconds:.1f} s",
             *(f"  fault: {f.what}, at {f.at:,} IDs, over at {f.over:,}" for f in self.faults),
             f"  windows checked: {self.windows}, in {self.check_seconds:.1f} s",
+            *(f"  route {route}: {count:,} IDs" for route, count in sorted(self.by_route.items())),
+            f"  brokered: {self.brokered:,} requests",
             *(f"  machine {machine}: {count:,} IDs" for machine, count in sorted(self.by_machine.items())),
             *(f"  VIOLATION: {violation}" for violation in self.violations),
             f"  {'FAILED' if self.violations else 'all distinct, all inside their windows, no client saw an error'}",
@@ -73,13 +81,21 @@ class Result:
         return "\n".join(lines)
 
 
-def run(folder: Path, ids: int, *, seed: int = 1, report: Callable[[str], None] = lambda _: None) -> Result:
+def run(
+    folder: Path,
+    ids: int,
+    *,
+    route: str = HALF,
+    seed: int = 1,
+    report: Callable[[str], None] = lambda _: None,
+) -> Result:
     """Run the job in an empty folder, and check it."""
     with Daemons(folder) as daemons:
-        job = Job(daemons, ids, seed, report)
+        job = Job(daemons, ids, route, seed, report)
         job.run()
     job.result.violations += complaints(job.daemons_started, job.clients)
     job.result.violations += idle_faults(job.result)
+    job.result.violations += wrong_ways(job.result)
     began = time.monotonic()
     verdict = check(
         [d.log_path for d in job.delegators], [c.ids_path for c in job.clients], DEFAULT, expected=ids
@@ -97,7 +113,7 @@ class Taker:
 
     process: Process
     ids_path: Path
-    quota: int
+    route: str
 
     @property
     def taken(self) -> int:
@@ -112,12 +128,15 @@ class Taker:
 class Job:
     """The engine: starts everything, injects the faults, waits for the end."""
 
-    def __init__(self, daemons: Daemons, ids: int, seed: int, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, daemons: Daemons, ids: int, route: str, seed: int, report: Callable[[str], None]
+    ) -> None:
         self.result = Result(ids)
         self.delegators: list[Daemon] = []
         self.workers: list[Daemon] = []
         self.clients: list[Taker] = []
         self._daemons = daemons
+        self._routes = ("auto", "broker") * (CLIENTS // 2) if route == HALF else (route,) * CLIENTS
         self._seed = seed
         self._report = report
         self._planned_s = max(LEAST_S, ids / IDS_PER_S)
@@ -145,6 +164,9 @@ class Job:
         self._milestone = 1.0
         self._wait(lambda: not any(c.process.alive for c in self.clients), "the clients' end", JOB_S)
         self.result.seconds = time.monotonic() - self._began
+        self._count_brokered()
+        for client in self.clients:
+            self.result.by_route[client.route] += client.taken
         for daemon in reversed(self.daemons_started):
             if daemon.alive and (code := daemon.terminate()):
                 self.result.violations.append(f"{daemon.name} ended with exit code {code}")
@@ -161,6 +183,7 @@ class Job:
         old = self.delegators[-1]
         away_s = OUTAGES_S[len(self.delegators) - 1]
         fault = self._strike(f"{old.name} killed and restarted")
+        self._count_brokered()
         old.kill()
         self._pause(away_s)
         asked = self._restart_delegator(old.address)
@@ -192,13 +215,13 @@ class Job:
         self._ceiling_path.write_bytes(bytes(8))
         quotas = [(self.result.expected + k) // CLIENTS for k in range(CLIENTS)]
         taker = str(Path(__file__).with_name("taker.py"))
-        for k, quota in enumerate(quotas):
+        for k, (quota, route) in enumerate(zip(quotas, self._routes, strict=True)):
             path = self._daemons.folder / f"client-{k}.ids"
-            argv = [self.delegators[0].address, str(quota), str(self._seed * CLIENTS + k), str(path)]
+            argv = [self.delegators[0].address, route, str(quota), str(self._seed * CLIENTS + k), str(path)]
             process = self._daemons.process(
                 [sys.executable, taker, *argv, str(self._ceiling_path)], f"client-{k}"
             )
-            self.clients.append(Taker(process, path, quota))
+            self.clients.append(Taker(process, path, route))
         self._wait(lambda: all(client.taken for client in self.clients), "each client's first ID")
         self._began = self._reported = time.monotonic()
 
@@ -218,6 +241,10 @@ class Job:
 
     def _status(self) -> dict[str, Any]:
         return status_of(self.delegators[-1].address)
+
+    def _count_brokered(self) -> None:
+        """Note what the present delegator has passed on: it is about to go, and its count with it."""
+        self.result.brokered += self._status().get("broker", {}).get("brokered", 0)
 
     def _taken(self) -> int:
         return sum(client.taken for client in self.clients)
@@ -287,3 +314,15 @@ def idle_faults(result: Result) -> list[str]:
         for fault in result.faults
         if not 0 < fault.at < fault.over <= result.expected
     ]
+
+
+def wrong_ways(result: Result) -> list[str]:
+    """Routes that no client went, or that nobody was to go."""
+    by_broker = "broker" in result.by_route
+    found = [f"no IDs were taken by route {route}" for route, ids in result.by_route.items() if not ids]
+    if by_broker and not result.brokered:
+        found.append("clients took IDs by route broker, and no delegator passed a request on")
+    # By `auto` a request is brokered only where no worker answers.
+    if not by_broker and result.brokered > result.expected // 100:
+        found.append(f"{result.brokered} requests were brokered, though workers could be asked directly")
+    return found

@@ -1,6 +1,6 @@
 """One client of the main job, a process of its own: takes IDs, and writes down each one and each error.
 
-`main_job.py` starts it as `python taker.py ENDPOINT QUOTA SEED OUT CEILING`.  OUT gets the IDs as raw
+`main_job.py` starts it as `python taker.py ENDPOINT ROUTE QUOTA SEED OUT CEILING`.  OUT gets the IDs as raw
 little-endian uint64, OUT.errors a line for each call that failed.  CEILING is a file of one little-endian
 uint64: how many IDs each client may have by now.  Who is there goes on with single IDs, slowly.
 """
@@ -23,14 +23,13 @@ SIZES: Final = (1, 1, 1, 1, 2, 10, 100, 1_000, 5_000, 20_000)
 TRICKLE_S: Final = 0.004
 
 
-def take(endpoint: str, quota: int, seed: int, out: Path, ceiling: Path) -> None:
+def take(client: zflake.Client, quota: int, seed: int, out: Path, ceiling: Path) -> None:
     draw = random.Random(seed)
     taken = 0
     parent = os.getppid()
     # A small job takes small bites, or a few calls would be all of it.
     sizes = [size for size in SIZES if size <= max(1, quota // 50)]
     with (
-        zflake.Client(endpoint) as client,
         out.open("wb", buffering=0) as ids,
         out.with_suffix(".errors").open("w", buffering=1) as errors,
         ceiling.open("rb", buffering=0) as allowed,
@@ -55,4 +54,6 @@ def take(endpoint: str, quota: int, seed: int, out: Path, ceiling: Path) -> None
 
 
 if __name__ == "__main__":
-    take(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))
+    endpoint, route, quota, seed, out, ceiling = sys.argv[1:]
+    with zflake.Client(endpoint, route=route) as client:
+        take(client, int(quota), int(seed), Path(out), Path(ceiling))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ import pytest
 
 from tests.system import main_job
 from tests.system.checker import Lease, Verdict, check, windows_of
-from tests.system.main_job import Fault, Result, idle_faults
+from tests.system.main_job import Fault, Result, idle_faults, wrong_ways
 from zflake.core.layout import DEFAULT, PRESETS, Layout
 
 WINDOWS: Final = [
@@ -28,6 +29,8 @@ def test_the_main_job_ends_with_every_id_distinct_and_inside_its_window(tmp_path
     result = main_job.run(tmp_path, 300_000, seed=random.randrange(1000))
     assert not result.violations, str(result)
     assert result.ids == sum(result.by_machine.values()) == 300_000
+    assert result.by_route == {"auto": 150_000, "broker": 150_000}
+    assert result.brokered > 100
     assert len(result.faults) == 4
     assert result.windows > 20
 
@@ -187,7 +190,7 @@ def _taker(folder: Path, errors: str, code: int = 0) -> main_job.Taker:
     path = folder / "client-0.ids"
     path.write_bytes(b"")
     path.with_suffix(".errors").write_text(errors)
-    return main_job.Taker(FakeProcess(code), path, 1)  # type: ignore[arg-type]
+    return main_job.Taker(FakeProcess(code), path, "auto")  # type: ignore[arg-type]
 
 
 def test_an_error_that_a_client_saw_is_caught(tmp_path: Path) -> None:
@@ -206,3 +209,15 @@ def test_a_fault_without_ids_is_caught() -> None:
     assert idle_faults(Result(100, faults=[fault])) == []
     for idle in (replace(fault, at=0), replace(fault, over=10), replace(fault, over=101)):
         assert idle_faults(Result(100, faults=[idle])) == ["no IDs were taken while killed"]
+
+
+def test_a_route_that_nobody_went_is_caught() -> None:
+    half = Counter(auto=50, broker=50)
+    assert wrong_ways(Result(100, by_route=half, brokered=9)) == []
+    assert wrong_ways(Result(100, by_route=Counter(auto=100))) == []
+    for wrong in (
+        Result(100, by_route=half),
+        Result(100, by_route=Counter(auto=100), brokered=9),
+        Result(100, by_route=Counter(auto=100, broker=0), brokered=9),
+    ):
+        assert len(wrong_ways(wrong)) == 1

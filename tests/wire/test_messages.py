@@ -39,14 +39,17 @@ from zflake.errors import (
 from zflake.wire.codec import WireError, decode_request, decode_response, encode_request, encode_result
 from zflake.wire.messages import (
     LEASE_REQUESTS,
+    LOAD,
     MAX_COUNT,
     MAX_TEXT,
     MAX_TIMEOUT_MS,
     Code,
     Method,
     check_acquire,
+    check_beat,
     check_next,
     check_no_params,
+    check_ready,
     check_release,
     check_renew,
     check_run,
@@ -289,6 +292,57 @@ def test_a_name_with_spaces_of_any_script_is_taken() -> None:
         assert check_acquire([A, name, name, 0, ""]).holder.name == name
 
 
+# --- workers ---
+
+
+@thorough
+@given(numbers, tokens)
+def test_a_worker_that_is_ready_comes_out_of_the_wire_as_it_went_in(machine: int, token: bytes) -> None:
+    _, _, params = decode_request(encode_request(1, Method.WORKER_READY, [machine, token]))
+    assert check_ready(params) == (machine, token)
+
+
+READY: Final = [5, A]
+
+
+@pytest.mark.parametrize(("place", "wrong"), [(0, [*NO_NUMBER, None]), (1, [*NO_TOKEN, None])])
+def test_a_ready_with_a_wrong_machine_or_token_is_refused(place: int, wrong: list[Any]) -> None:
+    for value in wrong:
+        refused(lambda value=value: check_ready([*READY[:place], value, *READY[place + 1 :]]))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("params", [[], [5], [A], [5, A, None], [READY]], ids=shown)
+def test_a_ready_with_a_param_too_few_or_too_many_is_refused(params: list[Any]) -> None:
+    refused(lambda: check_ready(params))
+
+
+BEAT: Final = dict.fromkeys(LOAD, 7)
+
+
+@thorough
+@given(st.fixed_dictionaries(dict.fromkeys(LOAD, numbers)))
+def test_a_beat_comes_out_of_the_wire_as_it_went_in(load: dict[str, int]) -> None:
+    _, _, params = decode_request(encode_request(1, Method.WORKER_BEAT, [load]))
+    assert check_beat(params) == load
+
+
+@pytest.mark.parametrize("key", LOAD)
+def test_a_beat_with_a_wrong_or_no_number_is_refused(key: str) -> None:
+    for value in [*NO_NUMBER, None]:
+        refused(lambda value=value: check_beat([BEAT | {key: value}]))  # type: ignore[misc]
+    refused(lambda: check_beat([{other: 7 for other in LOAD if other != key}]))
+
+
+@pytest.mark.parametrize("params", [[], [BEAT, None], [None], [7], [[7] * 5], ["load"], [deep()]], ids=shown)
+def test_a_beat_of_anything_but_one_map_is_refused(params: list[Any]) -> None:
+    refused(lambda: check_beat(params))
+
+
+def test_of_a_beat_only_what_is_known_is_kept() -> None:
+    # It is shown to people, and kept: nothing of a peer's own making.
+    assert check_beat([BEAT | {"new": "\x1b[31m", 5: 6}]) == BEAT
+
+
 # --- lease answers ---
 
 
@@ -462,6 +516,7 @@ def test_a_result_without_a_now_has_none(result: Any) -> None:
         (Code.NO_FREE_MACHINE, NoFreeMachine),
         (Code.EXHAUSTED, LayoutError),
         (Code.DENIED, AuthError),
+        (Code.NOT_READY, Unavailable),
         ("new_code", ProtocolError),
         ("", ProtocolError),
     ],

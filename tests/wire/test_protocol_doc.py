@@ -25,7 +25,9 @@ from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Meta, Record, Release
 from zflake.core.mint import Mint
 from zflake.core.timeline import tick_of
 from zflake.daemon import Alarm
-from zflake.delegator.server import Delegator, DelegatorConfig
+from zflake.delegator.broker import CREDIT, MAX_QUEUE, TAG_BYTES, Broker, Outgoing
+from zflake.delegator.directory import MISSED_US
+from zflake.delegator.server import ANSWER, Delegator, DelegatorConfig
 from zflake.delegator.setup import Wishes
 from zflake.wire import codec, endpoint, frames, messages
 from zflake.wire.codec import (
@@ -39,14 +41,18 @@ from zflake.wire.codec import (
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.messages import (
     LEASE_REQUESTS,
+    LOAD,
     Code,
     Method,
+    check_beat,
     check_next,
     check_no_params,
+    check_ready,
     check_run,
     lease_answer,
     now_of,
 )
+from zflake.worker.link import BEAT_US, REQUEST
 from zflake.worker.server import Worker, WorkerConfig
 
 TEXT: Final = (Path(zflake.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -101,6 +107,11 @@ def read_dump(text: str) -> Dump:
 
 DUMPS: Final = {match[1]: read_dump(match[2]) for match in re.finditer(r"```hex (.*)\n((?:.*\n)*?)```", TEXT)}
 REQUESTS: Final = [name for name in DUMPS if name.endswith(" request")]
+# Messages with their frames, one a line: [tag, empty frame, body].
+FRAMES: Final = {
+    match[1]: [bytes.fromhex(re.split(r" {3}", line, maxsplit=1)[0]) for line in match[2].splitlines()]
+    for match in re.finditer(r"```frames (.*)\n((?:.*\n)*?)```", TEXT)
+}
 RESULTS: Final = [name for name in DUMPS if name.endswith(" response") and name != "error response"]
 
 
@@ -223,8 +234,36 @@ def test_the_dumped_params_pass_the_daemons_checks() -> None:
             LEASE_REQUESTS[method](request_of(method))
         elif method is Method.IDS_NEXT:
             assert check_next(request_of(method))
+        elif method is Method.WORKER_READY:
+            assert check_ready(request_of(method))
+        elif method is Method.WORKER_BEAT:
+            assert [check_beat(request_of(method))] == request_of(method)
         else:
             check_no_params(request_of(method))
+
+
+def test_the_dumped_worker_shows_the_machine_and_the_token_of_the_dumped_grant() -> None:
+    grant = result_of("lease.acquire")
+    assert check_ready(request_of("worker.ready")) == (grant["machine"], grant["token"])
+
+
+def test_the_brokered_frames_are_what_the_broker_sends_and_takes() -> None:
+    tag, empty, request = FRAMES["brokered request"]
+    assert (len(tag), empty) == (TAG_BYTES, b"")
+    client = [b"client", b""]
+    msgid, _, params = decode_request(DUMPS["ids.next request"].body)
+    count, timeout_ms = check_next(params)
+    _, _, (_, left_ms) = decode_request(request)
+    broker = Broker(lambda: tag)
+    broker.join(b"worker", 0)
+    broker.submit(client, msgid, count, timeout_ms * 1000, (timeout_ms - left_ms) * 1000)
+    assert broker.outbox == [Outgoing([b"worker", tag, b""], request, b"worker")]
+    *envelope, response = FRAMES["brokered response"]
+    assert response == DUMPS["ids.next response"].body
+    assert (request[:2], response[:2]) == (REQUEST, ANSWER)
+    broker.outbox.clear()
+    broker.answer(b"worker", envelope, response, 0)
+    assert broker.outbox == [Outgoing(client, response, None)]
 
 
 def test_the_explanations_beside_the_bytes_agree_with_them() -> None:
@@ -316,7 +355,7 @@ def test_a_daemon_has_the_methods_that_the_table_gives_it(daemon: tuple[str, Pee
         assert row[name] == ("yes" if known else "no"), row
         if known and row["params"] != "[]":
             assert row["params"] in error.message
-    error = peer.ask("worker.ready").error
+    error = peer.ask("cluster.trace").error
     assert error is not None
     assert error.code == Code.UNKNOWN_METHOD
 
@@ -353,12 +392,32 @@ def test_a_lease_s_answers_and_the_directory_have_the_keys_that_the_tables_list(
     assert [row["param"] for row in table("`lease.acquire`")] == ["next", "name", "host", "pid", "address"]
     assert set(granted["layout"]) == keys("Values and units")
 
+    assert delegator.ask("cluster.workers").result["workers"] == []
+    (lease,) = delegator.ask("cluster.status").result["leases"]
+    assert lease["worker"] is None
+    refused(delegator.ask("worker.beat", dict.fromkeys(LOAD, 0)), Code.NOT_READY)
+    refused(delegator.ask("worker.ready", 3, b), Code.NOT_READY)
+    (load,) = request_of("worker.beat")
+    assert set(load) == set(LOAD) == keys("`worker.beat`")
+    for method, *params in [("worker.ready", 3, a), ("worker.beat", load)]:
+        said = delegator.ask(str(method), *params).result
+        assert set(said) == {"now_us"} == set(result_of(str(method)))
+
     directory = delegator.ask("cluster.workers").result
     assert set(directory) == {"workers", "now_us"} == set(result_of("cluster.workers"))
     (worker,) = directory["workers"]
     assert set(worker) == keys("`cluster.workers`") == set(result_of("cluster.workers")["workers"][0])
-    (lease,) = delegator.ask("cluster.status").result["leases"]
-    assert set(lease) == set(worker)
+    status = delegator.ask("cluster.status").result
+    (lease,) = status["leases"]
+    assert set(lease) == {*worker, "worker"}
+    in_flight = {row["key"] for row in table("`cluster.status`", at=2)}
+    assert set(lease["worker"]) == set(LOAD) | in_flight
+    assert load.items() <= lease["worker"].items()
+    assert set(status["broker"]) == {row["key"] for row in table("`cluster.status`", at=1)}
+    assert status["broker"]["workers"] == 1
+    assert set(delegator.ask("worker.leave").result) == {"now_us"} == set(result_of("worker.leave"))
+    assert delegator.ask("cluster.workers").result["workers"] == []
+    assert delegator.ask("worker.ready", 3, a).error is None
 
     # A repeat is given the same; whoever else asks finds the one machine ID of this delegator taken.
     repeat = delegator.ask("lease.acquire", a, name, host, pid, address).result
@@ -377,6 +436,12 @@ def refused(response: Response, code: Code) -> None:
     assert response.error.code == code
     (row,) = (row for row in table("Errors") if row["code"] == code)
     assert row["retry"] == ("no" if response.error.retry_after_ms is None else "yes")
+
+
+def test_errors_that_a_broker_answers_carry_the_hint_that_the_table_says(delegator: Peer) -> None:
+    refused(delegator.ask("ids.next", 1, 0), Code.TIMEOUT)
+    refused(delegator.ask("ids.next", 1, 1000), Code.UNAVAILABLE)
+    refused(delegator.ask("ids.next", 0, 1000), Code.BAD_REQUEST)
 
 
 def test_errors_that_a_worker_answers_carry_the_hint_that_the_table_says(worker: Peer) -> None:
@@ -417,6 +482,12 @@ def test_the_numbers_in_the_document_are_the_code_s() -> None:
         messages.MAX_TIMEOUT_MS,
     ):
         assert f"{number:,}" in TEXT
+    assert f"a queue of at most {MAX_QUEUE:,}" in TEXT
+    assert f"at most {CREDIT} requests under way" in TEXT
+    assert f"not been heard of for {MISSED_US // 1000:,} ms" in TEXT
+    assert f"`worker.beat` every {BEAT_US // 1000} ms" in TEXT
+    assert f"begins with the bytes `{REQUEST.hex(' ')}`" in TEXT
+    assert f"begin with `{ANSWER.hex(' ')}`" in TEXT
     assert f"the envelope has at most {frames.MAX_ENVELOPE} frames" in TEXT
     assert f"at most {codec.MAX_REQUEST_ITEMS} elements" in TEXT
     assert f"at most {messages.MAX_TEXT} printable characters" in TEXT
@@ -461,7 +532,7 @@ def test_the_example_says_what_went_wrong(delegator: Peer) -> None:
     done = run_example(delegator.address)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "cluster.workers" in done.stderr
+    assert "no worker is ready" in done.stderr
 
 
 def run_example(address: str) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import resource
 import sys
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
@@ -72,6 +74,14 @@ class _Json(logging.Formatter):
         if record.exc_info is not None:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def prepare_daemon(log_format: str, log_level: str) -> None:
+    """What a daemon needs before it starts: logs, and a file descriptor for every peer that may come."""
+    set_up_logs(log_format, log_level)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems do not allow what they promise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def set_up_logs(kind: str, level: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from zflake.cli.conduct import run, set_up_logs
+from zflake.cli.conduct import prepare_daemon, run
 from zflake.cli.options import BIND, DURATION, EPOCH, LAYOUT, MACHINES, daemon_options
 from zflake.core.layout import Layout
 from zflake.daemon import Alarm
@@ -64,7 +64,7 @@ def command(
 
     Options come from the command line, else from ZFLAKE_DELEGATOR_... variables, else from --config.
     """
-    set_up_logs(log_format, log_level)
+    prepare_daemon(log_format, log_level)
     wishes = Wishes(layout=layout, epoch_ms=epoch, ttl_ms=ttl, machines=machines, new=new)
     config = DelegatorConfig(
         bind=bind, store=store, wishes=wishes, accept_clock=accept_clock, insecure=insecure

@@ -60,8 +60,8 @@ class Child:
 
     def stop(self) -> None:
         """Ask it to drain."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
     def wait(self, until: float) -> None:
         """Wait for its end; past `until` (monotonic) end it."""
@@ -106,6 +106,7 @@ class Cluster:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._children: dict[str, Child] = {}
         self._stopping = False
+        self._fresh = False
         self._client: Client | None = None
 
     def __enter__(self) -> Self:
@@ -113,6 +114,8 @@ class Cluster:
             signal.signal(number, self._signalled)
         try:
             self._data.mkdir(parents=True, exist_ok=True)
+            # Only then nothing can have been lost: a folder that has something in it may have had a store.
+            self._fresh = not any(self._data.iterdir())
         except OSError as error:
             raise StoreError(f"can't make the folder {self._data}: {error.strerror}") from error
         try:
@@ -171,8 +174,7 @@ class Cluster:
     # --- children ---
 
     def _start_all(self) -> None:
-        fresh = not (self._data / "zflake.db").exists()
-        self._start("delegator", new=fresh)
+        self._start("delegator", new=self._fresh)
         delegator = self._children["delegator"]
         deadline = time.monotonic() + START_S
         while delegator.address is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from zflake.cli.conduct import run, set_up_logs
+from zflake.cli.conduct import prepare_daemon, run
 from zflake.cli.options import BIND, ENDPOINT, EPOCH, LAYOUT, choose_layout, daemon_options
 from zflake.core.layout import DEFAULT, Layout
 from zflake.daemon import Alarm
@@ -51,7 +51,7 @@ def command(
 
     Options come from the command line, else from ZFLAKE_WORKER_... variables, else from --config.
     """
-    set_up_logs(log_format, log_level)
+    prepare_daemon(log_format, log_level)
     if machine is not None:
         if delegator:
             raise ConfigError("a worker has a --delegator or a --machine, not both")

@@ -58,7 +58,9 @@ class Roster:
 
     def unlock(self) -> None:
         """Begin with a fresh lock: in the child of a fork the old one may be held by nobody."""
-        self._lock = threading.Lock()  # guards everything from _services to _refreshed_at
+        self._lock = (
+            threading.RLock()
+        )  # (a signal handler may come in) guards everything from _services to _refreshed_at
 
     def favourite(self, now: float) -> str | None:
         """The endpoint that answered last; None where that is not so, or the directory has aged by `now`."""
@@ -128,6 +130,7 @@ class Roster:
             if for_s is None:
                 for_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
                 health.failures = min(health.failures + 1, 10)
+                self._services.pop(endpoint, None)  # whoever serves there next may be another
             health.passed_over_until = self._now() + for_s
 
     def service_of(self, endpoint: str) -> str | None:

@@ -17,12 +17,14 @@ import zmq
 from zflake.client.conversation import CONNECT_S, Ask
 from zflake.errors import Closed, ProtocolError
 from zflake.wire.codec import REQUEST, Response, decode_response, packer
-from zflake.wire.endpoint import parse_endpoint
+from zflake.wire.endpoint import Endpoint, parse_endpoint
 from zflake.wire.sockets import connected
 
 MAX_IDLE: Final = 64
 """How many sockets to one endpoint are kept for the next calls."""
 MAX_SOCKETS: Final = 16_384
+SOON_MS: Final = 2
+"""Answers nearly always come within this; to wait for them in the socket itself is quickest."""
 
 
 class Line:
@@ -31,7 +33,7 @@ class Line:
     Once an answer has failed to come it is of no more use.
     """
 
-    __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "_timeout_s", "socket")
+    __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "socket")
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
@@ -39,41 +41,86 @@ class Line:
         self._recv = socket.recv
         self._pack = packer()
         self._msgid = 0
-        self._timeout_s = -1.0
         self._connected = False
         # A peer that went away after its last answer: as good as no answer.
         socket.setsockopt(zmq.SNDTIMEO, 0)
+        socket.setsockopt(zmq.RCVTIMEO, SOON_MS)
 
     def ask(self, ask: Ask) -> Response | None:
         """The answer to one request, or None where none comes in time."""
         _, method, params, timeout_s = ask
+        deadline = time.monotonic() + timeout_s
         self._msgid = msgid = (self._msgid + 1) & 0xFFFF_FFFF
         try:
             if not self._connected:
-                timeout_s -= self._connect(timeout_s)
-            if timeout_s != self._timeout_s:
-                # Setting an option costs a call into libzmq: the usual time-out is set once.
-                self.socket.setsockopt(zmq.RCVTIMEO, max(1, int(timeout_s * 1000)))
-                self._timeout_s = timeout_s
+                self._connect(timeout_s)
             self._send(self._pack((REQUEST, msgid, method, params)))
-            response = decode_response(self._recv())
+            try:
+                body = self._recv()
+            except zmq.Again:
+                body = self._wait(deadline)
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             if error.errno != zmq.EFSM:
                 raise
             raise ProtocolError("its last answer had more than one frame") from error
+        response = decode_response(body)
         if response.msgid != msgid and response.msgid is not None:
             raise ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
         return response
 
-    def _connect(self, timeout_s: float) -> float:
-        """Wait until the peer has taken the connection; gives the seconds that took."""
-        begun = time.monotonic()
+    def _wait(self, deadline: float) -> bytes:
+        # Not by RCVTIMEO: each signal that the process gets would start it anew.
+        while (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
+            if self.socket.poll(left_ms):
+                return self._recv(zmq.NOBLOCK)
+        raise zmq.Again
+
+    def _connect(self, timeout_s: float) -> None:
+        """Wait until the peer has taken the connection."""
         if not self.socket.poll(int(min(CONNECT_S, timeout_s) * 1000), zmq.POLLOUT):
             raise zmq.Again
         self._connected = True
-        return time.monotonic() - begun
+
+
+class _Sockets:
+    """The contexts and sockets of a transport; it outlives it by as long as it takes to close them.
+
+    A context resolves names in the one thread that also moves its messages, and may take seconds for a name
+    that nobody answers for: endpoints with a name have a context each.
+    """
+
+    def __init__(self) -> None:
+        self._contexts: dict[str, zmq.Context[zmq.Socket[bytes]]] = {}
+        self._open: set[zmq.Socket[bytes]] = set()
+
+    def connect(self, endpoint: Endpoint) -> zmq.Socket[bytes]:
+        key = endpoint.text if endpoint.is_name else ""
+        context = self._contexts.get(key)
+        if context is None:
+            context = self._contexts[key] = zmq.Context()
+            context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        try:
+            socket = connected(context, zmq.REQ, endpoint)
+        except zmq.ZMQError as error:
+            raise ProtocolError(f"can't connect to {endpoint}: {error.strerror}") from error
+        self._open.add(socket)
+        return socket
+
+    def close(self, socket: zmq.Socket[bytes]) -> None:
+        self._open.discard(socket)
+        socket.close(linger=0)
+
+    def close_all(self) -> None:
+        for socket in list(self._open):
+            self.close(socket)
+        for key, context in self._contexts.items():
+            if key:
+                # It may be waiting for a name server; nobody should wait for that.
+                threading.Thread(target=context.term, daemon=True).start()
+            else:
+                context.term()
 
 
 class Transport:
@@ -113,9 +160,9 @@ class Transport:
             self._idle.clear()
             last = self._out == 0
         for line in idle:
-            line.socket.close(linger=0)
+            self._sockets.close(line.socket)
         if last:
-            self._context.term()
+            self._finish()
 
     def _check_out(self, endpoint: str) -> Line:
         with self._lock:
@@ -126,7 +173,8 @@ class Transport:
             if lines:
                 return lines.pop()
         try:
-            return Line(connected(self._context, zmq.REQ, parse_endpoint(endpoint)))
+            with self._lock:
+                return Line(self._sockets.connect(parse_endpoint(endpoint)))
         except BaseException:
             with self._lock:
                 self._out -= 1
@@ -144,22 +192,27 @@ class Transport:
         self._discard(line)
 
     def _discard(self, line: Line) -> None:
-        line.socket.close(linger=0)
         with self._lock:
+            self._sockets.close(line.socket)
             self._out -= 1
             last = self._closed and self._out == 0
         if last:
-            self._context.term()
+            self._finish()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()  # guards _idle, _out and _closed
+        # Guards what follows.  A signal handler may ask for an ID while its own thread is inside.
+        self._lock = threading.RLock()
         self._idle: dict[str, list[Line]] = {}
         self._out = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._sockets = _Sockets()
+        # The collector takes a forgotten transport apart in any order, and a context whose sockets it has
+        # not closed yet would wait for them for ever: they are closed here, in the right one.
+        self._finish = weakref.finalize(self, self._sockets.close_all)
+        self._finish.atexit = False
 
     def _forked(self) -> None:
-        _inherited.append((self._context, self._idle))
+        self._finish.detach()
+        _inherited.append((self._sockets, self._idle))
         self._reset()
 
 

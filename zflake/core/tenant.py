@@ -44,6 +44,10 @@ from zflake.errors import ProtocolError
 RETRY_US: Final = 1_000_000
 """How long an unanswered request waits before it is sent again, to the next endpoint; less where a short
 ttl leaves less time."""
+LAPSED_US: Final = 200_000
+"""Over how much time the renewals of those spread that the timeline has left behind together."""
+FREED_US: Final = 2_000_000
+"""How long to wait at most for a machine that may be given back."""
 
 
 class State(Enum):
@@ -165,14 +169,24 @@ class Tenant:
                 self._forget(local_us)
                 return True
             if answer.retry_after_ms is not None:
-                self._send_at_us = local_us + answer.retry_after_ms * 1000
+                wait_us = answer.retry_after_ms * 1000
+                if answer.reason is Refused.NO_FREE_MACHINE:
+                    # When the first window ends; but a machine may be given back at any time before.
+                    wait_us = min(wait_us, int(FREED_US * (0.5 + self._jitter())))
+                self._send_at_us = local_us + wait_us
         return False
 
-    def observe(self, now: int) -> None:
-        """Follow the timeline: HELD while a window holds `now`, LAPSED otherwise."""
+    def observe(self, now: int, local_us: int) -> None:
+        """Follow the timeline: HELD while a window holds `now`, LAPSED otherwise.
+
+        Who lapses without having asked for the next window (the timeline went forward) asks at once.
+        """
         if self.mint is None or self.state is State.RELEASED:
             return
-        self._move(Event.GRANT if self.mint.covers(now) else Event.LAPSE)
+        lapsed = not self.mint.covers(now)
+        if lapsed and self.state is State.HELD and self._next is None:
+            self._send_at_us = min(self._send_at_us, local_us + int(LAPSED_US * self._jitter()))
+        self._move(Event.LAPSE if lapsed else Event.GRANT)
 
     def close(self) -> Release | None:
         """Stop minting for good; gives the release to send, or None where nothing is held."""
@@ -200,7 +214,7 @@ class Tenant:
             self._send_at_us = local_us + int(third_us * (0.9 + 0.2 * self._jitter()))
         else:
             self._send_at_us = local_us + int(RETRY_US * (0.5 + self._jitter()))
-        self.observe(now)
+        self._move(Event.GRANT if self.mint.covers(now) else Event.LAPSE)
 
     def _check(self, grant: Grant) -> None:
         if self._layout is not None and not self._layout.same_ids(grant.layout):

@@ -58,28 +58,30 @@ def cold_start_us(wall_us: int, marks_us: Sequence[int]) -> int:
 
 
 class Carrier:
-    """The timeline in the hands of a delegator, from `start_us` on."""
+    """The timeline in the hands of a delegator, from `start_us` on.
 
-    __slots__ = ("_base_local_us", "_base_us", "_dragging", "lead_us")
+    May be read by one thread while another one compares.
+    """
+
+    __slots__ = ("_base", "lead_us")
 
     def __init__(self, start_us: int, local_us: int) -> None:
-        self._base_us = start_us
-        self._base_local_us = local_us
-        self._dragging = False
+        # (timeline, local clock, whether it drags), replaced as a whole: a reader sees all of it or none.
+        self._base = (start_us, local_us, False)
         self.lead_us = 0
         """How far the timeline was ahead of the wall when that was last looked at; negative: behind."""
 
     def now_us(self, local_us: int) -> int:
         """The timeline's now when the local clock shows `local_us`."""
-        passed_us = max(0, local_us - self._base_local_us)
-        return self._base_us + passed_us - (passed_us // DRAG if self._dragging else 0)
+        base_us, base_local_us, dragging = self._base
+        passed_us = max(0, local_us - base_local_us)
+        return base_us + passed_us - (passed_us // DRAG if dragging else 0)
 
     def compare(self, wall_us: int, local_us: int) -> None:
         """Look at the wall clock, to be slower while ahead of it.  Nothing steps."""
         now_us = self.now_us(local_us)
-        self._base_us, self._base_local_us = now_us, local_us
         self.lead_us = now_us - wall_us
-        self._dragging = self.lead_us > 0
+        self._base = (now_us, local_us, self.lead_us > 0)
 
 
 class Estimator:

@@ -11,17 +11,22 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import FrameType
-from typing import Self
+from typing import Final, Self
 
 import zmq
+
+AGAIN_S: Final = 0.5
+"""A second signal sooner than this is the first one again: a service manager tells everybody, and so does a
+supervisor that it told."""
 
 
 class Alarm:
     """Wakes a poll loop from signal handlers and other threads, and says when to stop.
 
-    The first SIGTERM or SIGINT asks the loop to drain, the second ends the process at once (exit code
-    128 + signal).  With `follow_stdin` the end of standard input asks the same as a first signal: a
+    The first SIGTERM or SIGINT asks the loop to drain, a second one, at least `AGAIN_S` later, ends the
+    process at once (exit code 128 + signal).  With `follow_stdin` the end of standard input asks the same as a first signal: a
     supervisor holds the other end of that pipe, and its death, of whatever kind, closes it.
 
     Used as a context manager, in the main thread; the signals' old handlers come back at the end.
@@ -31,6 +36,7 @@ class Alarm:
         self.stopping = False
         """Whether the loop should drain and end."""
         self._follow_stdin = follow_stdin
+        self._signalled_at: float | None = None
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)  # noqa: FBT003
         self._write.setblocking(False)  # noqa: FBT003
@@ -72,6 +78,9 @@ class Alarm:
             self.stopping = True
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
-        if self.stopping:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+        elif now - self._signalled_at >= AGAIN_S:
             os._exit(128 + number)
         self.stopping = True

@@ -7,6 +7,7 @@ round, whatever became of it.  So an answer to a grant only ever comes off the s
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import secrets
@@ -41,6 +42,9 @@ ROUNDS: Final = 8
 FAILURES: Final = 2
 """After how many failures of the store a batch is given up."""
 RETRY_MS: Final = 500
+MAX_ACQUIRES: Final = 5_000
+MAX_BACKLOG: Final = 10_000
+"""How many requests may wait for the store, acquires the fewer; the next ones are `overloaded`."""
 MARK_S: Final = 1.0
 STALE_US: Final = 2_000_000
 """A request that sat for longer is dropped: whoever sent it has sent it again."""
@@ -91,7 +95,9 @@ class LeaseDesk:
         self._ring = ring
         self._mark = mark
         self._pick = pick
-        self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        # Renewals and releases come first: a rush of acquires must not cost anybody the lease that he has.
+        self._waiting: queue.PriorityQueue[tuple[int, int, Ticket | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._done: deque[tuple[Ticket, Settled]] = deque()
         self._thread = threading.Thread(target=self._run, name="lease-desk", daemon=True)
         self.stale = 0
@@ -105,9 +111,13 @@ class LeaseDesk:
         """Start the thread; from now on it alone uses the store."""
         self._thread.start()
 
-    def submit(self, ticket: Ticket) -> None:
-        """Hand a request in."""
-        self._waiting.put(ticket)
+    def submit(self, ticket: Ticket) -> bool:
+        """Hand a request in; False where too many of its kind wait already."""
+        acquire = isinstance(ticket.request, Acquire)
+        if self.backlog >= (MAX_ACQUIRES if acquire else MAX_BACKLOG):
+            return False
+        self._waiting.put((1 if acquire else 0, next(self._numbers), ticket))
+        return True
 
     @property
     def backlog(self) -> int:
@@ -120,7 +130,7 @@ class LeaseDesk:
 
     def stop(self, timeout_s: float) -> bool:
         """Settle what waits, then end the thread; False where the store keeps it for longer."""
-        self._waiting.put(None)
+        self._waiting.put((2, next(self._numbers), None))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -227,7 +237,7 @@ class LeaseDesk:
     def _next_batch(self) -> list[Ticket] | None:
         """What waits, up to `BATCH`; nothing after `MARK_S` without a request; None at the end."""
         try:
-            first = self._waiting.get(timeout=MARK_S)
+            _, _, first = self._waiting.get(timeout=MARK_S)
         except queue.Empty:
             return []
         if first is None:
@@ -235,11 +245,12 @@ class LeaseDesk:
         batch = [first]
         while len(batch) < BATCH:
             try:
-                ticket = self._waiting.get_nowait()
+                waiting = self._waiting.get_nowait()
             except queue.Empty:
                 break
+            _, _, ticket = waiting
             if ticket is None:
-                self._waiting.put(None)  # this batch first
+                self._waiting.put(waiting)  # this batch first
                 break
             batch.append(ticket)
         return batch

@@ -38,7 +38,7 @@ from zflake.wire.messages import (
     check_ready,
     lease_result,
 )
-from zflake.wire.sockets import NOW, address_of, bound_router, receive, send
+from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
 
 QUIET_US: Final = 10_000
 TURN_US: Final = 1_000
@@ -54,8 +54,6 @@ DRAIN_US: Final = 500_000
 GONE_MS: Final = 500
 """After how long clients may come back to a delegator that shuts down: it may be a restart."""
 COMPARE_US: Final = 1_000_000
-MAX_BACKLOG: Final = 10_000
-"""How many lease requests may wait for the store; the next ones are `overloaded`."""
 DRAIN_S: Final = 2.0
 
 WORKERS_OWN: Final = frozenset({Method.WORKER_READY, Method.WORKER_BEAT, Method.WORKER_LEAVE})
@@ -100,6 +98,7 @@ class Delegator:
             # Before the store is touched: a delegator that can't serve changes nothing.
             self._router = bound_router(self._context, config.bind)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
+            self._intake = Intake(self._router)
             self._store = open_store(config.store)
         except BaseException:
             self._context.destroy(linger=0)
@@ -156,7 +155,8 @@ class Delegator:
             self._router.close()
             self._context.term()
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """One turn of the loop; False where there is more to take in than it had time for."""
         poll_ms = SWEEP_US // 1000 if self.broker.open else IDLE_MS
         events = dict(self._poller.poll(poll_ms))
         # A request may have come at any time since the loop overslept.
@@ -165,8 +165,7 @@ class Delegator:
         self._woke_us = woke_us
         if overslept_us > STALL_US:
             self.directory.excuse(overslept_us)
-        if self._router in events:
-            self._receive(woke_us - overslept_us)
+        emptied = self._router not in events or self._receive(woke_us - overslept_us)
         self._alarm.hear(events)
         self._answer_settled()
         self._sweep(woke_us)
@@ -174,6 +173,7 @@ class Delegator:
         if self.desk.fault is not None:
             raise StoreError(f"the lease desk broke down: {self.desk.fault!r}") from self.desk.fault
         self._compare_clocks(woke_us)
+        return emptied
 
     def _sweep(self, now_local_us: int) -> None:
         if now_local_us < self._sweep_at_us:
@@ -200,9 +200,8 @@ class Delegator:
     def _drain(self) -> None:
         self._draining = True
         until_us = local_us() + DRAIN_US
-        self._tick()
-        while self.broker.busy and local_us() < until_us:
-            self._tick()
+        while (not self._tick() or self.broker.busy) and local_us() < until_us:
+            pass
         if self.desk.stop(DRAIN_S):
             self._answer_settled()
             self._store.close()
@@ -212,8 +211,8 @@ class Delegator:
 
     # --- requests ---
 
-    def _receive(self, arrived_us: int) -> None:
-        """Take in what has come, for `TURN_US` at most.
+    def _receive(self, arrived_us: int) -> bool:
+        """Take in what has come, for `TURN_US` at most; True where that was all.
 
         While ID requests are under way this waits for the next message in the socket, for as long: a poll
         over all that the loop looks at would cost more than to pass a request on.
@@ -222,9 +221,9 @@ class Delegator:
         linger = self._woke_us < self._brokered_at_us + QUIET_US
         while local_us() < until_us:
             self._flush()
-            frames = receive(self._router, 0 if linger else NOW)
+            frames = self._intake.receive(0 if linger else NOW)
             if frames is None:
-                return
+                return True
             message = split(frames)
             if message is None:
                 self.dropped += 1
@@ -236,6 +235,7 @@ class Delegator:
             answer = self._handle(prefix, body, arrived_us)
             if answer is not None:
                 self._send(prefix, answer)
+        return False
 
     def _handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
         try:
@@ -246,10 +246,9 @@ class Delegator:
                 return self._hear(prefix, msgid, method, params)
             if (check := LEASE_REQUESTS.get(method)) is not None:
                 self.requests[method] += 1
-                if self.desk.backlog >= MAX_BACKLOG:
-                    return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
-                self.desk.submit(Ticket(check(params), arrived_us, prefix, msgid))
-                return None
+                if self.desk.submit(Ticket(check(params), arrived_us, prefix, msgid)):
+                    return None
+                return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
             return self._other(msgid, method, params)
         except BadRequest as error:
             if not error.answerable:

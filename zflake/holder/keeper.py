@@ -185,18 +185,26 @@ class LeaseKeeper:
         try:
             hello = check_hello(response.error, response.result, service="delegator")
         except ProtocolError as error:
-            self._hold_until_us = received_us + RETRY_US
-            self._complain(received_us, "%s is no delegator for us: %s", self._endpoint, error)
-            self._connect_next()
+            self._pass_over(received_us, error)
             return
         if self._layout is not None and hello.layout is not None and not hello.layout.same_ids(self._layout):
             theirs, ours = hello.layout, self._layout
-            raise LayoutError(
+            mismatch = LayoutError(
                 f"the delegator at {self._endpoint} leases layout {theirs.name} ({theirs}, epoch "
                 f"{theirs.epoch.isoformat()}), not {ours.name} ({ours}, epoch {ours.epoch.isoformat()}): "
                 "leave --layout and --epoch out to take the delegator's"
             )
+            if self.tenant.mint is None:
+                raise mismatch
+            # With a machine in hand, one wrong endpoint among others is no reason to stop.
+            self._pass_over(received_us, mismatch)
+            return
         self._greeted = True
+
+    def _pass_over(self, now_local_us: int, error: Exception) -> None:
+        self._hold_until_us = now_local_us + RETRY_US
+        self._complain(now_local_us, "%s is no delegator for us: %s", self._endpoint, error)
+        self._connect_next()
 
     def _settle(self, request: Request, response: Response, received_us: int) -> None:
         method, _ = lease_call(request)
@@ -232,7 +240,7 @@ class LeaseKeeper:
         mint = self.tenant.mint
         if mint is None or not self.clock.known:
             return
-        self.tenant.observe(self.clock.tick(mint.layout))
+        self.tenant.observe(self.clock.tick(mint.layout), local_us())
         match before, self.tenant.state:
             case State.HELD, State.LAPSED:
                 _log.warning("machine %d: the window has run out; no IDs until it is renewed", mint.machine)

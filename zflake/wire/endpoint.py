@@ -40,6 +40,14 @@ class Endpoint:
         return not self.host or self.host == "localhost" or (address is not None and address.is_loopback)
 
     @property
+    def is_name(self) -> bool:
+        """Whether its host must be looked up."""
+        try:
+            return bool(self.host) and not ipaddress.ip_address(self.host.strip("[]"))
+        except ValueError:
+            return self.host not in ("localhost", "*")
+
+    @property
     def is_wildcard(self) -> bool:
         """Whether it names every interface, and so is no address to give to others."""
         address = self._address()

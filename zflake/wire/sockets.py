@@ -22,6 +22,11 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
     router.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
     router.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
     router.setsockopt(zmq.BACKLOG, 1024)
+    # A peer whose machine vanished holds its connection, and a file descriptor, until this notices.
+    router.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
+    router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+    router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
     try:
         router.bind(endpoint.text)
     except zmq.ZMQError as error:
@@ -53,38 +58,51 @@ def connected(
 
 # Plain numbers: to combine zmq's flags, which are enums, takes as long as to send a frame.
 NOW: Final = int(zmq.NOBLOCK)
+SKIPPED_AT_ONCE: Final = 256
 _MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 
 
-def receive(router: zmq.Socket[bytes], flags: int = NOW) -> list[bytes] | None:
-    """The frames of the next message that has come in at a ROUTER; None where there is none.
+class Intake:
+    """What comes in at a socket, message by message.
 
-    With `flags` 0 it is waited for, as long as the socket's RCVTIMEO says.  Of a message with more frames
-    than the protocol knows only the first ones are kept.
+    Of a message with more frames than the protocol knows only the first ones are kept, and it is skipped in
+    pieces: one peer with a million frames must not keep the others waiting.
     """
-    recv = router.recv
-    try:
-        frames = [recv(flags), recv()]  # a ROUTER's messages have an identity and something behind it
-    except zmq.Again:
-        return None
-    return _rest(router, frames)
 
+    __slots__ = ("_more", "_recv", "_skipping")
 
-def receive_as_dealer(dealer: zmq.Socket[bytes], flags: int = NOW) -> list[bytes] | None:
-    """The same at a DEALER, whose messages may have a single frame."""
-    try:
-        frames = [dealer.recv(flags)]
-    except zmq.Again:
-        return None
-    return _rest(dealer, frames)
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._recv = socket.recv
+        self._more = socket.getsockopt
+        self._skipping = False
 
+    def receive(self, flags: int = NOW) -> list[bytes] | None:
+        """The frames of the next message that has come in; None where there is none.
 
-def _rest(socket: zmq.Socket[bytes], frames: list[bytes]) -> list[bytes]:
-    while socket.getsockopt(zmq.RCVMORE):
-        frame = socket.recv()
-        if len(frames) < MAX_FRAMES:
-            frames.append(frame)
-    return frames
+        With `flags` 0 it is waited for, as long as the socket's RCVTIMEO says.
+        """
+        if self._skipping and not self._skip():
+            return None
+        recv, more = self._recv, self._more
+        try:
+            frames = [recv(flags)]
+        except zmq.Again:
+            return None
+        while more(zmq.RCVMORE):
+            frames.append(recv())
+            if len(frames) == MAX_FRAMES:
+                self._skipping = True
+                self._skip()
+                break
+        return frames
+
+    def _skip(self) -> bool:
+        for _ in range(SKIPPED_AT_ONCE):
+            if not self._more(zmq.RCVMORE):
+                self._skipping = False
+                return True
+            self._recv()
+        return False
 
 
 def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:

@@ -17,7 +17,7 @@ from zflake.holder.clock import Clock, local_us
 from zflake.wire.codec import decode_response, encode_request
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.messages import Method, now_of
-from zflake.wire.sockets import NOW, connected, receive_as_dealer, send
+from zflake.wire.sockets import NOW, Intake, connected, send
 
 BEAT_US: Final = 250_000
 LINGER_MS: Final = 1
@@ -31,6 +31,7 @@ class Link:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, clock: Clock) -> None:
         self.socket: zmq.Socket[bytes] = connected(context, zmq.DEALER, endpoint)
         self.socket.setsockopt(zmq.RCVTIMEO, LINGER_MS)
+        self._intake = Intake(self.socket)
         self.wake_us = 0
         """When `service` wants to be called again (local clock)."""
         self._clock = clock
@@ -72,7 +73,7 @@ class Link:
         delegator's answers.
         """
         while True:
-            frames = receive_as_dealer(self.socket, flags)
+            frames = self._intake.receive(flags)
             if frames is None:
                 return None
             body = frames[-1]

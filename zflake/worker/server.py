@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.frames import split
 from zflake.wire.messages import MAX_TEXT
-from zflake.wire.sockets import NOW, address_of, bound_router, receive, send
+from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
 from zflake.worker.handler import Figures, Handler
 from zflake.worker.link import Link
 
@@ -36,6 +37,8 @@ DRAIN_US: Final = 250_000
 """How long requests that are on their way when the worker is told to stop are still answered."""
 STALL_US: Final = 100_000
 """A loop that overslept by more was stopped; what came in meanwhile takes as long, at most, to turn up."""
+CLOSE_S: Final = 1.0
+"""How long the sockets to the delegators may take to close."""
 RELEASE_US: Final = 2_000_000
 
 _log = logging.getLogger("zflake.worker")
@@ -75,15 +78,19 @@ class Worker:
         self._brokered_at_us = self._direct_at_us = 0
         check_addresses(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # Where delegators have names, a name server that is away would hold up all sockets of a context.
+        self._outward: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             self._router = bound_router(self._context, config.bind)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
+            self._intake = Intake(self._router)
             self.address = _advertised(config, address_of(self._router))
             self._hold = self._take_hold()
             delegators = () if config.machine is not None else config.delegators
-            self._links = [Link(self._context, delegator, self._hold.clock) for delegator in delegators]
+            self._links = [Link(self._outward, delegator, self._hold.clock) for delegator in delegators]
         except BaseException:
             self._context.destroy(linger=0)
+            self._outward.destroy(linger=0)
             raise
         self._handler = Handler(self._hold, self._hold.clock.now_us, self._describe)
         self._poller = zmq.Poller()
@@ -118,6 +125,9 @@ class Worker:
             for link in self._links:
                 link.close()
             self._context.term()
+            closing = threading.Thread(target=self._outward.term, daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
 
     @property
     def figures(self) -> Figures:
@@ -144,7 +154,7 @@ class Worker:
         config = self._config
         if config.machine is None:
             holder = Holder(self._name, socket.gethostname(), os.getpid(), self.address)
-            return LeaseKeeper(self._context, config.delegators, holder, layout=config.layout)
+            return LeaseKeeper(self._outward, config.delegators, holder, layout=config.layout)
         if config.layout is None:
             raise ConfigError("a static worker (--machine) needs a --layout")
         return StaticHold(config.layout, config.machine)
@@ -232,12 +242,12 @@ class Worker:
         With `linger` this waits for the next message in the socket, for as long: a poll over all that the
         loop looks at costs about as much as answering, and under load there is no need for one each time.
         """
-        router, handler, arrived_us = self._router, self._handler, self._arrived_us
+        intake, handler, arrived_us = self._intake, self._handler, self._arrived_us
         until_us = self._woke_us + TURN_US
         answered = 0
         while True:
             # What is parked waits for a turn of the loop: no lingering then.
-            frames = receive(router, 0 if linger and not handler.parked else NOW)
+            frames = intake.receive(0 if linger and not handler.parked else NOW)
             if frames is None:
                 return answered
             answered += 1

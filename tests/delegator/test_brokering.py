@@ -1,0 +1,401 @@
+"""Brokering for real: a delegator and workers with real sockets, and strangers that forge answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import zmq
+
+from tests.conftest import Connect, Peer, serving, until
+from zflake.core.layout import PRESETS
+from zflake.delegator.broker import CREDIT
+from zflake.delegator.server import Delegator, DelegatorConfig
+from zflake.delegator.setup import Wishes
+from zflake.wire.codec import (
+    Response,
+    decode_request,
+    encode_error,
+    encode_request,
+    encode_result,
+)
+from zflake.wire.endpoint import parse_endpoint
+from zflake.wire.messages import LOAD, Code
+from zflake.worker.server import Worker, WorkerConfig
+
+LAYOUT: Final = PRESETS["snowcloud"]
+ANY: Final = parse_endpoint("tcp://127.0.0.1:*", to_bind=True)
+FORGED: Final = [1, 1, 1]
+HONEST: Final = [4096, 1, 1]
+SOON_S: Final = 3.0
+"""A second or so, on a machine that has much else to do."""
+
+_numbers = count(1)
+
+
+@pytest.fixture
+def delegator() -> Iterator[Delegator]:
+    config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
+    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+        yield delegator
+
+
+@pytest.fixture
+def peer(connect: Connect, delegator: Delegator) -> Peer:
+    return connect(delegator.address)
+
+
+def working(delegator: str, name: str = "w") -> contextlib.AbstractContextManager[Worker]:
+    config = WorkerConfig([parse_endpoint(delegator)], ANY, name=name)
+    return serving(lambda alarm: Worker(config, alarm))
+
+
+def status(peer: Peer) -> dict[str, Any]:
+    result: dict[str, Any] = peer.ask("cluster.status").result
+    return result
+
+
+def listed(peer: Peer) -> list[str]:
+    return [worker["name"] for worker in peer.ask("cluster.workers").result["workers"]]
+
+
+def ready(peer: Peer, workers: int) -> None:
+    until(lambda: status(peer)["broker"]["workers"] == workers, f"{workers} workers at the broker")
+
+
+def code(response: Response | None) -> str:
+    assert response is not None
+    assert response.error is not None
+    return response.error.code
+
+
+class Played:
+    """A worker that the test plays: it holds a real lease, and answers when the test says so."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.token = os.urandom(16)
+        name = f"played-{next(_numbers)}"
+        granted = peer.ask("lease.acquire", self.token, name, "host", 1, "tcp://127.0.0.1:9").result
+        self.machine: int = granted["machine"]
+
+    def ready(self) -> Response:
+        return self.peer.ask("worker.ready", self.machine, self.token)
+
+    def beat(self) -> Response:
+        return self.peer.ask("worker.beat", dict.fromkeys(LOAD, 0))
+
+    def take(self) -> tuple[bytes, int]:
+        """The next brokered request: its tag, and its msgid."""
+        while True:
+            assert self.peer.socket.poll(5000)
+            frames = self.peer.socket.recv_multipart()
+            if frames[-1][:2] == b"\x94\x00":
+                tag, empty, body = frames
+                msgid, method, _ = decode_request(body)
+                assert (len(tag), empty, method) == (16, b"", "ids.next")
+                return tag, msgid
+
+
+@pytest.fixture
+def played(connect: Connect, delegator: Delegator) -> Played:
+    played = Played(connect(delegator.address))
+    assert played.ready().error is None
+    return played
+
+
+# --- what it is for ---
+
+
+def test_a_lone_req_gets_ids_of_the_workers_from_the_delegator(
+    connect: Connect, delegator: Delegator, peer: Peer
+) -> None:
+    with working(delegator.address, "w1"), working(delegator.address, "w2"):
+        ready(peer, 2)
+        client = connect(delegator.address, zmq.REQ)
+        ids: list[int] = []
+        for number in range(100):
+            client.send(encode_request(number, "ids.next", [3, 2000]))
+            response = client.receive()
+            assert response is not None
+            assert (response.msgid, response.error) == (number, None)
+            first, step, minted = response.result
+            assert 1 <= minted <= 3
+            ids += range(first, first + step * minted, step)
+        assert len(set(ids)) == len(ids)
+        leases = {lease["machine"]: lease["worker"] for lease in status(peer)["leases"]}
+        assert {LAYOUT.decompose(id_).machine for id_ in ids} == set(leases)
+        assert status(peer)["broker"]["brokered"] == 100
+        until(lambda: sum(lease["worker"]["ids"] for lease in status(peer)["leases"]) == len(ids))
+        assert sorted(listed(peer)) == ["w1", "w2"]
+    # They left: at once, and before their leases ran out.
+    assert listed(peer) == []
+    assert status(peer)["broker"]["workers"] == 0
+    assert code(peer.ask("ids.next", 1, 1000)) == "unavailable"
+
+
+def test_without_a_worker_it_is_unavailable_and_wrong_params_are_no_request(peer: Peer) -> None:
+    response = peer.ask("ids.next", 1, 1000)
+    assert code(response) == "unavailable"
+    assert response.error is not None
+    assert response.error.retry_after_ms
+    assert code(peer.ask("ids.next", 0, 1000)) == "bad_request"
+    assert code(peer.ask("ids.next", 1)) == "bad_request"
+
+
+def test_a_played_worker_sees_a_tag_and_no_client_and_what_is_left_of_the_budget(
+    connect: Connect, delegator: Delegator, played: Played
+) -> None:
+    client = connect(delegator.address)
+    client.send(b"secret", b"hop", b"", encode_request(7, "ids.next", [9, 1000]))
+    assert played.peer.socket.poll(5000)
+    tag, empty, body = played.peer.socket.recv_multipart()
+    assert empty == b""
+    msgid, _, (asked, left_ms) = decode_request(body)
+    assert (msgid, asked) == (7, 9)
+    assert 0 < left_ms <= 1000
+    assert b"secret" not in tag + body
+    played.peer.send(tag, b"", encode_result(7, HONEST))
+    assert client.socket.poll(5000)
+    assert client.socket.recv_multipart() == [b"secret", b"hop", b"", encode_result(7, HONEST)]
+
+
+# --- strangers ---
+
+
+def test_an_answer_counts_only_from_the_worker_that_holds_the_tag_and_once(
+    connect: Connect, delegator: Delegator, peer: Peer, played: Played
+) -> None:
+    stranger, rival = connect(delegator.address), Played(connect(delegator.address))
+    client = connect(delegator.address)
+    msgid = client.request("ids.next", 1, 20_000)
+    tag, _ = played.take()
+    assert rival.ready().error is None  # a worker as well, which was not given this request
+    forged = encode_result(msgid, FORGED)
+    # The very tag and the very msgid, by somebody else.
+    strays = 0
+    for forger in (stranger, rival.peer, client):
+        for envelope in (
+            [tag, b""],
+            [b""],
+            [tag, tag, b""],
+            [bytes(16), b""],
+            [played_identity(delegator), tag, b""],
+        ):
+            forger.send(*envelope, forged)
+            strays += 1
+    # The very worker, by anything but the tag.
+    for envelope in (
+        [b""],
+        [tag[:-1], b""],
+        [bytes(16), b""],
+        [tag, b"x", b""],
+        [played_identity(delegator), b""],
+    ):
+        played.peer.send(*envelope, forged)
+        strays += 1
+    played.peer.send(tag, b"", encode_result(msgid + 1, FORGED))
+    played.peer.send(tag, b"", forged[:-1])
+    strays += 2
+    until(lambda: status(peer)["broker"]["strays"] == strays, f"{strays} strays")
+    played.peer.send(tag, b"", encode_result(msgid, HONEST))
+    played.peer.send(tag, b"", forged)
+    response = client.receive()
+    assert response is not None
+    assert (response.msgid, response.result) == (msgid, HONEST)
+    until(lambda: status(peer)["broker"]["strays"] == strays + 1, "the repeated answer")
+    assert client.receive(0.02) is None
+
+
+def played_identity(delegator: Delegator) -> bytes:
+    """A worker's identity at the delegator, which strangers are taken to guess."""
+    return next(iter(delegator.directory._present))
+
+
+def test_nothing_that_strangers_send_reaches_a_client_while_real_workers_serve(
+    connect: Connect, context: zmq.Context[zmq.Socket[bytes]], delegator: Delegator, peer: Peer
+) -> None:
+    with working(delegator.address):
+        ready(peer, 1)
+        identity = played_identity(delegator)
+        client = connect(delegator.address)
+        client.ask("ping")
+        strangers = [connect(delegator.address), connect(delegator.address)]
+        # One that claims to be the worker, by its routing identity.
+        mask = context.socket(zmq.DEALER)
+        mask.setsockopt(zmq.ROUTING_ID, identity)
+        mask.setsockopt(zmq.LINGER, 0)
+        mask.connect(delegator.address)
+        seen: set[bytes] = set()
+        try:
+            for _ in range(150):
+                tags = [tag for peer_ in list(delegator.broker._peers.values()) for tag in list(peer_.jobs)]
+                seen.update(tags)
+                msgid = client.request("ids.next", 1, 5000)
+                forged = encode_result(msgid, FORGED)
+                guesses = [*list(seen)[-3:], os.urandom(16), identity]
+                for stranger in strangers:
+                    stranger.send(b"", forged)
+                    for guess in guesses:
+                        stranger.send(guess, b"", forged)
+                        stranger.send(identity, guess, b"", forged)
+                    stranger.send(b"", encode_error(msgid, Code.TIMEOUT, "m"))
+                with contextlib.suppress(zmq.Again):
+                    mask.send_multipart([guesses[0], b"", forged], zmq.NOBLOCK)
+                response = client.receive()
+                assert response is not None
+                assert (response.msgid, response.error) == (msgid, None)
+                assert response.result != FORGED
+                assert (
+                    LAYOUT.decompose(response.result[0]).machine
+                    == delegator.directory._present[identity].machine
+                )
+        finally:
+            mask.close(linger=0)
+        assert client.receive(0.02) is None
+        assert status(peer)["broker"]["strays"] > 150
+
+
+def test_who_shows_no_lease_s_token_is_no_worker(
+    connect: Connect, delegator: Delegator, peer: Peer, played: Played
+) -> None:
+    stranger = Played(connect(delegator.address))
+    asks: list[Callable[[], Response]] = [
+        lambda: stranger.peer.ask("worker.ready", played.machine, os.urandom(16)),
+        lambda: stranger.peer.ask("worker.ready", played.machine, bytes(16)),
+        lambda: stranger.peer.ask("worker.ready", played.machine, stranger.token),
+        lambda: stranger.peer.ask("worker.ready", stranger.machine + 1, stranger.token),
+        lambda: stranger.peer.ask("worker.ready", 2**63 - 1, stranger.token),
+        stranger.beat,
+    ]
+    for ask in asks:
+        response = ask()
+        assert code(response) == "not_ready"
+        assert response.error is not None
+        assert played.token.hex() not in response.error.message
+    for params in ([], [played.machine], [played.machine, "x" * 16], [-1, stranger.token], [True, bytes(16)]):
+        assert code(stranger.peer.ask("worker.ready", *params)) == "bad_request"
+    loads: list[Any] = [{}, None, dict.fromkeys(LOAD, -1), []]
+    for load in loads:
+        assert code(played.peer.ask("worker.beat", load)) == "bad_request"
+    assert stranger.peer.ask("worker.leave").error is None  # of itself, whoever that is
+    assert status(peer)["broker"]["workers"] == 1
+    client = connect(delegator.address)
+    for _ in range(CREDIT):
+        client.request("ids.next", 1, 5000)
+    for _ in range(CREDIT):
+        tag, msgid = played.take()
+        played.peer.send(tag, b"", encode_result(msgid, HONEST))
+    for _ in range(CREDIT):
+        response_ = client.receive()
+        assert response_ is not None
+        assert response_.result == HONEST
+    assert stranger.peer.receive(0.02) is None
+
+
+def test_a_token_that_was_renewed_or_given_back_makes_no_worker(peer: Peer, played: Played) -> None:
+    old, played.token = played.token, os.urandom(16)
+    until(lambda: peer.ask("lease.renew", played.machine, old, 1, played.token).error is None)
+    assert played.beat().error is None  # it is there already
+    assert code(peer.ask("worker.ready", played.machine, old)) == "not_ready"
+    assert played.ready().error is None
+    peer.ask("lease.release", played.machine, played.token, None, None)
+    assert code(played.ready()) == "not_ready"
+    assert listed(peer) == []
+    until(lambda: status(peer)["broker"]["workers"] == 0)
+    assert code(played.beat()) == "not_ready"
+
+
+# --- workers that go, and come again ---
+
+
+def test_a_worker_that_dies_is_out_soon_and_what_it_had_goes_to_another(
+    connect: Connect, delegator: Delegator, peer: Peer, played: Played
+) -> None:
+    client = connect(delegator.address)
+    msgids = [client.request("ids.next", 1, 20_000) for _ in range(5)]
+    for _ in msgids:
+        played.take()
+    with working(delegator.address, "w"):
+        until(lambda: played.beat().error is None and status(peer)["broker"]["workers"] == 2)
+        died = time.monotonic()
+        played.peer.socket.close(linger=0)
+        for _ in range(30):  # some of these can't be sent to it any more
+            msgids.append(client.request("ids.next", 1, 20_000))
+            status(peer)
+        answers = [client.receive() for _ in msgids]
+        assert all(answer is not None and answer.error is None for answer in answers)
+        assert sorted(answer.msgid or 0 for answer in answers if answer) == msgids
+        until(lambda: listed(peer) == ["w"] and status(peer)["broker"]["workers"] == 1)
+        assert time.monotonic() - died < SOON_S
+        said = status(peer)
+        assert {lease["name"][:6]: lease["worker"] is None for lease in said["leases"]} == {
+            "played": True,
+            "w": False,
+        }
+        assert said["broker"]["requeued"] >= 5
+    assert client.receive(0.02) is None
+
+
+def test_a_worker_that_leaves_is_out_at_once_and_its_lease_runs_on(peer: Peer, played: Played) -> None:
+    assert len(listed(peer)) == 1
+    assert played.peer.ask("worker.leave").error is None
+    assert listed(peer) == []
+    said = status(peer)
+    assert said["broker"]["workers"] == 0
+    assert [lease["worker"] for lease in said["leases"]] == [None]
+    assert code(played.beat()) == "not_ready"
+    assert played.ready().error is None
+    assert len(listed(peer)) == 1
+
+
+def test_every_answer_to_a_worker_tells_the_time(played: Played) -> None:
+    for answer in (played.ready(), played.beat(), played.peer.ask("worker.leave")):
+        assert answer.result["now_us"] > LAYOUT.epoch_us
+
+
+def test_a_delegator_that_was_restarted_knows_its_workers_again(connect: Connect, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    config = DelegatorConfig(ANY, url, Wishes(new=True))
+    with contextlib.ExitStack() as workers:
+        with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+            address = delegator.address
+            for name in ("w1", "w2"):
+                workers.enter_context(working(address, name))
+            ready(connect(address), 2)
+        again = DelegatorConfig(parse_endpoint(address, to_bind=True), url)
+        with serving(lambda alarm: Delegator(again, alarm)):
+            peer = connect(address)
+            ready(peer, 2)
+            assert sorted(listed(peer)) == ["w1", "w2"]
+            client = connect(address, zmq.REQ)
+            client.send(encode_request(1, "ids.next", [1, 2000]))
+            response = client.receive()
+            assert response is not None
+            assert response.error is None
+            workers.close()  # who give their leases back to it
+
+
+def test_what_is_under_way_when_the_delegator_stops_is_still_answered(connect: Connect) -> None:
+    config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
+    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+        played = Played(connect(delegator.address))
+        assert played.ready().error is None
+        client = connect(delegator.address)
+        msgid = client.request("ids.next", 1, 5000)
+        tag, _ = played.take()
+        delegator._alarm.stopping = True
+        until(lambda: delegator._draining)
+        late = connect(delegator.address)
+        late.request("ids.next", 1, 5000)
+        assert code(late.receive()) == "unavailable"
+        played.peer.send(tag, b"", encode_result(msgid, HONEST))
+        response = client.receive()
+        assert response is not None
+        assert response.result == HONEST
