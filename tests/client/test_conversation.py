@@ -112,7 +112,7 @@ class World:
         budget = self.budget(timeout)
         begun = None
         if (worker := self.roster.favourite(self.now)) is not None:
-            ask = ask_ids(worker, count, attempt_s(timeout))
+            ask = ask_ids(worker, count, attempt_s(timeout), self.roster.store_id)
             begun = (ask, run_of(self.ask(ask), ask))
         runs: list[tuple[int, int, int]] = self.drive(take(self.roster, count, budget, begun))
         return runs

@@ -271,7 +271,7 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_client_of_a_stranger_is_told_where_it_went(stranger: str, route: str) -> None:
     with (
-        zflake.Client(stranger, route=route, timeout=0.5) as client,
+        zflake.Client(stranger, route=route, timeout=0.3) as client,
         pytest.raises((zflake.Timeout, zflake.ProtocolError)) as caught,
     ):
         client.next_id()

@@ -147,7 +147,8 @@ def refused(check: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("params", [[1, 0], [1, 1], [MAX_COUNT, MAX_TIMEOUT_MS]])
 def test_a_count_and_a_time_in_range_are_taken(params: list[Any]) -> None:
-    assert check_next(params) == tuple(params)
+    assert check_next(params) == (*params, None)
+    assert check_next([*params, "store"]) == (*params, "store")
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBER, None, 0, MAX_COUNT + 1], ids=shown)
@@ -160,9 +161,14 @@ def test_a_wrong_timeout_is_refused(value: Any) -> None:
     refused(lambda: check_next([1, value]))
 
 
-@pytest.mark.parametrize("params", [[], [1], [1, 1000, None]], ids=repr)
+@pytest.mark.parametrize("params", [[], [1], [1, 1000, None, None]], ids=repr)
 def test_a_wrong_number_of_params_is_refused(params: list[Any]) -> None:
     refused(lambda: check_next(params))
+
+
+@pytest.mark.parametrize("value", [1, b"store", [], True], ids=shown)
+def test_a_wrong_store_is_refused(value: Any) -> None:
+    refused(lambda: check_next([1, 1000, value]))
 
 
 @thorough
@@ -530,7 +536,7 @@ def test_a_code_becomes_the_exception_that_the_caller_can_act_on(code: str, kind
 
 def test_no_code_is_forgotten() -> None:
     named = {code for code in Code if type(exception_of(WireError(code, "m"))) is not ProtocolError}
-    assert set(Code) - named == {Code.BAD_REQUEST, Code.UNKNOWN_METHOD}
+    assert set(Code) - named == {Code.BAD_REQUEST, Code.UNKNOWN_METHOD, Code.OTHER_CLUSTER}
 
 
 def test_an_error_without_a_hint_has_none() -> None:

@@ -252,7 +252,7 @@ def test_the_brokered_frames_are_what_the_broker_sends_and_takes() -> None:
     assert (len(tag), empty) == (TAG_BYTES, b"")
     client = [b"client", b""]
     msgid, _, params = decode_request(DUMPS["ids.next request"].body)
-    count, timeout_ms = check_next(params)
+    count, timeout_ms, _ = check_next(params)
     _, _, (_, left_ms) = decode_request(request)
     broker = Broker(lambda: tag)
     broker.join(b"worker", 0)
@@ -325,7 +325,7 @@ def test_the_lease_in_the_dumps_is_what_the_lessor_grants() -> None:
 def test_the_run_in_the_dumps_is_what_a_mint_with_that_lease_mints() -> None:
     grant = lease_answer(Method.LEASE_ACQUIRE, None, result_of("lease.acquire"))
     assert isinstance(grant, Grant)
-    count, _ = check_next(request_of("ids.next"))
+    count, _, _ = check_next(request_of("ids.next"))
     run = check_run(result_of("ids.next"), count)
     mint = Mint(grant.layout, grant.machine)
     mint.grant(grant.start, grant.end)

@@ -32,6 +32,7 @@ class Hold:
     """A machine ID with a window that the test chooses."""
 
     retry_after_ms = 250
+    store_id = "here"
 
     def __init__(self, layout: Layout = SMALL, window: tuple[int, int] | None = (0, 1 << 40)) -> None:
         self.mint: Mint | None = Mint(layout, 5)
@@ -542,3 +543,20 @@ def test_every_layout_fills_its_tick_and_goes_on_in_the_next(layout: Layout) -> 
     second = ids(world.turn()[b"client"])
     assert [layout.decompose(i).sequence for i in (second[0], second[-1])] == [0, layout.ids_per_tick - 1]
     assert layout.decompose(second[0]).tick == layout.decompose(first[0]).tick + 1
+
+
+def test_a_request_for_another_cluster_is_refused() -> None:
+    world = World()
+    for store_id, served in (("here", True), (None, True), ("elsewhere", False)):
+        answer = decode_response(
+            world.handler.handle([b""], encode_request(1, "ids.next", [1, 1000, store_id]), 0, 0) or b""
+        )
+        assert (answer.error is None) is served
+        assert served or (answer.error and answer.error.code == "other_cluster")
+
+
+def test_a_static_worker_serves_any_cluster() -> None:
+    world = World()
+    world.hold.store_id = None  # type: ignore[assignment]
+    body = encode_request(1, "ids.next", [1, 1000, "elsewhere"])
+    assert decode_response(world.handler.handle([b""], body, 0, 0) or b"").error is None

@@ -84,9 +84,12 @@ def attempt_s(total_s: float) -> float:
     return min(ATTEMPT_S, total_s / ATTEMPTS)
 
 
-def ask_ids(worker: str, count: int, timeout_s: float) -> Ask:
-    """The request for up to `count` IDs."""
-    return Ask(worker, "ids.next", (min(count, MAX_COUNT), int(timeout_s * 1000) or 1), timeout_s)
+def ask_ids(endpoint: str, count: int, timeout_s: float, store_id: str | None) -> Ask:
+    """The request for up to `count` IDs of the cluster whose store that is."""
+    count = min(count, MAX_COUNT)
+    timeout_ms = int(timeout_s * 1000) or 1
+    params = (count, timeout_ms) if store_id is None else (count, timeout_ms, store_id)
+    return Ask(endpoint, "ids.next", params, timeout_s)
 
 
 def take(
@@ -114,7 +117,7 @@ def take(
                 reason = endpoint or reason
                 continue
             attempt = PROBE_S if roster.is_probe(endpoint) and roster.has_fit() else ATTEMPT_S
-            ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()))
+            ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()), roster.store_id)
             begun = ask, run_of((yield ask), ask)
         (ask, run), begun = begun, None
         if isinstance(run, tuple):
@@ -218,7 +221,7 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, 
 def _introduce(roster: Roster, seed: str, outcome: Outcome) -> None:
     response = _answer(outcome)
     hello = check_hello(response.error, response.result)
-    roster.introduce(seed, hello.service, hello.layout)
+    roster.introduce(seed, hello)
 
 
 def _addresses(outcome: Outcome) -> list[str]:

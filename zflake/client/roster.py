@@ -14,6 +14,7 @@ from typing import Final
 
 from zflake.core.layout import Layout
 from zflake.errors import LayoutError
+from zflake.wire.messages import Hello
 
 ROUTES: Final = ("auto", "direct", "broker")
 REFRESH_S: Final = 10.0
@@ -46,6 +47,7 @@ class Roster:
         self.seeds = tuple(seeds)
         self.route = route
         self.layout: Layout | None = None
+        self.store_id: str | None = None
         self._now = now
         self._draw = draw
         self._services: dict[str, str] = {}
@@ -137,17 +139,24 @@ class Roster:
         """What an endpoint has said it is: `delegator` or `worker`."""
         return self._services.get(endpoint)
 
-    def introduce(self, endpoint: str, service: str, layout: Layout | None) -> None:
-        """Note what an endpoint says it is.  Raises `LayoutError` where its layout is not the others'."""
+    def introduce(self, endpoint: str, hello: Hello) -> None:
+        """Note what an endpoint says it is.
+
+        Raises `LayoutError` where it belongs to another cluster than those before it: IDs of two clusters
+        are not unique together.
+        """
         with self._lock:
-            if layout is not None:
-                if self.layout is not None and not layout.same_ids(self.layout):
-                    raise LayoutError(
-                        f"{endpoint} has layout {layout}, epoch {layout.epoch.isoformat()}; an endpoint before it had "
-                        f"{self.layout}, epoch {self.layout.epoch.isoformat()}: they belong to two clusters"
-                    )
-                self.layout = layout
-            self._services[endpoint] = service
+            layout, store_id = hello.layout, hello.store_id
+            if layout is not None and self.layout is not None and not layout.same_ids(self.layout):
+                raise LayoutError(
+                    f"{endpoint} has layout {layout}, epoch {layout.epoch.isoformat()}; an endpoint before it had "
+                    f"{self.layout}, epoch {self.layout.epoch.isoformat()}: they belong to two clusters"
+                )
+            if store_id is not None and self.store_id is not None and store_id != self.store_id:
+                raise LayoutError(f"{endpoint} belongs to another cluster than the endpoints before it")
+            self.layout = layout or self.layout
+            self.store_id = store_id or self.store_id
+            self._services[endpoint] = hello.service
 
     def refresh(self, workers: list[str], brokers: list[str]) -> None:
         """Take in a directory that was just read.

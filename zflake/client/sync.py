@@ -109,7 +109,7 @@ class Client:
         # Nearly all calls end here: the worker that answered last answers again.
         worker = self._roster.favourite(started_at)
         if worker is not None:
-            ask = ask_ids(worker, count, self._attempt_s)
+            ask = ask_ids(worker, count, self._attempt_s, self._roster.store_id)
             outcome = self._ask(ask)
             run = run_of(outcome, ask)
             if isinstance(run, tuple) and run[2] == count:

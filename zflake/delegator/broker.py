@@ -199,6 +199,11 @@ class Broker:
         """How many workers take requests."""
         return self._open
 
+    def is_open(self, identity: bytes) -> bool:
+        """Whether this worker takes requests."""
+        peer = self._peers.get(identity)
+        return peer is not None and peer.open
+
     def in_flight(self, identity: bytes) -> int:
         """How many requests a worker has under way."""
         peer = self._peers.get(identity)

@@ -93,6 +93,10 @@ class Directory:
         """Take a worker out that says it goes."""
         self._present.pop(identity, None)
 
+    def is_present(self, identity: bytes) -> bool:
+        """Whether a worker of that identity is there."""
+        return identity in self._present
+
     def sweep(self, now: int, local_us: int) -> list[bytes]:
         """Take out who missed its beats, lapsed or lost its lease; gives their identities."""
         gone = [p.identity for p in self._present.values() if not self._is_there(p, now, local_us)]

@@ -18,7 +18,7 @@ from zflake.core.timeline import LEAD_US, tick_of
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.broker import TAG_BYTES, Broker
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
-from zflake.delegator.directory import Directory
+from zflake.delegator.directory import MISSED_US, Directory
 from zflake.delegator.setup import Wishes, check_wishes, settle_meta, start_timeline
 from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
@@ -129,6 +129,7 @@ class Delegator:
         self.dropped = 0
         self._draining = False
         self._sweep_at_us = 0
+        self._leaving: dict[bytes, int] = {}
         self._brokered_at_us = 0
 
     def run(self) -> None:
@@ -157,7 +158,7 @@ class Delegator:
 
     def _tick(self) -> bool:
         """One turn of the loop; False where there is more to take in than it had time for."""
-        poll_ms = SWEEP_US // 1000 if self.broker.open else IDLE_MS
+        poll_ms = SWEEP_US // 1000 if self.broker.open or self._draining else IDLE_MS
         events = dict(self._poller.poll(poll_ms))
         # A request may have come at any time since the loop overslept.
         woke_us = local_us()
@@ -181,6 +182,11 @@ class Delegator:
         self._sweep_at_us = now_local_us + SWEEP_US
         for identity in self.directory.sweep(self._now(), now_local_us):
             self.broker.lose(identity, now_local_us)
+        for identity, until_us in list(self._leaving.items()):
+            if until_us <= now_local_us:  # it had the time to answer what it had
+                del self._leaving[identity]
+                if not self.directory.is_present(identity):
+                    self.broker.lose(identity, now_local_us)
         self.broker.sweep(now_local_us)
 
     def _flush(self) -> None:
@@ -259,9 +265,11 @@ class Delegator:
             return self._refuse(msgid, Code.BAD_REQUEST, str(error))
 
     def _broker(self, prefix: list[bytes], msgid: int, params: list[Any], arrived_us: int) -> bytes | None:
-        count, timeout_ms = check_next(params)
+        count, timeout_ms, store_id = check_next(params)
         self.requests["ids.next"] += 1
         self._brokered_at_us = self._woke_us
+        if store_id is not None and store_id != self.meta.store_id:
+            return self._refuse(msgid, Code.OTHER_CLUSTER, "this delegator belongs to another cluster")
         if self._draining:
             return self._refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", GONE_MS)
         self.broker.submit(prefix, msgid, count, arrived_us + timeout_ms * 1000, self._woke_us)
@@ -279,12 +287,14 @@ class Delegator:
                 )
             self.broker.join(identity, now_us)
         elif method == Method.WORKER_BEAT:
-            if not self.directory.hear(identity, check_beat(params), now_us):
+            known = self.directory.hear(identity, check_beat(params), now_us)
+            if not known or not self.broker.is_open(identity):
                 return self._refuse(msgid, Code.NOT_READY, "say worker.ready first")
         else:
             check_no_params(params)
             self.directory.leave(identity)
             self.broker.leave(identity)
+            self._leaving[identity] = now_us + MISSED_US
         return encode_result(msgid, self._ping())
 
     def _other(self, msgid: int, method: str, params: list[Any]) -> bytes:

@@ -59,6 +59,8 @@ class LeaseKeeper:
             jitter=random.random,
             layout=layout,
         )
+        self.store_id: str | None = None
+        """The store that the lease is recorded in."""
         self._context = context
         self._endpoints = endpoints
         self._layout = layout
@@ -187,6 +189,10 @@ class LeaseKeeper:
         except ProtocolError as error:
             self._pass_over(received_us, error)
             return
+        if self.tenant.mint is not None and hello.store_id != self.store_id:
+            # There the lease is unknown, or worse, another's: a renewal would be told `lost`.
+            self._pass_over(received_us, ProtocolError("it belongs to another cluster"))
+            return
         if self._layout is not None and hello.layout is not None and not hello.layout.same_ids(self._layout):
             theirs, ours = hello.layout, self._layout
             mismatch = LayoutError(
@@ -199,6 +205,7 @@ class LeaseKeeper:
             # With a machine in hand, one wrong endpoint among others is no reason to stop.
             self._pass_over(received_us, mismatch)
             return
+        self.store_id = hello.store_id
         self._greeted = True
 
     def _pass_over(self, now_local_us: int, error: Exception) -> None:

@@ -31,6 +31,7 @@ class StaticHold:
 
     def __init__(self, layout: Layout, machine: int) -> None:
         self.mint: Mint = Mint(layout, machine)
+        self.store_id = None
         self.socket = None
         """There is nothing to poll."""
         self.clock = Clock()

@@ -80,6 +80,7 @@ class Code(StrEnum):
     EXHAUSTED = "exhausted"
     DENIED = "denied"
     NOT_READY = "not_ready"
+    OTHER_CLUSTER = "other_cluster"
 
 
 _ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
@@ -95,6 +96,7 @@ _ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
     Code.EXHAUSTED: LayoutError,
     Code.DENIED: AuthError,
     Code.NOT_READY: Unavailable,
+    Code.OTHER_CLUSTER: ProtocolError,
 }
 
 
@@ -107,16 +109,22 @@ def exception_of(error: WireError) -> ZflakeError:
 # --- ids.next ---
 
 
-def check_next(params: list[Any]) -> tuple[int, int]:
-    """The `count` and `timeout_ms` of an `ids.next`; raises `ProtocolError` where they are not right."""
-    if len(params) != 2:  # noqa: PLR2004
-        raise ProtocolError("ids.next takes [count, timeout_ms]")
-    count, timeout_ms = params
+def check_next(params: list[Any]) -> tuple[int, int, str | None]:
+    """The `count`, `timeout_ms` and, where it is given, `store_id` of an `ids.next`.
+
+    Raises `ProtocolError` where they are not right.
+    """
+    if not 2 <= len(params) <= 3:  # noqa: PLR2004
+        raise ProtocolError("ids.next takes [count, timeout_ms], and store_id behind them or not")
+    count, timeout_ms = params[0], params[1]
     if type(count) is not int or not 1 <= count <= MAX_COUNT:
         raise ProtocolError(f"count is a number from 1 to {MAX_COUNT}, not {show(count)}")
     if type(timeout_ms) is not int or not 0 <= timeout_ms <= MAX_TIMEOUT_MS:
         raise ProtocolError(f"timeout_ms is a number from 0 to {MAX_TIMEOUT_MS}, not {show(timeout_ms)}")
-    return count, timeout_ms
+    store_id = params[2] if len(params) > 2 else None  # noqa: PLR2004
+    if store_id is not None and type(store_id) is not str:
+        raise ProtocolError(f"store_id is a string or nil, not {show(store_id)}")
+    return count, timeout_ms, store_id
 
 
 def check_run(result: Any, asked: int) -> Run:
@@ -152,6 +160,8 @@ class Hello(NamedTuple):
     """`delegator` or `worker`."""
     layout: Layout | None
     """None for a worker without a lease."""
+    store_id: str | None
+    """Whose cluster it belongs to; None for a static worker, and for one without a lease."""
 
 
 def check_hello(error: WireError | None, result: Any, *, service: str | None = None) -> Hello:
@@ -172,8 +182,11 @@ def check_hello(error: WireError | None, result: Any, *, service: str | None = N
     layout = result.get("layout")
     if layout is None and service == "delegator":
         raise ProtocolError("it is a delegator without a layout")
+    store_id = result.get("store_id")
+    if store_id is not None and type(store_id) is not str:
+        raise ProtocolError(f"its store_id is no string but {show(store_id)}")
     try:
-        return Hello(service, None if layout is None else Layout.from_map(layout))
+        return Hello(service, None if layout is None else Layout.from_map(layout), store_id)
     except LayoutError as error_:
         raise ProtocolError(f"its layout can't be read: {error_}") from error_
 

@@ -35,6 +35,10 @@ class Hold(Protocol):
         """The mint; None while there is no machine ID."""
 
     @property
+    def store_id(self) -> str | None:
+        """Whose cluster the machine ID belongs to; None where it belongs to none."""
+
+    @property
     def retry_after_ms(self) -> int:
         """How long a caller should wait where no window is open."""
 
@@ -87,7 +91,9 @@ class Handler:
         try:
             msgid, method, params = decode_request(body)
             if method == "ids.next":
-                count, timeout_ms = check_next(params)
+                count, timeout_ms, store_id = check_next(params)
+                if store_id is not None and self._hold.store_id not in (None, store_id):
+                    return self._refuse(msgid, Code.OTHER_CLUSTER, "this worker belongs to another cluster")
                 return self._next(asker, msgid, count, arrived_us + timeout_ms * 1000, local_us)
             return self._other(msgid, method, params)
         except BadRequest as error:
@@ -214,6 +220,7 @@ class Handler:
             "protocol": PROTOCOL_VERSION,
             "layout": None if layout is None else layout.to_map(),
             "machine": None if self._hold.mint is None else self._hold.mint.machine,
+            "store_id": self._hold.store_id,
             "now_us": self._now_us(),
             **self._describe(),
         }
