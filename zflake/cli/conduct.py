@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import resource
 import sys
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import click
 
+from zflake.daemon import Pulse
 from zflake.errors import ConfigError, ZflakeError
 
 FAILED: Final = 1
@@ -82,6 +84,27 @@ def prepare_daemon(log_format: str, log_level: str) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # some systems do not allow what they promise
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+class Daemon(Protocol):
+    """What `serve` needs of a daemon."""
+
+    pulse: Pulse
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+
+
+def serve(daemon: Daemon, http: tuple[str, int] | None, metrics: str) -> None:
+    """Run a daemon, with probes and the metrics of the module `metrics` at `http`, if anywhere."""
+    if http is None:
+        daemon.run()
+        return
+    from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
+
+    measure = importlib.import_module(metrics).measure
+    with HealthServer(http, daemon.pulse, lambda: measure(daemon)):
+        daemon.run()
 
 
 def set_up_logs(kind: str, level: str) -> None:

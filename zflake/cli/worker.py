@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from zflake.cli.conduct import prepare_daemon, run
+from zflake.cli.conduct import prepare_daemon, run, serve
 from zflake.cli.options import BIND, ENDPOINT, EPOCH, LAYOUT, choose_layout, daemon_options
 from zflake.core.layout import DEFAULT, Layout
 from zflake.daemon import Alarm
@@ -76,15 +76,7 @@ def command(
         print("zflake-worker: the configuration is sound")
         return
     with Alarm(follow_stdin=follow_stdin) as alarm:
-        daemon = Worker(config, alarm)
-        if http is None:
-            daemon.run()
-            return
-        from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
-        from zflake.worker.metrics import measure  # noqa: PLC0415
-
-        with HealthServer(http, daemon.pulse, lambda: measure(daemon)):
-            daemon.run()
+        serve(Worker(config, alarm), http, "zflake.worker.metrics")
 
 
 def main() -> None:
