@@ -151,6 +151,8 @@ def _judge(result: Result) -> None:
         say("nobody in the flood got an ID")
     if not result.answers["overloaded"] + result.answers["timeout"]:
         say("nobody was told that it is too much: that was no flood")
+    if result.answers["unavailable"]:
+        say(f"{result.answers['unavailable']} were told that there is no worker, which was there all along")
     for who, mb in result.grown_mb.items():
         if mb > GROWTH_MB:
             say(f"{who} grew by {mb:.0f} MB")

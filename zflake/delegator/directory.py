@@ -89,6 +89,11 @@ class Directory:
         presence.load = load
         return True
 
+    def see(self, identity: bytes, local_us: int) -> None:
+        """Note a sign of life that is no beat: under a flood beats wait behind a worker's answers."""
+        if (presence := self._present.get(identity)) is not None:
+            presence.heard_us = local_us
+
     def leave(self, identity: bytes) -> None:
         """Take a worker out that says it goes."""
         self._present.pop(identity, None)

@@ -237,6 +237,7 @@ class Delegator:
             prefix, body = message
             if body[:2] == ANSWER:
                 self.broker.answer(prefix[0], prefix[1:], body, self._woke_us)
+                self.directory.see(prefix[0], self._woke_us)
                 continue
             answer = self._handle(prefix, body, arrived_us)
             if answer is not None:
