@@ -110,9 +110,9 @@ class Rates:
         now = time.monotonic()
         passed_s = max(now - self._at, 1e-9)
         ids = {lease["machine"]: lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"]}
-        # Who had not yet said a count at the last look has no rate yet.
+        # Who was not there at the last look has no rate yet.
         self.ids = {
-            machine: max(0, count - (self._ids.get(machine) or count)) / passed_s
+            machine: max(0, count - self._ids.get(machine, count)) / passed_s
             for machine, count in ids.items()
         }
         self.requests = {
