@@ -21,6 +21,7 @@ from zflake.delegator.setup import Wishes
 from zflake.wire.codec import (
     Response,
     decode_request,
+    encode_bundle,
     encode_error,
     encode_request,
     encode_result,
@@ -190,6 +191,8 @@ def test_an_answer_counts_only_from_the_worker_that_holds_the_tag_and_once(
         ):
             forger.send(*envelope, forged)
             strays += 1
+        forger.send(b"", encode_bundle([(tag, forged), (bytes(16), forged)]))
+        strays += 2
     # The very worker, by anything but the tag.
     for envelope in (
         [b""],
@@ -211,6 +214,23 @@ def test_an_answer_counts_only_from_the_worker_that_holds_the_tag_and_once(
     assert (response.msgid, response.result) == (msgid, HONEST)
     until(lambda: status(peer)["broker"]["strays"] == strays + 1, "the repeated answer")
     assert client.receive(0.02) is None
+
+
+def test_several_answers_may_come_in_one_message(
+    connect: Connect, delegator: Delegator, peer: Peer, played: Played
+) -> None:
+    client = connect(delegator.address)
+    asked = [client.request("ids.next", 1, 20_000) for _ in range(5)]
+    taken = [played.take() for _ in asked]
+    answers = [(tag, encode_result(msgid, [msgid, 1, 1])) for tag, msgid in taken]
+    played.peer.send(b"", encode_bundle([*answers, answers[0]]))
+    received = [client.receive() for _ in asked]
+    assert [(r.msgid, r.result) for r in received if r] == [(msgid, [msgid, 1, 1]) for msgid in asked]
+    until(lambda: status(peer)["broker"]["strays"] == 1, "the repeated answer")
+    for nonsense in (b"\x92\x03", b"\x92\x03\x07", encode_bundle([])[:-1], b"\x92\x03\x91\x92\x01\x02"):
+        played.peer.send(b"", nonsense)
+    assert peer.ask("ping").error is None
+    until(lambda: status(peer)["dropped"] == 4, "the nonsense")
 
 
 def played_identity(delegator: Delegator) -> bytes:

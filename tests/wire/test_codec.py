@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,8 +21,10 @@ from zflake.wire.codec import (
     BadRequest,
     Response,
     WireError,
+    decode_bundle,
     decode_request,
     decode_response,
+    encode_bundle,
     encode_error,
     encode_request,
     encode_result,
@@ -373,3 +376,14 @@ def test_a_value_of_any_depth_can_be_shown() -> None:
 def test_a_huge_value_is_shown_short() -> None:
     for value in ("x" * 10**6, b"x" * 10**6, list(range(10**6)), 10**4000, {str(i): i for i in range(10**5)}):
         assert len(show(value)) <= MAX_SHOWN
+
+
+@given(st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=60)), max_size=64))
+def test_a_bundle_comes_back_as_it_went(answers: list[tuple[bytes, bytes]]) -> None:
+    assert decode_bundle(encode_bundle(answers)) == answers
+
+
+@given(st.binary(max_size=40) | st.binary(max_size=40).map(lambda tail: b"\x92\x03" + tail))
+def test_any_bytes_are_a_bundle_or_a_protocol_error(body: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        assert all(type(part) is bytes for pair in decode_bundle(body) for part in pair)

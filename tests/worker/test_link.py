@@ -10,10 +10,10 @@ import zmq
 
 from tests.conftest import until
 from zflake.holder.clock import Clock
-from zflake.wire.codec import decode_request, encode_error, encode_request, encode_result
+from zflake.wire.codec import decode_bundle, decode_request, encode_error, encode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.messages import LOAD, Code
-from zflake.worker.link import BEAT_US, Link
+from zflake.worker.link import BEAT_US, MOST_ANSWERS, Link
 
 TOKEN: Final = bytes(range(16))
 TAG: Final = b"\0tag of 16 bytes"
@@ -231,7 +231,8 @@ def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(stag
     for number, request in enumerate(requests):
         prefix, body = until(lambda: stage.link.receive(step=False))
         assert (prefix, body) == ([TAG + b"%d" % number, b""], request)
-        assert stage.link.send(prefix, encode_result(number, [1, 1, 1]))
+        assert stage.link.answer(prefix, encode_result(number, [1, 1, 1])) == 0
+        assert stage.link.flush() == 0
         assert stage.router.poll(5000)
         assert stage.router.recv_multipart() == [
             worker,
@@ -242,12 +243,27 @@ def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(stag
     assert stage.link.receive(step=False) is None
 
 
+def test_answers_that_wait_together_go_in_one_message(stage: Stage) -> None:
+    introduced(stage)
+    answers = [
+        (TAG + b"%02d" % number, encode_result(number, [1, 1, 1])) for number in range(MOST_ANSWERS + 2)
+    ]
+    for tag, answer in answers:
+        assert stage.link.answer([tag, b""], answer) == 0
+    assert stage.link.flush() == stage.link.flush() == 0
+    first, second = stage.router.recv_multipart(), stage.router.recv_multipart()
+    assert first[1] == second[1] == b""
+    assert decode_bundle(first[2]) + decode_bundle(second[2]) == answers
+    assert not stage.router.poll(10)
+
+
 def test_while_the_delegator_is_away_it_goes_on_and_then_introduces_itself(stage: Stage) -> None:
     introduced(stage)
     stage.router.close(linger=0)
     until(lambda: not stage.link.socket.poll(1, zmq.POLLOUT))
     stage.service(BEAT_US, times=10)
-    assert not stage.link.send([TAG, b""], encode_result(1, [1, 1, 1]))
+    assert stage.link.answer([TAG, b""], encode_result(1, [1, 1, 1])) == 0
+    assert stage.link.flush() == 1, "it is away, and the answer is lost"
     stage.link.leave()
     stage.open()
     stage.connected()

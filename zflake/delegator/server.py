@@ -24,7 +24,7 @@ from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
 from zflake.stores import check_url, open_store
 from zflake.version import __version__
-from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result
+from zflake.wire.codec import BadRequest, decode_bundle, decode_request, encode_error, encode_result
 from zflake.wire.endpoint import Endpoint, check_bind
 from zflake.wire.frames import split
 from zflake.wire.messages import (
@@ -49,7 +49,8 @@ SWEEP_US: Final = 50_000
 STALL_US: Final = 200_000
 """A turn of the loop that took longer was a stop: the workers are not to blame for what they missed."""
 ANSWER: Final = b"\x94\x01"
-"""How the body of a response begins, in MessagePack: only workers send any."""
+ANSWERS: Final = (ANSWER, b"\x92\x03")
+"""How the bodies of a response and of a bundle begin, in MessagePack: only workers send any."""
 DRAIN_US: Final = 500_000
 GONE_MS: Final = 500
 """After how long clients may come back to a delegator that shuts down: it may be a restart."""
@@ -235,14 +236,25 @@ class Delegator:
                 self.dropped += 1
                 continue
             prefix, body = message
-            if body[:2] == ANSWER:
-                self.broker.answer(prefix[0], prefix[1:], body, self._woke_us)
-                self.directory.see(prefix[0], self._woke_us)
+            if body[:2] in ANSWERS:
+                self._take_answers(prefix, body)
                 continue
             answer = self._handle(prefix, body, arrived_us)
             if answer is not None:
                 self._send(prefix, answer)
         return False
+
+    def _take_answers(self, prefix: list[bytes], body: bytes) -> None:
+        identity, now_us = prefix[0], self._woke_us
+        if body[:2] == ANSWER:
+            self.broker.answer(identity, prefix[1:], body, now_us)
+        else:
+            try:
+                for tag, answer in decode_bundle(body):
+                    self.broker.answer(identity, [tag, b""], answer, now_us)
+            except ProtocolError:
+                self.dropped += 1
+        self.directory.see(identity, now_us)
 
     def _handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
         try:

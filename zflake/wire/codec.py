@@ -19,6 +19,8 @@ from zflake.errors import ProtocolError
 
 REQUEST: Final = 0
 RESPONSE: Final = 1
+BUNDLE: Final = 3
+"""zflake's own: a worker's answers to several brokered requests."""
 NOTIFICATION: Final = 2
 """MessagePack-RPC has notifications; zflake has none."""
 MAX_MSGID: Final = 2**32 - 1
@@ -102,6 +104,24 @@ def encode_error(msgid: int | None, code: str, message: str, retry_after_ms: int
     """The body of a response that carries an error."""
     packed: bytes = msgpack.packb((RESPONSE, msgid, (code, message, retry_after_ms), None))
     return packed
+
+
+def encode_bundle(answers: list[tuple[bytes, bytes]]) -> bytes:
+    """The body of a bundle: answers to brokered requests, each behind its tag."""
+    packed: bytes = msgpack.packb((BUNDLE, answers))
+    return packed
+
+
+def decode_bundle(body: bytes) -> list[tuple[bytes, bytes]]:
+    """The answers in a bundle, each behind its tag; raises `ProtocolError` where it is none."""
+    try:
+        kind, answers = _unpackb(body, max_array_len=MAX_REQUEST_ITEMS, max_map_len=0)
+        pairs = [(tag, answer) for tag, answer in answers]
+    except _UNPACKABLE as why:
+        raise ProtocolError(f"not a bundle: {_reason(why)}") from why
+    if not _is_kind(kind, BUNDLE) or not all(type(part) is bytes for pair in pairs for part in pair):
+        raise ProtocolError("a bundle is [3, [[tag, response], ...]], the inner values being bytes")
+    return pairs
 
 
 def decode_request(body: bytes) -> Request:

@@ -14,12 +14,14 @@ import zmq
 from zflake.core.lease import Token
 from zflake.errors import ProtocolError
 from zflake.holder.clock import Clock, local_us
-from zflake.wire.codec import decode_response, encode_request
+from zflake.wire.codec import decode_response, encode_bundle, encode_request
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.messages import Method, now_of
 from zflake.wire.sockets import NOW, Intake, connected, send
 
 BEAT_US: Final = 250_000
+MOST_ANSWERS: Final = 64
+"""How many answers go in one message."""
 LINGER_MS: Final = 1
 REQUEST: Final = b"\x94\x00"
 """How the body of a request begins, in MessagePack."""
@@ -35,6 +37,7 @@ class Link:
         self.wake_us = 0
         """When `service` wants to be called again (local clock)."""
         self._clock = clock
+        self._answers: list[tuple[bytes, bytes]] = []
         self._msgid = 0
         self._was_open = False
         self._known_as: int | None = None
@@ -81,9 +84,28 @@ class Link:
                 return frames[:-1], body
             self._take(body, step=step)
 
-    def send(self, prefix: list[bytes], answer: bytes) -> bool:
-        """Send a body, such as the answer to a brokered request; False where the delegator is away."""
-        return send(self.socket, prefix, answer)
+    def answer(self, prefix: list[bytes], answer: bytes) -> int:
+        """Answer a brokered request, at the next `flush` at the latest; gives how many answers were lost.
+
+        The delegator takes messages in from all its peers in turn.  Where those are many, what a worker has
+        to say must not go one by one.
+        """
+        if len(prefix) != 2:  # noqa: PLR2004  (the tag and the empty frame; whatever else it is goes back as it came)
+            return 0 if send(self.socket, prefix, answer) else 1
+        self._answers.append((prefix[0], answer))
+        return self.flush() if len(self._answers) == MOST_ANSWERS else 0
+
+    def flush(self) -> int:
+        """Send the answers that wait; gives how many were lost, since the delegator is away."""
+        if not self._answers:
+            return 0
+        answers, self._answers = self._answers, []
+        if len(answers) == 1:
+            ((tag, answer),) = answers
+            sent = send(self.socket, [tag, b""], answer)
+        else:
+            sent = send(self.socket, [b""], encode_bundle(answers))
+        return 0 if sent else len(answers)
 
     def close(self) -> None:
         """Close the socket, once what it holds is sent or half a second has passed."""
@@ -102,4 +124,4 @@ class Link:
 
     def _say(self, method: Method, *params: object) -> bool:
         self._msgid = (self._msgid + 1) & 0xFFFF_FFFF
-        return self.send([b""], encode_request(self._msgid, method, params))
+        return send(self.socket, [b""], encode_request(self._msgid, method, params))

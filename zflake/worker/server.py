@@ -189,9 +189,15 @@ class Worker:
         answered = 0
         step = not self._hold.is_open
         linger = linger and len(self._links) == 1
-        while (
-            message := link.receive(0 if linger and not self._handler.parked else NOW, step=step)
-        ) is not None:
+        while True:
+            message = link.receive(step=step)
+            if message is None:
+                self._handler.figures.dropped += link.flush()
+                if not linger or self._handler.parked:
+                    break
+                message = link.receive(0, step=step)
+                if message is None:
+                    break
             answered += 1
             now_us = self._brokered_at_us = local_us()
             prefix, body = message
@@ -200,6 +206,7 @@ class Worker:
             if answer is not None:
                 self._send(asker, answer)
             if now_us >= self._woke_us + TURN_US:
+                self._handler.figures.dropped += link.flush()
                 break
         return answered
 
@@ -266,15 +273,16 @@ class Worker:
     def _answer_parked(self, now_us: int) -> None:
         for asker, answer in self._handler.turn(now_us):
             self._send(asker, answer)
+        for link in self._links:
+            self._handler.figures.dropped += link.flush()
 
     def _send(self, asker: list[bytes] | tuple[Link, list[bytes]], answer: bytes) -> None:
         if isinstance(asker, list):
-            sent = send(self._router, asker, answer)
+            lost = 0 if send(self._router, asker, answer) else 1
         else:
             link, prefix = asker
-            sent = link.send(prefix, answer)
-        if not sent:
-            self._handler.figures.dropped += 1
+            lost = link.answer(prefix, answer)
+        self._handler.figures.dropped += lost
 
     def _answer_all(self) -> int:
         return self._answer(linger=False) + sum(self._answer_link(link, linger=False) for link in self._links)
