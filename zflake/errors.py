@@ -60,4 +60,4 @@ class ConfigError(ZflakeError, ValueError):
 
 
 class Closed(ZflakeError):  # noqa: N818
-    """The client or the generator was closed before this call."""
+    """The client was closed before this call."""

@@ -60,7 +60,7 @@ def command(
     log_level: str,
     http: tuple[str, int] | None,
 ) -> None:
-    """Lease machine IDs to workers and embedded generators, and tell clients where the workers are.
+    """Lease machine IDs to workers, tell clients where these are, and pass requests on to them.
 
     Options come from the command line, else from ZFLAKE_DELEGATOR_... variables, else from --config.
     """

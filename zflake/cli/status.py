@@ -88,7 +88,7 @@ def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None 
             f"{lease['pid']}@{lease['host']}",
             f"{lease['ends_in_ms'] / 1000:.1f} s",
             *figures,
-            "ready" if worker else "not there" if lease["address"] else "embedded",
+            "ready" if worker else "not there" if lease["address"] else "serves nobody",
         )
     return table
 

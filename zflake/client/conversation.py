@@ -1,8 +1,8 @@
 """Whom to ask for IDs, and what to do about the answer: the client without its sockets.
 
 A conversation is a generator.  It yields what is to be done (`Ask` an endpoint, or `Pause`) and is sent what
-came of it: a `Response`, None where nothing came in time, or a `ProtocolError` for an answer that is none.  Blocking code, asyncio and a simulator drive
-the same one.
+came of it: a `Response`, None where nothing came in time, or a `ProtocolError` for an answer that is none.
+Whoever drives it brings the sockets and the clock, be they real or a test's.
 
 The roster remembers between conversations which endpoints there are and how they fare.
 """

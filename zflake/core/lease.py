@@ -55,7 +55,7 @@ class Release:
     """Gives a machine ID back.
 
     `next` is the token of a renewal that was never answered, or None.  `last` is the last tick minted in,
-    as the generator says and no clock, or None where nothing was minted.
+    as the mint says and no clock, or None where nothing was minted.
     """
 
     machine: int

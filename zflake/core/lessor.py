@@ -106,7 +106,7 @@ def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer
 
     `record` is the store's record of `request.machine`.  The answer to a release that a store confirms is
     `Released`.  A repeat finds its token gone and is told `lost`, which means the same to a holder that has
-    closed its generator: this tenancy is over.
+    closed its mint: this tenancy is over.
     """
     if record.token is None or record.token not in (request.token, request.next):
         return _lost(request.machine)
