@@ -27,10 +27,12 @@ from zflake.core.timeline import tick_of
 from zflake.daemon import Alarm
 from zflake.delegator.broker import CREDIT, MAX_QUEUE, TAG_BYTES, Broker, Outgoing
 from zflake.delegator.directory import MISSED_US
-from zflake.delegator.server import ANSWER, Delegator, DelegatorConfig
+from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.setup import Wishes
 from zflake.wire import codec, endpoint, frames, messages
 from zflake.wire.codec import (
+    REQUEST_HEAD,
+    RESPONSE_HEAD,
     Response,
     decode_request,
     decode_response,
@@ -52,7 +54,7 @@ from zflake.wire.messages import (
     lease_answer,
     now_of,
 )
-from zflake.worker.link import BEAT_US, REQUEST
+from zflake.worker.link import BEAT_US
 from zflake.worker.server import Worker, WorkerConfig
 
 TEXT: Final = (Path(zflake.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -260,7 +262,7 @@ def test_the_brokered_frames_are_what_the_broker_sends_and_takes() -> None:
     assert broker.outbox == [Outgoing([b"worker", tag, b""], request, b"worker")]
     *envelope, response = FRAMES["brokered response"]
     assert response == DUMPS["ids.next response"].body
-    assert (request[:2], response[:2]) == (REQUEST, ANSWER)
+    assert (request[:2], response[:2]) == (REQUEST_HEAD, RESPONSE_HEAD)
     broker.outbox.clear()
     broker.answer(b"worker", envelope, response, 0)
     assert broker.outbox == [Outgoing(client, response, None)]
@@ -486,8 +488,8 @@ def test_the_numbers_in_the_document_are_the_code_s() -> None:
     assert f"at most {CREDIT} requests under way" in TEXT
     assert f"not been heard of for {MISSED_US // 1000:,} ms" in TEXT
     assert f"`worker.beat` every {BEAT_US // 1000} ms" in TEXT
-    assert f"begins with the bytes `{REQUEST.hex(' ')}`" in TEXT
-    assert f"begin with `{ANSWER.hex(' ')}`" in TEXT
+    assert f"begins with the bytes `{REQUEST_HEAD.hex(' ')}`" in TEXT
+    assert f"begin with `{RESPONSE_HEAD.hex(' ')}`" in TEXT
     assert f"the envelope has at most {frames.MAX_ENVELOPE} frames" in TEXT
     assert f"at most {codec.MAX_REQUEST_ITEMS} elements" in TEXT
     assert f"at most {messages.MAX_TEXT} printable characters" in TEXT

@@ -56,7 +56,7 @@ class Stage:
     ) -> None:
         for _ in range(times):
             self.us += later_us
-            self.link.service(self.us, machine, token, self.load, is_open=is_open)
+            self.link.service(self.us, machine, token, lambda: dict(self.load), is_open=is_open)
 
     def hear(self) -> tuple[str, list[Any]]:
         """The next thing that the link says, and whom to answer it."""

@@ -60,9 +60,8 @@ class Roster:
 
     def unlock(self) -> None:
         """Begin with a fresh lock: in the child of a fork the old one may be held by nobody."""
-        self._lock = (
-            threading.RLock()
-        )  # (a signal handler may come in) guards everything from _services to _refreshed_at
+        # Guards everything from _services to _refreshed_at.  A signal handler may come in, so it is an RLock.
+        self._lock = threading.RLock()
 
     def favourite(self, now: float) -> str | None:
         """The endpoint that answered last; None where that is not so, or the directory has aged by `now`."""

@@ -24,7 +24,15 @@ from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
 from zflake.stores import check_url, open_store
 from zflake.version import __version__
-from zflake.wire.codec import BadRequest, decode_bundle, decode_request, encode_error, encode_result
+from zflake.wire.codec import (
+    BUNDLE_HEAD,
+    RESPONSE_HEAD,
+    BadRequest,
+    decode_bundle,
+    decode_request,
+    encode_error,
+    encode_result,
+)
 from zflake.wire.endpoint import Endpoint, check_bind
 from zflake.wire.frames import split
 from zflake.wire.messages import (
@@ -48,9 +56,6 @@ SWEEP_US: Final = 50_000
 """How often is looked for requests and workers whose time is over."""
 STALL_US: Final = 200_000
 """A turn of the loop that took longer was a stop: the workers are not to blame for what they missed."""
-ANSWER: Final = b"\x94\x01"
-ANSWERS: Final = (ANSWER, b"\x92\x03")
-"""How the bodies of a response and of a bundle begin, in MessagePack: only workers send any."""
 DRAIN_US: Final = 500_000
 GONE_MS: Final = 500
 """After how long clients may come back to a delegator that shuts down: it may be a restart."""
@@ -236,7 +241,7 @@ class Delegator:
                 self.dropped += 1
                 continue
             prefix, body = message
-            if body[:2] in ANSWERS:
+            if body[:2] in (RESPONSE_HEAD, BUNDLE_HEAD):  # only workers send any
                 self._take_answers(prefix, body)
                 continue
             answer = self._handle(prefix, body, arrived_us)
@@ -246,7 +251,7 @@ class Delegator:
 
     def _take_answers(self, prefix: list[bytes], body: bytes) -> None:
         identity, now_us = prefix[0], self._woke_us
-        if body[:2] == ANSWER:
+        if body[:2] == RESPONSE_HEAD:
             self.broker.answer(identity, prefix[1:], body, now_us)
         else:
             try:

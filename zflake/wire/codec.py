@@ -23,6 +23,11 @@ BUNDLE: Final = 3
 """zflake's own: a worker's answers to several brokered requests."""
 NOTIFICATION: Final = 2
 """MessagePack-RPC has notifications; zflake has none."""
+
+REQUEST_HEAD: Final = b"\x94\x00"
+RESPONSE_HEAD: Final = b"\x94\x01"
+BUNDLE_HEAD: Final = b"\x92\x03"
+"""How the bodies of each kind begin, in MessagePack: enough to tell them apart without unpacking them."""
 MAX_MSGID: Final = 2**32 - 1
 MAX_REQUEST_ITEMS: Final = 256
 """The longest array or map in a request.

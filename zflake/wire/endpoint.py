@@ -42,10 +42,7 @@ class Endpoint:
     @property
     def is_name(self) -> bool:
         """Whether its host must be looked up."""
-        try:
-            return bool(self.host) and not ipaddress.ip_address(self.host.strip("[]"))
-        except ValueError:
-            return self.host not in ("localhost", "*")
+        return self.host not in ("", "localhost", "*") and self._address() is None
 
     @property
     def is_wildcard(self) -> bool:

@@ -16,7 +16,7 @@ from zflake.core.layout import Layout
 from zflake.core.mint import Mint
 from zflake.core.timeline import tick_of, us_until
 from zflake.errors import ProtocolError
-from zflake.wire.codec import BadRequest, decode_request, encode_error, packer
+from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result, packer
 from zflake.wire.messages import PROTOCOL_VERSION, Code, Method, check_next, check_no_params
 
 GONE_MS: Final = 10_000
@@ -201,17 +201,14 @@ class Handler:
         return encode_error(msgid, code, message, retry_after_ms)
 
     def _other(self, msgid: int, method: str, params: list[Any]) -> bytes:
-        match method:
-            case Method.PING:
-                check_no_params(params)
-                return self._pack((1, msgid, None, {"now_us": self._now_us()}))
-            case Method.HELLO:
-                check_no_params(params)
-                return self._pack((1, msgid, None, self._hello()))
-            case Method.CLUSTER_STATUS:
-                check_no_params(params)
-                return self._pack((1, msgid, None, self._hello() | self._status()))
-        return self._refuse(msgid, Code.UNKNOWN_METHOD, f"a worker has no method {method[:60]!r}")
+        answers = {Method.HELLO: self._hello, Method.PING: self._ping, Method.CLUSTER_STATUS: self._status}
+        if method not in answers:
+            return self._refuse(msgid, Code.UNKNOWN_METHOD, f"a worker has no method {method[:60]!r}")
+        check_no_params(params)
+        return encode_result(msgid, answers[Method(method)]())
+
+    def _ping(self) -> dict[str, Any]:
+        return {"now_us": self._now_us()}
 
     def _hello(self) -> dict[str, Any]:
         layout: Layout | None = None if self._hold.mint is None else self._hold.mint.layout
@@ -226,4 +223,4 @@ class Handler:
         }
 
     def _status(self) -> dict[str, Any]:
-        return self.load() | {"errors": dict(self.errors)}
+        return self._hello() | self.load() | {"errors": dict(self.errors)}

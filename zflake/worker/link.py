@@ -6,7 +6,7 @@ Its socket is not the lease's: a flood of requests may delay a beat, never a ren
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Final
 
 import zmq
@@ -14,7 +14,7 @@ import zmq
 from zflake.core.lease import Token
 from zflake.errors import ProtocolError
 from zflake.holder.clock import Clock, local_us
-from zflake.wire.codec import decode_response, encode_bundle, encode_request
+from zflake.wire.codec import REQUEST_HEAD, decode_response, encode_bundle, encode_request
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.messages import Method, now_of
 from zflake.wire.sockets import NOW, Intake, connected, send
@@ -23,8 +23,6 @@ BEAT_US: Final = 250_000
 MOST_ANSWERS: Final = 64
 """How many answers go in one message."""
 LINGER_MS: Final = 1
-REQUEST: Final = b"\x94\x00"
-"""How the body of a request begins, in MessagePack."""
 
 
 class Link:
@@ -44,9 +42,15 @@ class Link:
         """The machine ID as which the delegator knows this worker."""
 
     def service(
-        self, now_local_us: int, machine: int | None, token: Token, load: Mapping[str, int], *, is_open: bool
+        self,
+        now_local_us: int,
+        machine: int | None,
+        token: Token,
+        load: Callable[[], dict[str, int]],
+        *,
+        is_open: bool,
     ) -> None:
-        """Say what is due: that this worker is ready, that it lives, or that it leaves."""
+        """Say what is due: that this worker is ready, that it lives (with its `load`), or that it leaves."""
         if not is_open:
             self.leave()
         elif not self._was_open:
@@ -60,7 +64,7 @@ class Link:
         if self._known_as != machine:
             said = self._say(Method.WORKER_READY, machine, token)
         else:
-            said = self._say(Method.WORKER_BEAT, dict(load))
+            said = self._say(Method.WORKER_BEAT, load())
         self._known_as = machine if said else None
 
     def leave(self) -> None:
@@ -80,7 +84,7 @@ class Link:
             if frames is None:
                 return None
             body = frames[-1]
-            if body[:2] == REQUEST:
+            if body[:2] == REQUEST_HEAD:
                 return frames[:-1], body
             self._take(body, step=step)
 
@@ -116,9 +120,8 @@ class Link:
         with contextlib.suppress(ProtocolError):
             response = decode_response(body)
             if response.error is not None:
-                self._known_as = (
-                    None  # it was restarted, or has not seen the lease yet: introduce ourselves again
-                )
+                # It was restarted, or has not seen the lease yet: introduce ourselves again.
+                self._known_as = None
             elif (now_us := now_of(response.result)) is not None:
                 self._clock.exchange(now_us, received_us, step=step)
 

@@ -99,10 +99,8 @@ class Worker:
             self._poller.register(link.socket, zmq.POLLIN)
         self._alarm.register(self._poller)
         self._polled: zmq.Socket[bytes] | None = None
-        self._stalled_us = (
-            0,
-            0,
-        )  # from when the loop was stopped last, and until when what came then turns up
+        # From when on the loop was stopped last, and until when what came meanwhile turns up.
+        self._stalled_us = (0, 0)
 
     def run(self) -> None:
         """Serve until told to stop, then drain: answer what is queued, give the lease back, close."""
@@ -180,7 +178,7 @@ class Worker:
                 now_us,
                 self.machine,
                 self._hold.tenant.token,
-                self._handler.load(),
+                self._handler.load,
                 is_open=self._hold.is_open,
             )
 
