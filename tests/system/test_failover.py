@@ -426,7 +426,8 @@ def test_status_tells_what_the_broker_and_each_worker_do(cluster: Cluster) -> No
 
 
 ON_TERMINAL: Final = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests themselves run in the background
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # a session's first terminal is the one whose Ctrl-C it hears
 os.execv(sys.executable, [sys.executable, "-m", "zflake", *sys.argv[1:]])
 """
