@@ -354,7 +354,7 @@ def test_an_acquire_takes_a_window_of_one_ttl_from_now() -> None:
     desk = Desk(META)
     grant = desk.ask(Acquire(A, ME), 100)
     assert grant == Grant(2, 1, 100, 100 + TTL, A, LAYOUT, TTL)
-    assert desk.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME)
+    assert desk.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME, 100)
 
 
 def test_a_machine_is_free_from_its_fence_on_and_no_tick_sooner() -> None:
@@ -694,3 +694,17 @@ def test_a_floor_raised_while_a_grant_is_under_way_holds_for_it() -> None:
 @pytest.mark.parametrize(("ticks", "ms"), [(0, 0), (-7, 0), (1, 10), (30, 300)])
 def test_ticks_are_told_in_milliseconds_and_never_below_zero(ticks: int, ms: int) -> None:
     assert ticks_to_ms(META, ticks) == ms
+
+
+# --- provenance ---
+
+
+def test_windows_without_a_gap_are_one_span_and_a_gap_begins_another() -> None:
+    desk = Desk(META)
+    desk.ask(Acquire(A, ME), 100)
+    desk.ask(Renew(2, A, 1, B), 110)
+    record = desk.store.by_machine(2)
+    assert (record.start, record.span_start, record.tenancy_start) == (100 + TTL, 100, 100)
+    desk.ask(Renew(2, B, 2, C), 200)
+    record = desk.store.by_machine(2)
+    assert (record.start, record.span_start, record.tenancy_start) == (200, 200, 100)

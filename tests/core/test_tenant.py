@@ -172,7 +172,7 @@ def test_a_renewal_keeps_its_token_through_every_retry_until_a_grant() -> None:
     tenant = held()
     for answer in [None, *NO_ANSWERS]:
         local = tenant.send_at_us
-        assert tenant.poll(local) == Renew(5, token(1), 1, token(2))
+        assert tenant.poll(local) == Renew(5, token(1), 1, token(2), 1000 + TTL)
         if answer is not None:
             assert not tenant.receive(answer, local, 1500)
     assert tenant.receive(grant(2, 1000 + TTL, 2000 + TTL), local, 1500)
@@ -183,7 +183,7 @@ def test_a_token_is_rotated_after_every_grant() -> None:
     end = 1000 + TTL
     for n in range(2, 6):
         request = tenant.poll(tenant.send_at_us)
-        assert request == Renew(5, token(n - 1), n - 1, token(n))
+        assert request == Renew(5, token(n - 1), n - 1, token(n), end)
         assert tenant.receive(grant(n, end, end + 500), tenant.send_at_us, 1500)
         end += 500
     assert mint_of(tenant).end == end
@@ -193,7 +193,7 @@ def test_a_tenant_that_lapses_keeps_the_token_of_its_renewal() -> None:
     tenant = held()
     first = tenant.poll(tenant.send_at_us)
     tenant.observe(1000 + TTL, 0)
-    assert tenant.poll(tenant.send_at_us) == first == Renew(5, token(1), 1, token(2))
+    assert tenant.poll(tenant.send_at_us) == first == Renew(5, token(1), 1, token(2), 1000 + TTL)
 
 
 def test_nothing_is_due_before_its_time() -> None:
@@ -389,10 +389,10 @@ def test_a_window_that_comes_after_its_end_is_no_reason_to_acquire() -> None:
     tenant.poll(0)
     assert tenant.receive(grant(1), 0, 1000 + TTL)
     assert tenant.state is State.LAPSED
-    assert tenant.poll(tenant.send_at_us) == Renew(5, token(1), 1, token(2))
+    assert tenant.poll(tenant.send_at_us) == Renew(5, token(1), 1, token(2), 1000 + TTL)
     assert tenant.receive(grant(2, 1000 + TTL, 9000 + TTL), 0, 20_000 + TTL)
     assert tenant.state is State.LAPSED
-    assert tenant.poll(tenant.send_at_us) == Renew(5, token(2), 2, token(3))
+    assert tenant.poll(tenant.send_at_us) == Renew(5, token(2), 2, token(3), 9000 + TTL)
 
 
 @given(st.floats(0, 1, exclude_max=True))

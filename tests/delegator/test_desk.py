@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Final
+from typing import Final, cast
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +30,7 @@ from zflake.core.lease import (
     Renew,
     Request,
     Swap,
+    Traced,
 )
 from zflake.delegator import desk as desk_module
 from zflake.delegator.desk import BATCH, FAILURES, ROUNDS, STALE_US, LeaseDesk, Settled, Ticket
@@ -118,7 +119,9 @@ class Desk:
         )
 
     def settle(self, *requests: Request) -> list[Answer]:
-        return [settled.answer for settled in self.desk.settle(requests)]
+        answers = [settled.answer for settled in self.desk.settle(requests)]
+        assert not any(isinstance(answer, Traced) for answer in answers)
+        return cast(list[Answer], answers)
 
     def one(self, request: Request) -> Answer:
         (answer,) = self.settle(request)
@@ -144,7 +147,7 @@ def as_stored(store: MemoryStore, grant: Grant) -> None:
     )
 
 
-def unavailable(answer: Answer) -> None:
+def unavailable(answer: object) -> None:
     assert isinstance(answer, Refusal)
     assert answer.reason is Refused.UNAVAILABLE
     assert answer.retry_after_ms
@@ -270,11 +273,12 @@ def test_a_race_that_is_lost_for_ever_is_given_up() -> None:
     assert not d.store.commits
 
 
-def test_settings_that_changed_under_a_desk_grant_nothing() -> None:
-    d = Desk(Faulty(), replace(META, version=9))
-    unavailable(d.one(acquire(1)))
-    assert isinstance(d.store, Faulty)
-    assert not d.store.commits
+def test_settings_that_changed_under_a_desk_are_read_before_anything_is_granted() -> None:
+    d = desk()
+    d.store.swap_meta(replace(META, version=META.version + 1, ttl=2 * META.ttl))
+    grant = d.granted(acquire(1))
+    assert grant.ttl == grant.end - grant.start == 2 * META.ttl
+    assert d.desk.meta == d.store.meta()
 
 
 # --- batches ---
@@ -428,7 +432,9 @@ def test_submitted_requests_come_back_with_their_envelopes_and_ring() -> None:
 
 def test_waiting_requests_commit_together_in_bounded_batches() -> None:
     store = Faulty()
-    d = Desk(store, replace(META, last_machine=1023))
+    wide = replace(META, version=2, last_machine=1023)
+    store.swap_meta(wide)
+    d = Desk(store, wide)
     for number in range(BATCH + 44):
         d.desk.submit(ticket(acquire(number), number))
     d.desk.start()

@@ -132,9 +132,7 @@ def test_status_counts_what_was_asked(peer: Peer) -> None:
     assert said["granting_in_ms"] == 0
 
 
-@pytest.mark.parametrize(
-    "method", ["", "ids", "worker", "lease", "lease.acquire ", "cluster.trace", "x" * 9000, "run"]
-)
+@pytest.mark.parametrize("method", ["", "ids", "worker", "lease", "lease.acquire ", "x" * 9000, "run"])
 def test_an_unknown_method_is_refused(peer: Peer, method: str) -> None:
     assert code(peer.ask(method, 1, 1000)) == "unknown_method"
 

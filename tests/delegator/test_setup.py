@@ -9,7 +9,8 @@ import pytest
 
 from zflake.core.layout import PRESETS
 from zflake.core.lease import Mark, Meta
-from zflake.delegator.setup import DEFAULT_TTL_MS, MARGIN_MS, REST_MS, Wishes, settle_meta, start_timeline
+from zflake.core.lessor import MARGIN_MS, REST_MS
+from zflake.delegator.setup import DEFAULT_TTL_MS, Wishes, rewind, settle_meta, start_timeline
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.memory import MemoryStore
 
@@ -207,5 +208,6 @@ def test_a_clock_that_is_accepted_sets_every_mark(store: MemoryStore) -> None:
     with pytest.raises(ConfigError, match="--accept-clock"):
         started(store)
     assert started(store, accept_clock=True) == NOW_US
+    rewind(store, settle(store), NOW_US)
     assert store.marks() == [Mark("here", NOW_US)]
     assert started(store) == NOW_US

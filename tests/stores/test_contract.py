@@ -10,9 +10,10 @@ from typing import Final
 import pytest
 
 from zflake.core.layout import PRESETS, Layout
-from zflake.core.lease import Holder, Meta, Record, Swap
+from zflake.core.lease import Holder, Mark, Meta, Record, Span, Swap, Traced
 from zflake.errors import StoreError
 from zflake.stores import Store, open_store
+from zflake.stores.contract import Contents
 
 # A further engine is one more line: from a folder of its own to the URL of an empty store.
 ENGINES: Final[dict[str, Callable[[Path], str]]] = {
@@ -270,3 +271,119 @@ def test_lowest_follows_every_swap_until_all_are_used(store: Store) -> None:
 def test_closing_twice_does_nothing(store: Store) -> None:
     store.close()
     store.close()
+
+
+# --- provenance ---
+
+HOLDER: Final = Holder("worker-1", "host-1", 4711, "tcp://10.0.0.1:7411")
+
+
+def granted(machine: int, gen: int, start: int, end: int, since: int | None = None) -> Record:
+    """A record whose newest window is `[start, end)`, in a row that began at `since`."""
+    first = start if since is None else since
+    return Record(machine, end, gen, token(machine * 1000 + gen), start, first, HOLDER, first)
+
+
+def spans(store: Store) -> list[tuple[int, int, int]]:
+    return [(span.machine, span.start, span.end) for span in store.contents().spans]
+
+
+def test_windows_in_a_row_are_one_span_and_a_gap_begins_another(store: Store) -> None:
+    write(store, granted(1, 1, 100, 200))
+    write(store, granted(1, 2, 200, 300, since=100))
+    write(store, granted(1, 3, 500, 600))
+    assert spans(store) == [(1, 100, 300), (1, 500, 600)]
+    assert store.trace(1, 299) == Traced(Span(1, 100, 300, HOLDER), 0)
+    assert store.trace(1, 500).span == Span(1, 500, 600, HOLDER)
+
+
+@pytest.mark.parametrize(("machine", "tick"), [(1, 99), (1, 300), (1, 499), (1, 600), (2, 150), (0, 150)])
+def test_a_tick_that_nobody_was_granted_is_in_no_span(store: Store, machine: int, tick: int) -> None:
+    write(store, granted(1, 1, 100, 300))
+    write(store, granted(1, 2, 500, 600))
+    assert store.trace(machine, tick) == Traced(None, 0)
+
+
+def test_a_swap_that_loses_leaves_no_span(store: Store) -> None:
+    write(store, granted(1, 1, 100, 200))
+    assert write(store, granted(1, 1, 150, 900), granted(1, 3, 200, 900)) == [False, False]
+    assert write(store, granted(2, 1, 0, 900), version=7) == [False]
+    assert spans(store) == [(1, 100, 200)]
+
+
+@pytest.mark.parametrize(
+    ("fence", "left"),
+    [
+        (600, [(1, 100, 300), (1, 500, 600)]),
+        (501, [(1, 100, 300), (1, 500, 501)]),
+        (500, [(1, 100, 300)]),
+        (250, [(1, 100, 250)]),
+        (100, []),
+    ],
+)
+def test_a_release_cuts_every_span_of_its_machine_at_the_fence(
+    store: Store, fence: int, left: list[tuple[int, int, int]]
+) -> None:
+    write(store, granted(1, 1, 100, 300), granted(2, 1, 100, 900))
+    write(store, granted(1, 2, 500, 600))
+    write(store, replace(granted(1, 3, 500, 600), fence=fence, token=None))
+    assert spans(store) == [*left, (2, 100, 900)]
+
+
+def test_pruning_forgets_the_oldest_and_says_so(store: Store) -> None:
+    for machine in range(6):
+        write(store, granted(machine, 1, 100 * machine, 100 * machine + 50))
+    assert store.prune(before=150, keep=99, limit=99) == 2
+    assert spans(store) == [(2, 200, 250), (3, 300, 350), (4, 400, 450), (5, 500, 550)]
+    assert store.trace(0, 10) == Traced(None, 150)
+    assert store.prune(before=0, keep=3, limit=99) == 1
+    assert store.trace(5, 510) == Traced(Span(5, 500, 550, HOLDER), 250)
+    assert store.prune(before=999, keep=0, limit=2) == 2
+    assert spans(store) == [(5, 500, 550)]
+    assert store.prune(before=0, keep=3, limit=99) == 0
+    assert store.trace(0, 0).since == 450
+
+
+def test_a_span_that_was_pruned_under_a_lease_comes_back_with_its_renewal(store: Store) -> None:
+    write(store, granted(1, 1, 100, 200))
+    store.prune(before=0, keep=0, limit=9)
+    write(store, granted(1, 2, 200, 300, since=100))
+    assert spans(store) == [(1, 100, 300)]
+
+
+# --- lives, and what moves from store to store ---
+
+
+def test_meta_is_of_the_incarnation_that_it_was_made_in_or_swapped_to(empty: Store) -> None:
+    here = empty.incarnation()
+    empty.initialise(replace(META, incarnation=here))
+    assert empty.incarnation() == here
+    assert empty.swap_meta(replace(META, version=2, incarnation=here, floor=9))
+    assert empty.incarnation() == here
+    meta = empty.meta()
+    assert meta is not None
+    assert meta.incarnation == here
+
+
+def test_what_a_store_holds_fills_another_one(store: Store, tmp_path: Path) -> None:
+    write(store, granted(1, 1, 100, 200), granted(7, 1, 300, 400))
+    write(store, replace(granted(7, 2, 300, 350), token=None))
+    store.swap([], Mark("here", 12345))
+    store.prune(before=200, keep=9, limit=9)
+    contents = store.contents()
+    for name, url_of in ENGINES.items():
+        (folder := tmp_path / f"to-{name}").mkdir()
+        other = open_store(url_of(folder))
+        other.initialise(replace(META, floor=50), contents)
+        assert other.contents() == contents == store.contents()
+        assert other.by_token(token(1001)) == granted(1, 1, 100, 200)
+        assert write(other, granted(7, 3, 400, 500)) == [True]
+        assert other.trace(1, 150).since == 200
+        other.close()
+
+
+def test_a_store_that_is_initialised_is_not_filled(store: Store) -> None:
+    with pytest.raises(StoreError, match="initialised already"):
+        store.initialise(META, Contents([granted(1, 1, 100, 200)]))
+    assert store.by_machine(1) == Record(1)
+    assert spans(store) == []

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zflake.core.layout import PRESETS
-from zflake.core.lease import Meta, Record, Swap
+from zflake.core.lease import SCHEMA, Meta, Record, Swap
 from zflake.errors import ConfigError, StoreError
 from zflake.stores import open_store
 from zflake.stores.contract import Store
@@ -382,11 +382,13 @@ def test_the_file_of_another_program_is_refused_and_left_as_it_was(
     assert path.read_bytes() == before
 
 
-def test_a_newer_schema_is_refused_and_left_as_it_was(path: Path) -> None:
+@pytest.mark.parametrize(("schema", "advice"), [(SCHEMA + 1, "upgrade zflake"), (1, "name a new file")])
+def test_another_schema_is_refused_and_left_as_it_was(path: Path, schema: int, advice: str) -> None:
     filled(path)
-    other_program(path, "PRAGMA user_version = 2")
+    other_program(path, f"PRAGMA user_version = {schema}")
     before = path.read_bytes()
-    assert refusal(path).endswith("has schema 2, this zflake reads schema 1; upgrade zflake")
+    assert f"has schema {schema}, this zflake reads schema {SCHEMA}" in refusal(path)
+    assert refusal(path).endswith(advice)
     assert path.read_bytes() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import msgpack
@@ -38,7 +39,7 @@ from zflake.errors import (
 )
 from zflake.wire.codec import WireError, decode_request, decode_response, encode_request, encode_result
 from zflake.wire.messages import (
-    LEASE_REQUESTS,
+    STORE_REQUESTS,
     LOAD,
     MAX_COUNT,
     MAX_TEXT,
@@ -53,10 +54,11 @@ from zflake.wire.messages import (
     check_release,
     check_renew,
     check_run,
+    check_trace,
     exception_of,
     lease_answer,
     lease_call,
-    lease_result,
+    store_result,
     now_of,
 )
 
@@ -77,7 +79,7 @@ layouts = st.sampled_from(list(PRESETS.values()))
 
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Acquire, tokens, st.builds(Holder, names, names, numbers, addresses)),
-    st.builds(Renew, numbers, tokens, numbers, tokens),
+    st.builds(Renew, numbers, tokens, numbers, tokens, st.none() | numbers),
     st.builds(Release, numbers, tokens, st.none() | tokens, st.none() | numbers),
 )
 
@@ -240,16 +242,17 @@ def test_a_method_without_params_takes_none(params: list[Any]) -> None:
 def test_a_lease_request_comes_out_of_the_wire_as_it_went_in(request: Request) -> None:
     method, params = lease_call(request)
     _, name, received = decode_request(encode_request(1, method, params))
-    assert LEASE_REQUESTS[name](received) == request
+    assert STORE_REQUESTS[name](received) == request
 
 
 def test_every_lease_method_has_its_check() -> None:
-    assert set(LEASE_REQUESTS) == set(LEASES)
+    assert set(STORE_REQUESTS) == {*LEASES, Method.CLUSTER_TRACE}
 
 
 ACQUIRE: Final = [A, "worker-1", "host-1", 4711, ADDRESS]
-RENEW: Final = [5, A, 1, B]
+RENEW: Final = [5, A, 1, B, 9]
 RELEASE: Final = [5, A, None, None]
+TRACE: Final = [5, 9]
 
 FIELDS: Final = [
     (check_acquire, ACQUIRE, 0, [*NO_TOKEN, None]),
@@ -261,6 +264,9 @@ FIELDS: Final = [
     (check_renew, RENEW, 1, [*NO_TOKEN, None]),
     (check_renew, RENEW, 2, [*NO_NUMBER, None]),
     (check_renew, RENEW, 3, [*NO_TOKEN, None]),
+    (check_renew, RENEW, 4, NO_NUMBER),
+    (check_trace, TRACE, 0, [*NO_NUMBER, None]),
+    (check_trace, TRACE, 1, [*NO_NUMBER, None]),
     (check_release, RELEASE, 0, [*NO_NUMBER, None]),
     (check_release, RELEASE, 1, [*NO_TOKEN, None]),
     (check_release, RELEASE, 2, NO_TOKEN),
@@ -278,13 +284,26 @@ def test_every_kind_of_wrong_value_in_every_place_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("check", "params"), [(check_acquire, ACQUIRE), (check_renew, RENEW), (check_release, RELEASE)]
+    ("check", "params"),
+    [
+        (check_acquire, ACQUIRE),
+        (check_renew, RENEW[:4]),
+        (check_renew, [*RENEW, None]),
+        (check_release, RELEASE),
+        (check_trace, TRACE),
+    ],
 )
 def test_a_param_too_few_or_too_many_is_refused(
     check: Callable[[list[Any]], Request], params: list[Any]
 ) -> None:
-    for wrong in ([], params[:-1], params[1:], [*params, None], [params]):
+    too_many = [*params, None] if params != RENEW[:4] else [*params, None, None]
+    too_few = params[:-1] if params != [*RENEW, None] else params[:-3]
+    for wrong in ([], too_few, params[3:], too_many, [params]):
         refused(lambda wrong=wrong: check(wrong))  # type: ignore[misc]
+
+
+def test_a_renewal_may_leave_its_end_out() -> None:
+    assert check_renew(RENEW[:4]) == check_renew([*RENEW[:4], None]) == replace(check_renew(RENEW), end=None)
 
 
 def test_the_longest_text_and_the_largest_number_are_taken() -> None:
@@ -368,20 +387,20 @@ def test_of_a_beat_only_what_is_known_is_kept() -> None:
     st.sampled_from([Method.LEASE_ACQUIRE, Method.LEASE_RENEW]),
 )
 def test_a_grant_comes_out_of_the_wire_as_it_went_in(grant: Grant, now_us: int, method: Method) -> None:
-    response = decode_response(encode_result(1, lease_result(grant, now_us)))
+    response = decode_response(encode_result(1, store_result(grant, now_us)))
     assert lease_answer(method, response.error, response.result) == grant
     assert now_of(response.result) == now_us
 
 
 @given(st.builds(Released, numbers, numbers), numbers)
 def test_a_release_s_answer_comes_out_of_the_wire_as_it_went_in(released: Released, now_us: int) -> None:
-    response = decode_response(encode_result(1, lease_result(released, now_us)))
+    response = decode_response(encode_result(1, store_result(released, now_us)))
     assert lease_answer(Method.LEASE_RELEASE, response.error, response.result) == released
     assert now_of(response.result) == now_us
 
 
-GRANT: Final = lease_result(Grant(5, 1, 1000, 31_000, A, PRESETS["snowcloud"], 30_000), 1_767_225_600_000_000)
-RELEASED: Final = lease_result(Released(5, 1000), 1_767_225_600_000_000)
+GRANT: Final = store_result(Grant(5, 1, 1000, 31_000, A, PRESETS["snowcloud"], 30_000), 1_767_225_600_000_000)
+RELEASED: Final = store_result(Released(5, 1000), 1_767_225_600_000_000)
 
 
 @pytest.mark.parametrize("key", ["machine", "gen", "start", "end", "ttl"])
@@ -484,7 +503,7 @@ def test_a_layout_of_one_s_own_travels() -> None:
         "own", (Field("time", 40), Field("sequence", 4), Field("machine", 20)), 5, 10, (Field("a", 20),)
     )
     grant = Grant(2**20 - 1, 1, 5, 10, secrets.token_bytes(16), layout, 100)
-    assert lease_answer(Method.LEASE_ACQUIRE, None, lease_result(grant, 0)) == grant
+    assert lease_answer(Method.LEASE_ACQUIRE, None, store_result(grant, 0)) == grant
 
 
 # --- the time ---

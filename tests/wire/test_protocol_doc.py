@@ -42,7 +42,7 @@ from zflake.wire.codec import (
 )
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.messages import (
-    LEASE_REQUESTS,
+    STORE_REQUESTS,
     LOAD,
     Code,
     Method,
@@ -232,8 +232,8 @@ def test_the_dumped_error_is_what_the_codec_makes_and_reads() -> None:
 
 def test_the_dumped_params_pass_the_daemons_checks() -> None:
     for method in Method:
-        if method in LEASE_REQUESTS:
-            LEASE_REQUESTS[method](request_of(method))
+        if method in STORE_REQUESTS:
+            STORE_REQUESTS[method](request_of(method))
         elif method is Method.IDS_NEXT:
             assert check_next(request_of(method))
         elif method is Method.WORKER_READY:
@@ -301,7 +301,7 @@ def test_the_lease_in_the_dumps_is_what_the_lessor_grants() -> None:
         assert now_us is not None
         return tick_of(layout, now_us)
 
-    acquire, renew, release = (LEASE_REQUESTS[m](request_of(m)) for m in list(LEASE_REQUESTS))
+    acquire, renew, release, _ = (STORE_REQUESTS[m](request_of(m)) for m in list(STORE_REQUESTS))
     assert isinstance(acquire, Acquire)
     assert isinstance(renew, Renew)
     assert isinstance(release, Release)
@@ -357,7 +357,7 @@ def test_a_daemon_has_the_methods_that_the_table_gives_it(daemon: tuple[str, Pee
         assert row[name] == ("yes" if known else "no"), row
         if known and row["params"] != "[]":
             assert row["params"] in error.message
-    error = peer.ask("cluster.trace").error
+    error = peer.ask("cluster.unknown").error
     assert error is not None
     assert error.code == Code.UNKNOWN_METHOD
 

@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from zflake.core.layout import Layout
 
 TOKEN_BYTES: Final = 16
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 
 Token: TypeAlias = bytes
 
@@ -48,6 +48,8 @@ class Renew:
     token: Token
     gen: int
     next: Token
+    end: int | None = None
+    """Where the holder's last window ends.  If the store knows less than that, it is a witness of a loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,14 @@ class Release:
     token: Token
     next: Token | None
     last: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Asks who was granted tick `tick` on a machine ID."""
+
+    machine: int
+    tick: int
 
 
 Request: TypeAlias = Acquire | Renew | Release
@@ -85,6 +95,8 @@ class Meta:
     """No window begins below this tick, on any machine."""
     version: int = 1
     """+1 with every change of this record."""
+    incarnation: str = ""
+    """Which life of the store this is.  Where the store says another one, it may have lost what it promised."""
     schema: int = SCHEMA
 
 
@@ -104,11 +116,26 @@ class Record:
     tenancy_start: int = 0
     """Where the first window of this tenancy began."""
     holder: Holder = field(default_factory=Holder)
+    span_start: int = 0
+    """Where the unbroken row of windows that ends at the fence began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Provenance: `[start, end)` on a machine ID was granted to this holder, window after window."""
+
+    machine: int
+    start: int
+    end: int
+    holder: Holder
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A write: put `new` in place of the record whose gen is `new.gen - 1`, under meta's `version`."""
+    """A write: put `new` in place of the record whose gen is `new.gen - 1`, under meta's `version`.
+
+    The machine's provenance goes with it: the span `[new.span_start, new.fence)`, and none above the fence.
+    """
 
     new: Record
     version: int
@@ -148,6 +175,15 @@ class Released:
 
     machine: int
     fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Who was granted a tick: the span that holds it, or None where the record knows of nobody."""
+
+    span: Span | None
+    since: int
+    """The record is complete from this tick on; what ended earlier may have been forgotten."""
 
 
 class Refused(StrEnum):

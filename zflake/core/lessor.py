@@ -10,13 +10,19 @@ Two rules carry the uniqueness of every leased ID:
    leaves before its record is durable, never speaks of an attempt, and a lost reply costs nothing.
 
 `now` is the timeline's tick.  A clock that is wrong makes a lease come early or late, never twice.
+
+What no rule can save is a store that forgets.  Where it may have (`floor_after_loss`), or where a renewal shows
+that it has (`witnessed`), a floor rises above every window that may have been forgotten, and nothing is
+granted below it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
+from zflake.core.layout import Layout
 from zflake.core.lease import (
     Acquire,
     Answer,
@@ -34,6 +40,13 @@ from zflake.core.lease import (
 POOL = 64
 OFFER = 4 * POOL
 """How many machines with the lowest fences `acquire` needs to see, at most."""
+REST_MS: Final = 60_000
+"""How long a store that may have lost windows rests at least; a ttl, where that is longer."""
+MARGIN_MS: Final = 10_000
+"""And so much longer, for a timeline that was ahead of the clocks that are left."""
+MAX_AHEAD_MS: Final = 3_600_000
+"""How far ahead of all clocks a lost window may lie that is waited for.  The holder of one further ahead
+follows this timeline from now on, and its window is reached when that gets there."""
 
 
 def acquire(
@@ -77,6 +90,7 @@ def acquire(
             start=start,
             tenancy_start=start,
             holder=request.holder,
+            span_start=start,
         ),
         meta.version,
     )
@@ -98,7 +112,11 @@ def renew(meta: Meta, now: int, request: Renew, *, record: Record) -> Answer | S
     if isinstance(window, Refusal):
         return window
     start, end = window
-    return Swap(replace(record, fence=end, gen=record.gen + 1, token=request.next, start=start), meta.version)
+    span_start = record.span_start if start == record.fence else start
+    new = replace(
+        record, fence=end, gen=record.gen + 1, token=request.next, start=start, span_start=span_start
+    )
+    return Swap(new, meta.version)
 
 
 def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer | Swap:
@@ -113,6 +131,47 @@ def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer
     minted = record.tenancy_start if request.last is None else request.last + 1
     fence = min(record.fence, max(minted, record.tenancy_start, now))
     return Swap(replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version)
+
+
+def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Record) -> Meta | None:
+    """The meta to put in place where a renewal shows that the store has forgotten a grant; else None.
+
+    That is so where the holder's gen is above the record's, or the same with another token.  A window that
+    ends below the floor was forgotten by a loss that is known already.  While the store rests from one, a
+    witness lifts the floor no further than its own window demands; after that, this is a new loss.
+
+    `latest` is the latest tick that any clock of the cluster shows: the timeline, the wall, the marks.
+    """
+    newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)
+    repeat = record.token is not None and record.token == request.next
+    if repeat or not newer or request.end is None or request.end <= meta.floor:
+        return None
+    end = min(request.end, latest + ms_to_ticks(meta.layout, MAX_AHEAD_MS))
+    if now < meta.floor:
+        floor = end + ms_to_ticks(meta.layout, MARGIN_MS)
+    else:
+        floor = rest_until(meta.layout, max(latest, end), meta.ttl)
+    floor = min(floor, meta.layout.end_tick)
+    return replace(meta, floor=floor, version=meta.version + 1) if floor > meta.floor else None
+
+
+def floor_after_loss(meta: Meta, latest: int, ttl: int) -> int:
+    """The floor where the store may have lost what it promised.
+
+    `latest` is as in `witnessed`; `ttl` is that from now on, where it changes with this.
+    """
+    return max(meta.floor, rest_until(meta.layout, latest, max(ttl, meta.ttl)))
+
+
+def rest_until(layout: Layout, latest: int, ttl: int) -> int:
+    """The floor above every window that can have been granted while no clock showed more than `latest`."""
+    rest = max(ms_to_ticks(layout, REST_MS), ttl) + ms_to_ticks(layout, MARGIN_MS)
+    return min(latest + 1 + rest, layout.end_tick)
+
+
+def ms_to_ticks(layout: Layout, ms: int) -> int:
+    """So many milliseconds in ticks, rounded up."""
+    return -(-ms // layout.tick_ms)
 
 
 def ticks_to_ms(meta: Meta, ticks: int) -> int:

@@ -144,7 +144,7 @@ class Tenant:
             self._next = self._draw_token()
         if self.mint is None:
             return Acquire(self._next, self._holder)
-        return Renew(self.mint.machine, self._token, self._gen, self._next)
+        return Renew(self.mint.machine, self._token, self._gen, self._next, self.mint.end)
 
     def receive(self, answer: Answer, local_us: int, now: int) -> bool:
         """Take an answer of the delegator's in; `now` is the timeline's tick.

@@ -31,6 +31,8 @@ from zflake.core.lease import (
     Renew,
     Request,
     Swap,
+    Trace,
+    Traced,
 )
 from zflake.errors import StoreError
 from zflake.stores.contract import Store
@@ -45,7 +47,14 @@ RETRY_MS: Final = 500
 MAX_ACQUIRES: Final = 5_000
 MAX_BACKLOG: Final = 10_000
 """How many requests may wait for the store, acquires the fewer; the next ones are `overloaded`."""
+MAX_TRACES: Final = 1_000
 MARK_S: Final = 1.0
+PRUNE_US: Final = 10_000_000
+"""How often provenance is bounded, and so many spans at a time."""
+PRUNE: Final = 2_000
+KEPT_SPANS: Final = 500_000
+KEPT_MS: Final = 400 * 86_400_000
+"""Provenance: this many spans, one for each unbroken tenancy, and for this long."""
 STALE_US: Final = 2_000_000
 """A request that sat for longer is dropped: whoever sent it has sent it again."""
 
@@ -56,7 +65,7 @@ _log = logging.getLogger("zflake.lease")
 class Ticket:
     """A request on its way through the desk."""
 
-    request: Request
+    request: Request | Trace
     arrived_us: int
     prefix: list[bytes]
     msgid: int
@@ -65,14 +74,14 @@ class Ticket:
 class Settled(NamedTuple):
     """What came of a request: the answer, and the record as it is stored where the request changed it."""
 
-    answer: Answer
+    answer: Answer | Traced
     record: Record | None
 
 
 class LeaseDesk:
     """Settles lease requests: `settle` at once, or `submit` and later `collect` through the thread.
 
-    `now` gives the timeline's tick, `local_us` a clock for the age of requests, `ring` is called in the
+    `now` gives the timeline's tick, `latest` the latest that any clock here shows, `local_us` a clock for the age of requests, `ring` is called in the
     thread when there is something to collect.  `mark`, if given, goes with every commit, and is written
     every `MARK_S` where there is none.
     """
@@ -85,16 +94,20 @@ class LeaseDesk:
         now: Callable[[], int],
         local_us: Callable[[], int],
         ring: Callable[[], None],
+        latest: Callable[[], int] | None = None,
         mark: Callable[[], Mark] | None = None,
         pick: Callable[[int], int] = secrets.randbelow,
     ) -> None:
         self._store = store
-        self._meta = meta
+        self.meta = meta
+        """What holds for the whole store, as it was last read; written by the thread."""
         self._now = now
+        self._latest = latest or now
         self._local_us = local_us
         self._ring = ring
         self._mark = mark
         self._pick = pick
+        self._prune_at_us = 0
         # Renewals and releases come first: a rush of acquires must not cost anybody the lease that he has.
         self._waiting: queue.PriorityQueue[tuple[int, int, Ticket | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -113,10 +126,16 @@ class LeaseDesk:
 
     def submit(self, ticket: Ticket) -> bool:
         """Hand a request in; False where too many of its kind wait already."""
-        acquire = isinstance(ticket.request, Acquire)
-        if self.backlog >= (MAX_ACQUIRES if acquire else MAX_BACKLOG):
+        match ticket.request:
+            case Trace():
+                rank, most = 2, MAX_TRACES
+            case Acquire():
+                rank, most = 1, MAX_ACQUIRES
+            case _:
+                rank, most = 0, MAX_BACKLOG
+        if self.backlog >= most:
             return False
-        self._waiting.put((1 if acquire else 0, next(self._numbers), ticket))
+        self._waiting.put((rank, next(self._numbers), ticket))
         return True
 
     @property
@@ -130,19 +149,21 @@ class LeaseDesk:
 
     def stop(self, timeout_s: float) -> bool:
         """Settle what waits, then end the thread; False where the store keeps it for longer."""
-        self._waiting.put((2, next(self._numbers), None))
+        self._waiting.put((3, next(self._numbers), None))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # --- the thread's side ---
 
-    def settle(self, requests: Sequence[Request]) -> list[Settled]:
+    def settle(self, requests: Sequence[Request | Trace]) -> list[Settled]:
         """Settle requests together; one that the store does not settle is `unavailable`."""
         settled: dict[int, Settled] = {}
         tried: dict[int, Record] = {}
         failures = 0
-        for _ in range(ROUNDS):
+        for attempt in range(ROUNDS):
             try:
+                if attempt:  # a swap fails for good where meta has moved on
+                    self._read_meta()
                 swaps = self._decide(requests, tried, settled)
                 if not swaps:
                     break
@@ -162,7 +183,7 @@ class LeaseDesk:
         return [settled.get(i, unsettled) for i in range(len(requests))]
 
     def _decide(
-        self, requests: Sequence[Request], tried: dict[int, Record], settled: dict[int, Settled]
+        self, requests: Sequence[Request | Trace], tried: dict[int, Record], settled: dict[int, Settled]
     ) -> dict[int, Swap]:
         """Settle what the store answers already; gives the swaps to try for the others."""
         now = self._now()
@@ -173,31 +194,57 @@ class LeaseDesk:
             if i in settled:
                 continue
             record: Record | None
+            if isinstance(request, Trace):
+                settled[i] = Settled(self._store.trace(request.machine, request.tick), None)
+                continue
             if isinstance(request, Acquire):
                 record = self._store.by_token(request.next)
                 if record is None and lowest is None:
-                    meta = self._meta
+                    meta = self.meta
                     lowest = self._store.lowest(meta.first_machine, meta.last_machine, lessor.OFFER)
                 free = [r for r in lowest or () if r.machine not in taken]
                 decision = lessor.acquire(
-                    self._meta, now, request, repeat=record, lowest=free, pick=self._pick
+                    self.meta, now, request, repeat=record, lowest=free, pick=self._pick
                 )
             elif isinstance(request, Renew):
                 record = self._store.by_machine(request.machine)
-                decision = lessor.renew(self._meta, now, request, record=record)
+                self._hear_witness(request, record)
+                decision = lessor.renew(self.meta, now, request, record=record)
             else:
                 record = self._store.by_machine(request.machine)
                 if record == tried.get(i):
                     # No token is left by which a release would know itself; its record is its own all the same.
                     settled[i] = Settled(Released(record.machine, record.fence), record)
                     continue
-                decision = lessor.release(self._meta, now, request, record=record)
+                decision = lessor.release(self.meta, now, request, record=record)
             if isinstance(decision, Swap):
                 taken.add(decision.new.machine)
                 swaps[i] = decision
             else:
                 settled[i] = Settled(decision, record if isinstance(decision, Grant) else None)
         return swaps
+
+    def _hear_witness(self, request: Renew, record: Record) -> None:
+        """Have a renewal raise the floor that shows that the store has forgotten a grant."""
+        while new := lessor.witnessed(self.meta, self._now(), self._latest(), request, record=record):
+            swapped = self._store.swap_meta(new)
+            self._read_meta()
+            if swapped:
+                _log.warning(
+                    "%s has lost leases: machine %d was renewed as of gen %d, where the store knows of gen %d. "
+                    "Nothing is granted for %d s",
+                    self._store.url,
+                    request.machine,
+                    request.gen,
+                    record.gen,
+                    -(-lessor.ticks_to_ms(new, new.floor - self._now()) // 1000),
+                )
+
+    def _read_meta(self) -> None:
+        meta = self._store.meta()
+        if meta is None or meta.store_id != self.meta.store_id:
+            raise StoreError(f"{self._store.url} was emptied or replaced while in use")
+        self.meta = meta
 
     def _run(self) -> None:
         try:
@@ -209,6 +256,7 @@ class LeaseDesk:
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
+            self._prune()
             if not batch:
                 self._write_mark()
                 continue
@@ -226,11 +274,22 @@ class LeaseDesk:
             self._done.extend(zip(fresh, settled, strict=True))
             self._ring()
 
+    def _prune(self) -> None:
+        if self._local_us() < self._prune_at_us:
+            return
+        self._prune_at_us = self._local_us() + PRUNE_US
+        before = self._now() - lessor.ms_to_ticks(self.meta.layout, KEPT_MS)
+        try:
+            self._store.prune(before, KEPT_SPANS, PRUNE)
+        except StoreError as error:
+            _log.error("%s", error)
+
     def _write_mark(self) -> None:
         if self._mark is None:
             return
         try:
             self._store.swap([], self._mark())
+            self._read_meta()
         except StoreError as error:
             _log.error("%s", error)
 
@@ -256,7 +315,7 @@ class LeaseDesk:
         return batch
 
 
-def _record_grant(request: Request, settled: Settled) -> None:
+def _record_grant(request: Request | Trace, settled: Settled) -> None:
     """Log what was granted before anyone is told of it: the log is complete whenever the process dies."""
     answer, record = settled
     if isinstance(answer, Grant) and record is not None:

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import zmq
 
-from zflake.core.lease import Mark, Record, Refusal
+from zflake.core.lease import Mark, Meta, Record, Refusal
 from zflake.core.timeline import LEAD_US, tick_of
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.broker import TAG_BYTES, Broker
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import MISSED_US, Directory
-from zflake.delegator.setup import Wishes, check_wishes, settle_meta, start_timeline
+from zflake.delegator.setup import Wishes, check_wishes, rewind, settle_meta, start_timeline
 from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
 from zflake.stores import check_url, open_store
@@ -36,15 +36,15 @@ from zflake.wire.codec import (
 from zflake.wire.endpoint import Endpoint, check_bind
 from zflake.wire.frames import split
 from zflake.wire.messages import (
-    LEASE_REQUESTS,
     PROTOCOL_VERSION,
+    STORE_REQUESTS,
     Code,
     Method,
     check_beat,
     check_next,
     check_no_params,
     check_ready,
-    lease_result,
+    store_result,
 )
 from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
 
@@ -110,13 +110,14 @@ class Delegator:
             self._context.destroy(linger=0)
             raise
         try:
+            wall_us = time.time_ns() // 1000
             self.timeline = start_timeline(
-                self._store,
-                accept_clock=config.accept_clock,
-                wall_us=time.time_ns() // 1000,
-                local_us=local_us(),
+                self._store, accept_clock=config.accept_clock, wall_us=wall_us, local_us=local_us()
             )
-            self.meta = settle_meta(self._store, config.wishes, self._now_us())
+            meta = settle_meta(self._store, config.wishes, self._now_us())
+            if config.accept_clock:
+                rewind(self._store, meta, wall_us)
+            self._layout = meta.layout
         except BaseException:
             self._context.destroy(linger=0)
             self._store.close()
@@ -124,7 +125,13 @@ class Delegator:
         self.address = address_of(self._router)
         self.directory = Directory(self._store.held(self._now()))
         self.desk = LeaseDesk(
-            self._store, self.meta, now=self._now, local_us=local_us, ring=alarm.ring, mark=self._mark
+            self._store,
+            meta,
+            now=self._now,
+            latest=self._latest,
+            local_us=local_us,
+            ring=alarm.ring,
+            mark=self._mark,
         )
         self.broker = Broker(lambda: secrets.token_bytes(TAG_BYTES))
         self._poller = zmq.Poller()
@@ -137,6 +144,11 @@ class Delegator:
         self._sweep_at_us = 0
         self._leaving: dict[bytes, int] = {}
         self._brokered_at_us = 0
+
+    @property
+    def meta(self) -> Meta:
+        """What holds for the whole store, as it was last read."""
+        return self.desk.meta
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
@@ -268,7 +280,7 @@ class Delegator:
                 return self._broker(prefix, msgid, params, arrived_us)
             if method in WORKERS_OWN:
                 return self._hear(prefix, msgid, method, params)
-            if (check := LEASE_REQUESTS.get(method)) is not None:
+            if (check := STORE_REQUESTS.get(method)) is not None:
                 self.requests[method] += 1
                 if self.desk.submit(Ticket(check(params), arrived_us, prefix, msgid)):
                     return None
@@ -332,13 +344,13 @@ class Delegator:
         for ticket, settled in self.desk.collect():
             if settled.record is not None:
                 self.directory.learn(settled.record)
-            self._send(ticket.prefix, self._lease_answer(ticket.msgid, settled))
+            self._send(ticket.prefix, self._store_answer(ticket.msgid, settled))
 
-    def _lease_answer(self, msgid: int, settled: Settled) -> bytes:
+    def _store_answer(self, msgid: int, settled: Settled) -> bytes:
         answer = settled.answer
         if isinstance(answer, Refusal):
             return self._refuse(msgid, Code(answer.reason.value), answer.message, answer.retry_after_ms)
-        return encode_result(msgid, lease_result(answer, self._now_us()))
+        return encode_result(msgid, store_result(answer, self._now_us()))
 
     def _refuse(
         self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None
@@ -356,7 +368,10 @@ class Delegator:
         return self.timeline.now_us(local_us())
 
     def _now(self) -> int:
-        return tick_of(self.meta.layout, self._now_us())
+        return tick_of(self._layout, self._now_us())
+
+    def _latest(self) -> int:
+        return tick_of(self._layout, max(self._now_us(), time.time_ns() // 1000))
 
     def _mark(self) -> Mark:
         return Mark(self._name, self._now_us())

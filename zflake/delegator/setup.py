@@ -7,16 +7,15 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Final
 
+from zflake.core import lessor
 from zflake.core.layout import DEFAULT, Layout
-from zflake.core.lease import Meta
+from zflake.core.lease import Meta, Swap
 from zflake.core.timeline import Carrier, cold_start_us, tick_of
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
 DEFAULT_TTL_MS: Final = 30_000
 MIN_TTL_MS: Final = 1_000
-REST_MS: Final = 60_000
-MARGIN_MS: Final = 10_000
 
 _log = logging.getLogger("zflake.delegator")
 
@@ -38,12 +37,11 @@ class Wishes:
 def start_timeline(store: Store, *, accept_clock: bool, wall_us: int, local_us: int) -> Carrier:
     """The timeline at the start of this delegator, which has its store to itself.
 
-    With `accept_clock` it begins at the wall clock, whatever the marks say, and they are set to that.
+    With `accept_clock` it begins at the wall clock, whatever the marks say; `rewind` then makes that stand.
 
     Raises `ConfigError` where the wall clock can't be right, `StoreError` where the store fails.
     """
     if accept_clock:
-        store.set_marks(wall_us)
         _log.warning("--accept-clock: the timeline begins at the wall clock, whatever it was before")
         return Carrier(wall_us, local_us)
     return Carrier(cold_start_us(wall_us, [mark.now_us for mark in store.marks()]), local_us)
@@ -54,7 +52,8 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
 
     A store without a meta may be a new cluster's, or the ruins of one whose holders still mint.  Nobody can
     tell, so nothing is granted until every window that such a cluster could have granted has ended, unless
-    `wishes.new` says that there was none.
+    `wishes.new` says that there was none.  The same goes for a store that is not what it was, whatever the
+    wishes.
 
     Raises `ConfigError` where a wish contradicts the store or the layout, `StoreError` where the store
     fails.
@@ -71,14 +70,50 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
         ttl=meta.ttl if wishes.ttl_ms is None else _ttl(meta.layout, wishes.ttl_ms),
         first_machine=first,
         last_machine=last,
+        incarnation=store.incarnation(),
     )
     if wished == meta:
         return meta
     wished = replace(wished, version=meta.version + 1)
+    lost = wished.incarnation != meta.incarnation
+    if lost:
+        wished = replace(
+            wished, floor=lessor.floor_after_loss(meta, _latest(store, meta.layout, now_us), wished.ttl)
+        )
     if not store.swap_meta(wished):
         raise StoreError(f"{store.url}: another delegator changed the store's settings; start again")
-    _log.warning("the store's settings changed: ttl %d ticks, machines %d to %d", wished.ttl, first, last)
+    if lost:
+        _log.warning(
+            "%s is not what it was when it was last used (restored, replaced or moved here): it may have lost "
+            "leases that still run. Nothing is granted for %d s",
+            store.url,
+            _rest_s(wished, now_us),
+        )
+    if (wished.ttl, first, last) != (meta.ttl, meta.first_machine, meta.last_machine):
+        _log.warning("the store's settings changed: ttl %d ticks, machines %d to %d", wished.ttl, first, last)
     return wished
+
+
+def rewind(store: Store, meta: Meta, wall_us: int) -> int:
+    """Set the store's time back to the wall clock, after a clock far ahead was once believed.
+
+    Every fence stays: no tick that was granted is granted again.  Tenancies whose windows lie far ahead are
+    ended, since they could not be renewed for as long: their holders are told `lost`, and acquire afresh.
+    Gives how many these were.
+
+    Raises `StoreError` where the store fails; it may be said again then.
+    """
+    now = tick_of(meta.layout, wall_us)
+    far = now + meta.ttl + lessor.ms_to_ticks(meta.layout, lessor.MARGIN_MS)
+    ahead = [record for record in store.held(now) if record.fence > far]
+    swaps = [Swap(replace(record, gen=record.gen + 1, token=None), meta.version) for record in ahead]
+    store.set_marks(wall_us)
+    ended = sum(store.swap(swaps)) if swaps else 0
+    if ended < len(ahead):
+        raise StoreError(f"{store.url}: somebody else is writing to it; stop all delegators first")
+    if ahead:
+        _log.warning("gave up %d tenancies whose windows lie ahead of the clock; their fences stay", ended)
+    return ended
 
 
 def check_wishes(wishes: Wishes) -> None:
@@ -102,20 +137,39 @@ def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
         )
     ttl = _ttl(layout, DEFAULT_TTL_MS if wishes.ttl_ms is None else wishes.ttl_ms)
     first, last = _machines(layout, wishes) or (0, layout.machines - 1)
-    rest_ms = 0 if wishes.new else max(REST_MS, ttl * layout.tick_ms) + MARGIN_MS
-    floor = 0 if wishes.new else now + 1 + -(-rest_ms // layout.tick_ms)
-    meta = Meta(secrets.token_hex(16), layout, ttl, first, last, floor=min(floor, layout.end_tick))
+    new = wishes.new and not store.had_data
+    floor = 0 if new else lessor.rest_until(layout, _latest(store, layout, now_us), ttl)
+    meta = Meta(secrets.token_hex(16), layout, ttl, first, last, floor, incarnation=store.incarnation())
     store.initialise(meta)
-    if wishes.new:
+    if new:
         _log.info("made a new store: %s", store.url)
+    elif store.had_data:
+        _log.warning(
+            "%s is gone, and a new one is in its place: nothing is granted for %d s%s",
+            store.url,
+            _rest_s(meta, now_us),
+            ". --new does nothing: there was a store here, as the marker beside it says"
+            if wishes.new
+            else "",
+        )
     else:
         _log.warning(
             "%s was empty. In case it replaces one that was lost, nothing is granted for %d s; "
             "where there was no such store, stop, delete this one, and start with --new",
             store.url,
-            -(-rest_ms // 1000),
+            _rest_s(meta, now_us),
         )
     return meta
+
+
+def _latest(store: Store, layout: Layout, now_us: int) -> int:
+    """The latest tick that any clock of the cluster is known to have shown, for `lessor.rest_until`."""
+    most_us = now_us + lessor.MAX_AHEAD_MS * 1000
+    return tick_of(layout, max([now_us, *(min(mark.now_us, most_us) for mark in store.marks())]))
+
+
+def _rest_s(meta: Meta, now_us: int) -> int:
+    return -(-lessor.ticks_to_ms(meta, meta.floor - tick_of(meta.layout, now_us)) // 1000)
 
 
 def _check_layout(store: Store, layout: Layout, wishes: Wishes) -> None:

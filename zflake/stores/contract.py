@@ -13,9 +13,22 @@ A store is used by one thread at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from zflake.core.lease import Mark, Meta, Record, Swap, Token
+from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All that a store holds, beside its meta."""
+
+    records: Iterable[Record] = ()
+    """Of the machine IDs that were ever used."""
+    spans: Iterable[Span] = ()
+    since: int = 0
+    """From which tick on the spans are complete."""
+    marks: Iterable[Mark] = ()
 
 
 class Store(ABC):
@@ -23,14 +36,28 @@ class Store(ABC):
 
     url: str
     """Names the store to people."""
+    had_data: bool = False
+    """Whether something beside the data shows that there was a store here before."""
 
     @abstractmethod
     def meta(self) -> Meta | None:
         """What holds for the whole store; None where it was never initialised."""
 
     @abstractmethod
-    def initialise(self, meta: Meta) -> None:
-        """Make this store's first meta; `StoreError` where it has one."""
+    def incarnation(self) -> str:
+        """Which life of the data this is.
+
+        Where it is not meta's, the store may have lost what it promised: it is new, or older than it was.
+        It stays the same until a `swap_meta` or `initialise` has written it into meta.
+        """
+
+    @abstractmethod
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
+        """Make this store's first meta, and fill it; `StoreError` where it has one."""
+
+    @abstractmethod
+    def contents(self) -> Contents:
+        """All that the store holds, to be read before anything is written."""
 
     @abstractmethod
     def swap_meta(self, new: Meta) -> bool:
@@ -74,8 +101,23 @@ class Store(ABC):
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         """Try all swaps in one commit, each for itself, in order; write the delegator's `mark` with them.
 
+        The span `[span_start, fence)` of a record with a token is put in place of one with the same start;
+        where the record has none, the machine's spans are cut at its fence.
+
         True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable
         now.  False for each that lost the race, or whose token is another machine's; that one wrote nothing.
+        """
+
+    @abstractmethod
+    def trace(self, machine: int, tick: int) -> Traced:
+        """Who was granted a tick of a machine ID."""
+
+    @abstractmethod
+    def prune(self, before: int, keep: int, limit: int) -> int:
+        """Forget the spans that ended by tick `before`, and the oldest of those above the number `keep`.
+
+        At most `limit` at a time, oldest first.  Gives how many were forgotten; `Traced.since` is at or above
+        the end of each.
         """
 
     @abstractmethod

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from heapq import nsmallest
 
-from zflake.core.lease import Mark, Meta, Record, Swap, Token
+from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import StoreError
-from zflake.stores.contract import Store
+from zflake.stores.contract import Contents, Store
 
 
 class MemoryStore(Store):
@@ -20,14 +21,28 @@ class MemoryStore(Store):
         self._records: dict[int, Record] = {}
         self._tokens: dict[Token, int] = {}
         self._marks: dict[str, int] = {}
+        self._spans: dict[tuple[int, int], Span] = {}  # by machine and start
+        self._since = 0
 
     def meta(self) -> Meta | None:
         return self._meta
 
-    def initialise(self, meta: Meta) -> None:
+    def incarnation(self) -> str:
+        return ""  # it has one life
+
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:  # noqa: B008
         if self._meta is not None:
             raise StoreError("this store is initialised already")
         self._meta = meta
+        self._records = {record.machine: record for record in contents.records}
+        self._tokens = {r.token: machine for machine, r in self._records.items() if r.token is not None}
+        self._spans = {(span.machine, span.start): span for span in contents.spans}
+        self._since = contents.since
+        self._marks = {mark.delegator: mark.now_us for mark in contents.marks}
+
+    def contents(self) -> Contents:
+        spans = [span for _, span in sorted(self._spans.items())]
+        return Contents([r for _, r in sorted(self._records.items())], spans, self._since, self.marks())
 
     def swap_meta(self, new: Meta) -> bool:
         old = self._meta
@@ -74,10 +89,39 @@ class MemoryStore(Store):
         if new.token is not None:
             self._tokens[new.token] = new.machine
         self._records[new.machine] = new
+        self._note(new)
         return True
+
+    def _note(self, new: Record) -> None:
+        if new.token is not None:
+            span = Span(new.machine, new.span_start, new.fence, new.holder)
+            self._spans[new.machine, new.span_start] = span
+            return
+        for key, span in list(self._spans.items()):
+            if key[0] == new.machine and span.start >= new.fence:
+                del self._spans[key]
+            elif key[0] == new.machine and span.end > new.fence:
+                self._spans[key] = replace(span, end=new.fence)
+
+    def trace(self, machine: int, tick: int) -> Traced:
+        spans = self._spans.values()
+        holding = [span for span in spans if span.machine == machine and span.start <= tick < span.end]
+        return Traced(holding[0] if holding else None, self._since)
+
+    def prune(self, before: int, keep: int, limit: int) -> int:
+        oldest_first = sorted(self._spans.items(), key=lambda item: item[1].end)
+        surplus = len(oldest_first) - keep
+        forgotten = [
+            (key, span) for i, (key, span) in enumerate(oldest_first) if i < surplus or span.end <= before
+        ][:limit]
+        for key, span in forgotten:
+            del self._spans[key]
+            self._since = max(self._since, span.end)
+        return len(forgotten)
 
     def close(self) -> None:
         self._meta = None
         self._records.clear()
         self._tokens.clear()
         self._marks.clear()
+        self._spans.clear()

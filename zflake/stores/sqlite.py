@@ -1,17 +1,14 @@
 """One SQLite file on one machine: the default store.
 
-WAL with `synchronous=FULL`: a commit returns after fsync.  One connection, and a lock file beside the
-database, held for as long as the process lives, so that a second delegator on the same file is refused
-and not merely serialised.  The lock file is never removed: whoever had opened it before would lock a file
-that nobody else finds.  Never on NFS, whose locks can't be relied upon.
+WAL with `synchronous=FULL`: a commit returns after fsync.  One connection, and one process: see
+sqlite_file.py.  Never on NFS, whose locks can't be relied upon.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
+import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,9 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from zflake.core.layout import Layout
-from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Swap, Token
+from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Store
+from zflake.stores.contract import Contents, Store
+from zflake.stores.sqlite_file import DatabaseFile, Progress
 
 APPLICATION_ID: Final = 0x7A666C6B  # "zflk", in the header of the file
 
@@ -34,7 +32,13 @@ CREATE TABLE meta (
     first_machine INTEGER NOT NULL,
     last_machine  INTEGER NOT NULL,
     floor         INTEGER NOT NULL,
-    version       INTEGER NOT NULL
+    version       INTEGER NOT NULL,
+    incarnation   TEXT    NOT NULL
+) STRICT;
+CREATE TABLE life (
+    one     INTEGER PRIMARY KEY CHECK (one = 1),
+    commits INTEGER NOT NULL,  -- how many this file has had
+    since   INTEGER NOT NULL   -- the tick from which on the spans are complete
 ) STRICT;
 CREATE TABLE machine (
     machine       INTEGER PRIMARY KEY,
@@ -43,6 +47,7 @@ CREATE TABLE machine (
     token         BLOB    UNIQUE,
     start         INTEGER NOT NULL,
     tenancy_start INTEGER NOT NULL,
+    span_start    INTEGER NOT NULL,
     name          TEXT    NOT NULL,
     host          TEXT    NOT NULL,
     pid           INTEGER NOT NULL,
@@ -52,17 +57,36 @@ CREATE TABLE mark (
     delegator TEXT    PRIMARY KEY,
     now_us    INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE span (
+    machine INTEGER NOT NULL,
+    start   INTEGER NOT NULL,
+    end     INTEGER NOT NULL,
+    name    TEXT    NOT NULL,
+    host    TEXT    NOT NULL,
+    pid     INTEGER NOT NULL,
+    address TEXT    NOT NULL,
+    PRIMARY KEY (machine, start)
+) STRICT, WITHOUT ROWID;
 CREATE INDEX machine_by_fence ON machine (fence, machine);
+CREATE INDEX span_by_end ON span (end);
+INSERT INTO life VALUES (1, 0, 0);
 """
 
-_META: Final = "store_id, layout, ttl, first_machine, last_machine, floor, version"
-_COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, name, host, pid, address"
+_META: Final = "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation"
+_COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, span_start, name, host, pid, address"
+_SPAN: Final = "machine, start, end, name, host, pid, address"
 
 # The numbers first to last that have no row yet.  The walk stops at the limit.
 _UNUSED: Final = """
 WITH RECURSIVE number (n) AS (SELECT :first UNION ALL SELECT n + 1 FROM number WHERE n < :last)
 SELECT n FROM number WHERE NOT EXISTS (SELECT 1 FROM machine WHERE machine = n) LIMIT :limit
 """
+
+_INSERT: Final = f"INSERT INTO machine ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?)"
+_UPDATE: Final = (
+    "UPDATE OR IGNORE machine SET fence = ?, gen = ?, token = ?, start = ?, tenancy_start = ?, span_start = ?,"
+    " name = ?, host = ?, pid = ?, address = ? WHERE machine = ? AND gen = ?"
+)
 
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "close the other program that has it open",
@@ -97,15 +121,17 @@ class SqliteStore(Store):
     schema, or is in use by another process.  Such a file is left as it was.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.url = f"sqlite:///{path}"
-        # Links resolved, so that one file has one lock; absolute, so that no name means more to SQLite.
-        self._path = Path(os.path.realpath(path))
+        self._file = DatabaseFile(path, self.url)
         # By the range's first machine: from where on to look for never-used ones.  None becomes unused again.
         self._unused_from: dict[int, int] = {}
-        with ExitStack() as held:
-            self._take_lock(held)
-            self._db = self._open(held)
+        with ExitStack() as held, self._errors():
+            if read_only:
+                self._db = self._look_at(held)
+            else:
+                self._file.lock(held)
+                self._db = self._open(held)
             self._held = held.pop_all()
 
     def meta(self) -> Meta | None:
@@ -116,24 +142,44 @@ class SqliteStore(Store):
             store_id, layout, *numbers = row
             return Meta(store_id, Layout.from_map(json.loads(layout)), *numbers)
 
-    def initialise(self, meta: Meta) -> None:
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:  # noqa: B008
         with self._transaction():
             if self._db.execute("SELECT 1 FROM meta").fetchone() is not None:
                 raise StoreError(f"{self.url} is initialised already")
             self._db.execute(
                 f"INSERT INTO meta (one, {_META})"
-                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version)",
+                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version, :incarnation)",
                 _values(meta),
             )
+            self._db.executemany(_INSERT, map(_row, contents.records))
+            spans = ((s.machine, s.start, s.end, *_person(s.holder)) for s in contents.spans)
+            self._db.executemany(f"INSERT INTO span ({_SPAN}) VALUES (?,?,?,?,?,?,?)", spans)
+            self._db.execute("UPDATE life SET since = ?", (contents.since,))
+            marks = ((mark.delegator, mark.now_us) for mark in contents.marks)
+            self._db.executemany("INSERT INTO mark VALUES (?, ?)", marks)
+        self._follow(meta)
+
+    def contents(self) -> Contents:
+        with self._errors():
+            records = self._db.execute(f"SELECT {_COLUMNS} FROM machine ORDER BY machine")
+            spans = self._db.execute(f"SELECT {_SPAN} FROM span ORDER BY machine, start")
+            (since,) = self._db.execute("SELECT since FROM life").fetchone()
+            return Contents([*map(_record, records)], [*map(_span, spans)], since, self.marks())
 
     def swap_meta(self, new: Meta) -> bool:
         with self._transaction():
             cursor = self._db.execute(
                 "UPDATE meta SET layout = :layout, ttl = :ttl, first_machine = :first, last_machine = :last,"
-                " floor = :floor, version = :version WHERE version = :version - 1 AND store_id = :store_id",
+                " floor = :floor, version = :version, incarnation = :incarnation"
+                " WHERE version = :version - 1 AND store_id = :store_id",
                 _values(new),
             )
-            return cursor.rowcount == 1
+        if cursor.rowcount == 1:
+            self._follow(new)
+        return cursor.rowcount == 1
 
     def by_machine(self, machine: int) -> Record:
         return self._one("machine = ?", machine) or Record(machine)
@@ -181,22 +227,55 @@ class SqliteStore(Store):
             (version,) = self._db.execute("SELECT version FROM meta").fetchone() or (None,)
             return [swap.version == version and self._swap(swap.new) for swap in swaps]
 
+    def trace(self, machine: int, tick: int) -> Traced:
+        with self._errors():
+            (since,) = self._db.execute("SELECT since FROM life").fetchone()
+            row = self._db.execute(
+                f"SELECT {_SPAN} FROM span WHERE machine = ? AND start <= ? ORDER BY start DESC LIMIT 1",
+                (machine, tick),
+            ).fetchone()
+        span = None if row is None else _span(row)
+        return Traced(span if span is not None and tick < span.end else None, since)
+
+    def prune(self, before: int, keep: int, limit: int) -> int:
+        with self._errors():
+            (count,) = self._db.execute("SELECT COUNT(*) FROM span").fetchone()
+            oldest = self._db.execute(
+                "SELECT machine, start, end FROM span ORDER BY end LIMIT ?", (limit,)
+            ).fetchall()
+        forgotten = [row for i, row in enumerate(oldest) if i < count - keep or row[2] <= before]
+        if forgotten:
+            with self._transaction():
+                keys = ((machine, start) for machine, start, _ in forgotten)
+                self._db.executemany("DELETE FROM span WHERE machine = ? AND start = ?", keys)
+                self._db.execute("UPDATE life SET since = max(since, ?)", (forgotten[-1][2],))
+        return len(forgotten)
+
     def close(self) -> None:
         with self._errors():
             self._held.close()
 
     def _swap(self, new: Record) -> bool:
-        held = new.holder
-        row = (new.fence, new.gen, new.token, new.start, new.tenancy_start)
-        person = (held.name, held.host, held.pid, held.address)
         if new.gen == 1:
-            sql = f"INSERT INTO machine ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO NOTHING"
-            return self._db.execute(sql, (new.machine, *row, *person)).rowcount == 1
-        sql = (
-            "UPDATE OR IGNORE machine SET fence = ?, gen = ?, token = ?, start = ?, tenancy_start = ?,"
-            " name = ?, host = ?, pid = ?, address = ? WHERE machine = ? AND gen = ?"
+            done = self._db.execute(f"{_INSERT} ON CONFLICT DO NOTHING", _row(new))
+        else:
+            done = self._db.execute(_UPDATE, (*_row(new)[1:], new.machine, new.gen - 1))
+        if done.rowcount == 1:
+            self._note(new)
+        return done.rowcount == 1
+
+    def _note(self, new: Record) -> None:
+        if new.token is not None:
+            self._db.execute(
+                f"INSERT OR REPLACE INTO span ({_SPAN}) VALUES (?,?,?,?,?,?,?)",
+                (new.machine, new.span_start, new.fence, *_person(new.holder)),
+            )
+            return
+        self._db.execute(
+            "UPDATE span SET end = :fence WHERE machine = :machine AND end > :fence AND start < :fence",
+            {"machine": new.machine, "fence": new.fence},
         )
-        return self._db.execute(sql, (*row, *person, new.machine, new.gen - 1)).rowcount == 1
+        self._db.execute("DELETE FROM span WHERE machine = ? AND start >= ?", (new.machine, new.fence))
 
     def _one(self, where: str, value: object) -> Record | None:
         with self._errors():
@@ -205,52 +284,57 @@ class SqliteStore(Store):
 
     # --- opening ---
 
-    def _take_lock(self, held: ExitStack) -> None:
-        path = Path(f"{self._path}.lock")
-        try:
-            if self._path.is_dir():
-                raise StoreError(f"{self.url} is a folder; name a file in it")
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            held.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.url}: there is no folder {path.parent}; make it first"
-                " (an absolute path takes four slashes: sqlite:////path)"
-            ) from error
-        except BlockingIOError as error:
-            pid = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
-            raise StoreError(
-                f"{self.url} is in use by another delegator (pid {pid}); stop that one or name another file"
-            ) from error
-        except OSError as error:
-            raise StoreError(f"{self.url}: can't write and lock {path}: {error.strerror}") from error
-
     def _open(self, held: ExitStack) -> sqlite3.Connection:
-        with self._errors():
-            db = sqlite3.connect(self._path, isolation_level=None, timeout=0, check_same_thread=False)
-            held.callback(db.close)
-            if not self._recognise(db):
-                _create(db)
-            (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode != "wal":
-                raise StoreError(f"{self.url}: no write-ahead log on this file system; take a local disk")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA fullfsync = ON")  # macOS: fsync() alone does not reach the disk there
-            # Another process may have the file open and yet hold another lock file: by a hard link, or
-            # since the lock file was removed.  The read comes first: a log first read in exclusive mode
-            # stays so, and then a forked child that merely exits would remove it.
-            db.execute("SELECT 1 FROM meta").fetchone()
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            db.execute("BEGIN IMMEDIATE")
-            db.execute("PRAGMA locking_mode = NORMAL")
-            # A read-only file or disk shows at a write, not at BEGIN, and here, not at the first grant.
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
-            db.execute("ROLLBACK")
-            self._file = self._path.stat()
+        marker = self._file.read_marker()  # before SQLite lays an old log over a main file put here since
+        db = sqlite3.connect(self._file.path, isolation_level=None, timeout=0, check_same_thread=False)
+        held.callback(db.close)
+        if not self._recognise(db):
+            _create(db)
+        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise StoreError(f"{self.url}: no write-ahead log on this file system; take a local disk")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA fullfsync = ON")  # macOS: fsync() alone does not reach the disk there
+        # Another process may have the file open and yet hold another lock file: by a hard link, or
+        # since the lock file was removed.  The read comes first: a log first read in exclusive mode
+        # stays so, and then a forked child that merely exits would remove it.
+        db.execute("SELECT 1 FROM meta").fetchone()
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("PRAGMA locking_mode = NORMAL")
+        # A read-only file or disk shows at a write, not at BEGIN, and here, not at the first grant.
+        db.execute(f"PRAGMA user_version = {SCHEMA}")
+        db.execute("ROLLBACK")
+        self._file.opened()
+        self._recall(db, marker)
+        if marker is not None and self._incarnation == marker.incarnation:
+            self._file.begin_marker(held, self._incarnation, self._commits)
         return db
+
+    def _look_at(self, held: ExitStack) -> sqlite3.Connection:
+        marker = self._file.read_marker()
+        db = sqlite3.connect(f"{self._file.uri}?mode=ro", uri=True, isolation_level=None)
+        held.callback(db.close)
+        if not self._recognise(db):
+            raise StoreError(f"{self.url} is empty")
+        self._file.opened()
+        self._recall(db, marker)
+        return db
+
+    def _recall(self, db: sqlite3.Connection, marker: Progress | None) -> None:
+        """Judge by the marker whether the file is what it was."""
+        (self._commits,) = db.execute("SELECT commits FROM life").fetchone()
+        (incarnation,) = db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
+        self.had_data = marker is not None
+        if marker is not None and marker.incarnation == incarnation and marker.commits <= self._commits:
+            self._incarnation = marker.incarnation
+        else:
+            # Another life: the marker begins when meta says that it is known.
+            self._incarnation = secrets.token_hex(16)
+
+    def _follow(self, meta: Meta) -> None:
+        if meta.incarnation == self._incarnation:
+            self._file.begin_marker(self._held, self._incarnation, self._commits)
 
     def _recognise(self, db: sqlite3.Connection) -> bool:
         """Whether the file is zflake's and sound; False where it is empty, `StoreError` otherwise."""
@@ -264,9 +348,10 @@ class SqliteStore(Store):
             )
         (schema,) = db.execute("PRAGMA user_version").fetchone()
         if schema != SCHEMA:
-            raise StoreError(
-                f"{self.url} has schema {schema}, this zflake reads schema {SCHEMA}; upgrade zflake"
+            advice = (
+                "upgrade zflake" if schema > SCHEMA else "it is older than the first release: name a new file"
             )
+            raise StoreError(f"{self.url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
         (check,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if check == "ok" and tables < _SCHEMA.count("CREATE"):
             check = "tables are missing"
@@ -290,26 +375,21 @@ class SqliteStore(Store):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        if not self._in_place():
-            raise StoreError(
-                f"{self.url} was moved or replaced while in use; put it back, or stop this process first"
-            )
         with self._errors():
+            self._file.check()
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield
+                # Not what was counted last: a COMMIT that failed may have happened.
+                sql = "UPDATE life SET commits = commits + 1 RETURNING commits"
+                (commits,) = self._db.execute(sql).fetchone()
                 self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
-
-    def _in_place(self) -> bool:
-        """Whether the path still names the open file: whoever opens the path next must find what we write."""
-        try:
-            return os.path.samestat(self._path.stat(), self._file)
-        except OSError:
-            return False
+            self._commits = commits
+            self._file.write_marker(self._incarnation, commits)
 
 
 def _create(db: sqlite3.Connection) -> None:
@@ -330,9 +410,24 @@ def _values(meta: Meta) -> dict[str, Any]:
         "last": meta.last_machine,
         "floor": meta.floor,
         "version": meta.version,
+        "incarnation": meta.incarnation,
     }
 
 
+def _row(record: Record) -> tuple[Any, ...]:
+    numbers = (record.machine, record.fence, record.gen, record.token)
+    return (*numbers, record.start, record.tenancy_start, record.span_start, *_person(record.holder))
+
+
 def _record(row: tuple[Any, ...]) -> Record:
-    machine, fence, gen, token, start, tenancy_start, *person = row
-    return Record(machine, fence, gen, token, start, tenancy_start, Holder(*person))
+    machine, fence, gen, token, start, tenancy_start, span_start, *person = row
+    return Record(machine, fence, gen, token, start, tenancy_start, Holder(*person), span_start)
+
+
+def _span(row: tuple[Any, ...]) -> Span:
+    machine, start, end, *person = row
+    return Span(machine, start, end, Holder(*person))
+
+
+def _person(holder: Holder) -> tuple[str, str, int, str]:
+    return holder.name, holder.host, holder.pid, holder.address

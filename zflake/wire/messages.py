@@ -23,6 +23,8 @@ from zflake.core.lease import (
     Released,
     Renew,
     Request,
+    Trace,
+    Traced,
 )
 from zflake.core.mint import Run
 from zflake.errors import (
@@ -63,6 +65,7 @@ class Method(StrEnum):
     WORKER_LEAVE = "worker.leave"
     CLUSTER_WORKERS = "cluster.workers"
     CLUSTER_STATUS = "cluster.status"
+    CLUSTER_TRACE = "cluster.trace"
 
 
 class Code(StrEnum):
@@ -199,8 +202,8 @@ def lease_call(request: Request) -> tuple[Method, list[Any]]:
     match request:
         case Acquire(next=token, holder=holder):
             return Method.LEASE_ACQUIRE, [token, holder.name, holder.host, holder.pid, holder.address]
-        case Renew(machine=machine, token=shown, gen=gen, next=token):
-            return Method.LEASE_RENEW, [machine, shown, gen, token]
+        case Renew(machine=machine, token=shown, gen=gen, next=token, end=end):
+            return Method.LEASE_RENEW, [machine, shown, gen, token, end]
         case Release(machine=machine, token=shown, next=pending, last=last):
             return Method.LEASE_RELEASE, [machine, shown, pending, last]
 
@@ -216,9 +219,15 @@ def check_acquire(params: list[Any]) -> Acquire:
 
 def check_renew(params: list[Any]) -> Renew:
     """The request of a `lease.renew`; raises `ProtocolError` where it is not right."""
-    machine, token, gen, pending = _take(params, "machine", "token", "gen", "next")
+    # Who leaves `end` out renews as ever, and bears no witness.
+    params = [*params, None] if len(params) == 4 else params  # noqa: PLR2004
+    machine, token, gen, pending, end = _take(params, "machine", "token", "gen", "next", "end")
     return Renew(
-        _number("machine", machine), _token("token", token), _number("gen", gen), _token("next", pending)
+        _number("machine", machine),
+        _token("token", token),
+        _number("gen", gen),
+        _token("next", pending),
+        None if end is None else _number("end", end),
     )
 
 
@@ -233,17 +242,41 @@ def check_release(params: list[Any]) -> Release:
     )
 
 
-LEASE_REQUESTS: Final[Mapping[str, Callable[[list[Any]], Request]]] = {
+def check_trace(params: list[Any]) -> Trace:
+    """The request of a `cluster.trace`; raises `ProtocolError` where it is not right."""
+    machine, tick = _take(params, "machine", "tick")
+    return Trace(_number("machine", machine), _number("tick", tick))
+
+
+STORE_REQUESTS: Final[Mapping[str, Callable[[list[Any]], Request | Trace]]] = {
     Method.LEASE_ACQUIRE: check_acquire,
     Method.LEASE_RENEW: check_renew,
     Method.LEASE_RELEASE: check_release,
+    Method.CLUSTER_TRACE: check_trace,
 }
+"""What only the store can answer."""
 
 
-def lease_result(answer: Grant | Released, now_us: int) -> dict[str, Any]:
-    """The result of a lease request that was granted; `now_us` is the timeline's now at the send."""
+def store_result(answer: Grant | Released | Traced, now_us: int) -> dict[str, Any]:
+    """The result of a request that the store answered; `now_us` is the timeline's now at the send."""
     if isinstance(answer, Released):
         return {"machine": answer.machine, "fence": answer.fence, "now_us": now_us}
+    if isinstance(answer, Traced):
+        span = answer.span
+        described = (
+            None
+            if span is None
+            else {
+                "machine": span.machine,
+                "start": span.start,
+                "end": span.end,
+                "name": span.holder.name,
+                "host": span.holder.host,
+                "pid": span.holder.pid,
+                "address": span.holder.address,
+            }
+        )
+        return {"span": described, "since": answer.since, "now_us": now_us}
     return {
         "machine": answer.machine,
         "gen": answer.gen,

@@ -1,0 +1,105 @@
+"""A store that forgets: how that shows, and how long nothing is granted then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from zflake.core import lessor
+from zflake.core.layout import PRESETS
+from zflake.core.lease import Acquire, Meta, Record, Refusal, Refused, Renew
+
+META: Final = Meta("store", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
+A, B, C, D = (bytes([n]) * 16 for n in range(4))
+REST: Final = 70_000  # 60 s and 10 s, in ticks of the layout
+
+
+def as_of(gen: int, end: int | None = 5000, shown: bytes = B) -> Renew:
+    return Renew(2, shown, gen, D, end)
+
+
+KNOWN: Final = Record(2, fence=4000, gen=3, token=A, start=3000, tenancy_start=100)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [as_of(4), as_of(9), as_of(4, shown=A), as_of(3)],
+    ids=["above", "far above", "above with the record's token", "the same with another token"],
+)
+def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) -> None:
+    new = lessor.witnessed(META, 1000, 1000, request_, record=KNOWN)
+    assert new == replace(META, floor=5000 + 1 + REST, version=META.version + 1)
+    assert lessor.witnessed(new, 1000, 1000, request_, record=KNOWN) is None  # it is known now
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [as_of(2), as_of(1), as_of(3, shown=A), as_of(4, end=None), Renew(2, B, 9, A, 5000)],
+    ids=["older", "much older", "the holder of the record", "without an end", "a repeat"],
+)
+def test_what_an_honest_store_can_meet_is_no_witness(request_: Renew) -> None:
+    assert lessor.witnessed(META, 1000, 1000, request_, record=KNOWN) is None
+
+
+def test_a_release_that_the_store_has_forgotten_of_shows_as_well() -> None:
+    gone = replace(KNOWN, token=None)
+    assert lessor.witnessed(META, 1000, 1000, as_of(3), record=gone) is not None
+    assert lessor.witnessed(META, 1000, 1000, as_of(2), record=gone) is None
+
+
+def test_the_floor_lies_above_every_clock_and_every_end_by_a_rest_and_a_margin() -> None:
+    for now, latest, end in [(1000, 1000, 900), (1000, 8000, 900), (1000, 1000, 7000)]:
+        new = lessor.witnessed(META, now, latest, as_of(9, end), record=KNOWN)
+        assert new is not None
+        assert new.floor == max(latest, end) + 1 + REST
+    slow = replace(META, ttl=90_000)
+    new = lessor.witnessed(slow, 1000, 1000, as_of(9, 900), record=KNOWN)
+    assert new is not None
+    assert new.floor == 1000 + 1 + 90_000 + 10_000
+
+
+def test_while_it_rests_a_further_witness_lifts_the_floor_to_its_end_and_the_margin_only() -> None:
+    resting = replace(META, floor=71_001)
+    assert lessor.witnessed(resting, 2000, 2000, as_of(9, 71_001), record=KNOWN) is None
+    new = lessor.witnessed(resting, 2000, 2000, as_of(9, 80_000), record=KNOWN)
+    assert new is not None
+    assert new.floor == 90_000
+
+
+def test_a_witness_of_a_loss_that_is_over_is_none_and_one_of_a_later_grant_is() -> None:
+    rested = replace(META, floor=71_001)
+    assert lessor.witnessed(rested, 80_000, 80_000, as_of(9, 71_001), record=KNOWN) is None
+    new = lessor.witnessed(rested, 80_000, 80_000, as_of(9, 71_002), record=KNOWN)
+    assert new is not None
+    assert new.floor == 80_000 + 1 + REST
+
+
+def test_nobody_makes_a_store_rest_for_longer_than_an_hour_and_a_bit() -> None:
+    end = META.layout.end_tick - 1
+    new = lessor.witnessed(META, 1000, 1000, as_of(9, end), record=KNOWN)
+    assert new is not None
+    assert new.floor == 1000 + 3_600_000 + 1 + REST
+    late = end - 5
+    new = lessor.witnessed(META, late, late, as_of(9, end), record=KNOWN)
+    assert new is not None
+    assert new.floor == META.layout.end_tick
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rest"), [(1000, 1000, 60_000), (90_000, 1000, 90_000), (1000, 90_000, 90_000)]
+)
+def test_after_a_loss_the_longer_ttl_counts(old: int, new: int, rest: int) -> None:
+    assert lessor.floor_after_loss(replace(META, ttl=old), 500, new) == 500 + 1 + rest + 10_000
+    assert lessor.floor_after_loss(replace(META, ttl=old, floor=10**7), 500, new) == 10**7
+
+
+def test_below_the_floor_nobody_is_granted_anything() -> None:
+    meta = replace(META, floor=10**6)
+    refusal = lessor.acquire(meta, 9000, Acquire(C), repeat=None, lowest=[KNOWN], pick=lambda _: 0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is Refused.NO_FREE_MACHINE
+    renewal = lessor.renew(meta, 9000, Renew(2, A, 3, B, 4000), record=KNOWN)
+    assert isinstance(renewal, Refusal)
+    assert renewal.reason is Refused.TOO_EARLY
