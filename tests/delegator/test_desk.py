@@ -29,7 +29,9 @@ from zflake.core.lease import (
     Released,
     Renew,
     Request,
+    Span,
     Swap,
+    Trace,
     Traced,
 )
 from zflake.delegator import desk as desk_module
@@ -401,7 +403,7 @@ def test_windows_never_overlap_and_every_answer_is_as_stored_whatever_the_store_
 # --- the thread ---
 
 
-def ticket(request: Request, msgid: int, arrived_us: int = 1_000_000) -> Ticket:
+def ticket(request: Request | Trace, msgid: int, arrived_us: int = 1_000_000) -> Ticket:
     return Ticket(request, arrived_us, [b"%d" % msgid, b""], msgid)
 
 
@@ -518,3 +520,101 @@ def test_every_grant_is_logged_before_it_can_be_collected(caplog: pytest.LogCapt
         ["acquired", grant.machine, grant.gen, grant.start, grant.end]
     ]
     assert d.desk.stop(5)
+
+
+# --- a store that forgets ---
+
+
+def forgetful() -> tuple[Desk, Renew]:
+    """A desk on a store that was set back, and the renewal of one whose last grant it has forgotten."""
+    d = desk()
+    d.granted(acquire(1))
+    held = d.granted(acquire(2))
+    before = d.store.contents()
+    d.now += TTL // 2
+    later = d.granted(Renew(held.machine, held.token, held.gen, token(3), held.end))
+    restored = Faulty()
+    restored.close()
+    restored.initialise(META, before)
+    set_back = Desk(restored)
+    set_back.now = d.now + 1
+    return set_back, Renew(later.machine, later.token, later.gen, token(4), later.end)
+
+
+def test_a_witness_is_told_lost_and_nothing_is_granted_below_the_floor(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    d, witness = forgetful()
+    assert witness.end is not None
+    (answer,) = d.settle(witness)
+    assert isinstance(answer, Refusal)
+    assert answer.reason is Refused.LOST
+    meta = d.store.meta()
+    assert meta is not None
+    assert meta == d.desk.meta
+    assert meta.floor == max(d.now, witness.end) + 1 + 70_000
+    assert "has lost leases" in caplog.text
+    (refused,) = d.settle(acquire(9))
+    assert isinstance(refused, Refusal)
+    assert refused.reason is Refused.NO_FREE_MACHINE
+    d.now = meta.floor
+    assert d.granted(acquire(9)).start >= meta.floor
+
+
+def test_who_comes_in_one_batch_with_a_witness_is_granted_nothing_below_the_floor() -> None:
+    d, witness = forgetful()
+    lost, other = d.settle(witness, acquire(9))
+    assert isinstance(lost, Refusal)
+    assert isinstance(other, Refusal)
+    d, witness = forgetful()
+    other, lost = d.settle(acquire(9), witness)  # decided before the floor rose: its swap names the old meta
+    assert isinstance(other, Refusal)
+
+
+def test_the_latest_clock_counts_for_the_floor() -> None:
+    d, witness = forgetful()
+    late = d.now + 500_000
+    d.desk._latest = lambda: late
+    d.settle(witness)
+    assert d.desk.meta.floor == late + 1 + 70_000
+
+
+def test_a_store_that_was_emptied_in_use_grants_nothing() -> None:
+    d = desk()
+    held = d.granted(acquire(1))
+    d.store.close()
+    d.now += TTL // 2
+    unavailable(d.one(Renew(held.machine, held.token, held.gen, token(2), held.end)))
+
+
+# --- provenance ---
+
+
+def test_a_trace_is_answered_from_the_store() -> None:
+    d = desk()
+    grant = d.granted(acquire(1))
+    ((answer, record),) = d.desk.settle([Trace(grant.machine, grant.start)])
+    assert answer == Traced(Span(grant.machine, grant.start, grant.end, Holder("h1")), 0)
+    assert record is None
+    ((answer, _),) = d.desk.settle([Trace(grant.machine, grant.end)])
+    assert answer == Traced(None, 0)
+
+
+def test_traces_wait_behind_leases_and_there_is_no_end_of_them() -> None:
+    d = desk()
+    for number in range(desk_module.MAX_TRACES):
+        assert d.desk.submit(ticket(Trace(1, number), number))
+    assert not d.desk.submit(ticket(Trace(1, 1), 0))
+    assert d.desk.submit(ticket(acquire(1), 9999))
+    d.desk.start()
+    assert collected(d, 1)[0][0].msgid == 9999
+
+
+def test_what_is_old_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "KEPT_SPANS", 3)
+    d = desk()
+    for number in range(6):
+        d.granted(acquire(number))
+    d.desk.start()
+    until(lambda: len(list(d.store.contents().spans)) == 3)
+    d.desk.stop(5)

@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from zflake.core.layout import PRESETS
-from zflake.core.lease import Mark, Meta
+from zflake.core.lease import Mark, Meta, Record, Swap
 from zflake.core.lessor import MARGIN_MS, REST_MS
 from zflake.delegator.setup import DEFAULT_TTL_MS, Wishes, rewind, settle_meta, start_timeline
 from zflake.errors import ConfigError, StoreError
@@ -211,3 +211,98 @@ def test_a_clock_that_is_accepted_sets_every_mark(store: MemoryStore) -> None:
     rewind(store, settle(store), NOW_US)
     assert store.marks() == [Mark("here", NOW_US)]
     assert started(store) == NOW_US
+
+
+# --- a store that is not what it was ---
+
+
+class Restored(MemoryStore):
+    """A store that says which life it is in."""
+
+    life = "first"
+
+    def incarnation(self) -> str:
+        return self.life
+
+
+@pytest.fixture
+def restored() -> Restored:
+    """One that was used, and is in another life now."""
+    store = Restored()
+    settle(store, new=True)
+    store.life = "second"
+    return store
+
+
+REST: Final = 70_000
+
+
+def test_a_store_of_another_incarnation_rests_and_says_so_once(
+    restored: Restored, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = restored.meta()
+    assert before is not None
+    meta = settle(restored)
+    assert meta == replace(before, version=2, incarnation="second", floor=NOW + 1 + REST) == restored.meta()
+    assert "not what it was" in caplog.text
+    caplog.clear()
+    assert settle(restored) == meta
+    assert not caplog.text
+
+
+def test_new_does_not_make_a_lost_store_whole(restored: Restored, caplog: pytest.LogCaptureFixture) -> None:
+    assert settle(restored, new=True).floor == NOW + 1 + REST
+    assert "--new does nothing" in caplog.text
+
+
+@pytest.mark.parametrize(("ttl_ms", "rest"), [(90_000, 100_000), (5_000, 70_000)])
+def test_the_rest_covers_the_ttl_of_before_and_that_of_now(
+    restored: Restored, ttl_ms: int, rest: int
+) -> None:
+    assert settle(restored, ttl_ms=ttl_ms).floor == NOW + 1 + rest
+
+
+def test_the_rest_begins_at_the_last_mark_that_survived_but_not_in_a_far_future(restored: Restored) -> None:
+    restored.swap([], Mark("there", NOW_US + 500_000_000))
+    assert settle(restored).floor == NOW + 500_000 + 1 + REST
+    restored.life = "third"
+    restored.swap([], Mark("there", NOW_US * 2))
+    assert settle(restored).floor == NOW + 3_600_000 + 1 + REST
+
+
+def test_a_floor_is_never_lowered(restored: Restored) -> None:
+    high = settle(restored, NOW_US + 900_000_000).floor
+    restored.life = "third"
+    assert settle(restored, NOW_US).floor == high
+
+
+def test_new_does_not_count_where_a_store_was_before(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    store.had_data = True
+    assert settle(store, new=True).floor == NOW + 1 + REST
+    assert "--new does nothing" in caplog.text
+
+
+# --- back from a time that was wrong ---
+
+
+def held(machine: int, fence: int) -> Record:
+    return Record(machine, fence, gen=1, token=b"%016d" % machine, start=fence - 9, tenancy_start=fence - 9)
+
+
+def test_a_rewind_ends_what_lies_far_ahead_and_keeps_every_fence(store: MemoryStore) -> None:
+    meta = settle(store, new=True)
+    far, near = held(1, NOW * 2), held(2, NOW + meta.ttl)
+    store.swap([Swap(far, 1), Swap(near, 1)], Mark("here", NOW_US * 2))
+    assert rewind(store, meta, NOW_US) == 1
+    assert store.by_machine(1) == replace(far, gen=2, token=None)
+    assert store.by_machine(2) == near
+    assert store.marks() == [Mark("here", NOW_US)]
+    assert rewind(store, meta, NOW_US) == 0
+
+
+def test_a_rewind_that_somebody_writes_into_is_said_again(store: MemoryStore) -> None:
+    meta = settle(store, new=True)
+    store.swap([Swap(held(1, NOW * 2), 1)])
+    with pytest.raises(StoreError, match="stop all delegators"):
+        rewind(store, replace(meta, version=9), NOW_US)

@@ -13,11 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from zflake.client.conversation import Ask
-from zflake.client.transport import Transport
+from zflake.cli.ask import ask
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, ProtocolError, Timeout
-from zflake.wire.messages import Method, exception_of
+from zflake.wire.messages import Method
 
 WIDE = 200
 LOOK_S = 1.0
@@ -29,18 +28,9 @@ def ask_status(endpoint: str, timeout_s: float) -> dict[str, Any]:
 
     Raises `Timeout` where nobody answers, `ProtocolError` where it is no daemon of zflake's.
     """
-    transport = Transport()
-    try:
-        response = transport.ask(Ask(endpoint, Method.CLUSTER_STATUS, (), timeout_s))
-    finally:
-        transport.close()
-    if response is None:
-        raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; is it running?")
-    if response.error is not None:
-        raise exception_of(response.error)
-    if not isinstance(response.result, dict) or "service" not in response.result:
+    facts = ask(endpoint, Method.CLUSTER_STATUS, (), timeout_s)
+    if not isinstance(facts, dict) or "service" not in facts:
         raise ProtocolError(f"{endpoint} does not answer as a daemon of zflake's")
-    facts: dict[str, Any] = response.result
     return facts
 
 
@@ -203,7 +193,7 @@ def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "granting",
-                f"nothing for {facts['granting_in_ms'] / 1000:.0f} s: the store was empty (see --new)",
+                f"nothing for {facts['granting_in_ms'] / 1000:.0f} s: the store is new, or may have forgotten leases",
             )
         )
     return lines

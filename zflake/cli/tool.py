@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 
-from zflake.cli.conduct import run
+from zflake.cli.conduct import FAILED, run
+from zflake.cli.ids import as_object, formatter, iso, read_id, show_ids, show_parts, spell_out
 from zflake.cli.options import DURATION, EPOCH, LAYOUT, choose_layout
 from zflake.client.roster import ROUTES
 from zflake.client.sync import Client
-from zflake.core.layout import DEFAULT, PRESETS, Decomposed, Layout
+from zflake.core.layout import DEFAULT, PRESETS, Layout
 from zflake.errors import ConfigError
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
@@ -24,10 +24,6 @@ MAX_IDS: Final = 100_000_000
 CHUNK: Final = 50_000
 PROGRESS_FROM: Final = 200_000
 """From how many IDs on a terminal is shown how far it is."""
-CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-BASE32_DIGITS: Final = 13
-MAX_DIGITS: Final = 20
-"""Of a decimal ID, zeros in front aside."""
 
 _to = click.option(
     "--to",
@@ -204,6 +200,70 @@ def status(*, to: str, watch: bool, as_json: bool, timeout: int) -> None:
         status_.show_status(facts)
 
 
+@command.command(context_settings={"ignore_unknown_options": True})
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@click.option("--to", envvar="ZFLAKE_TO", default=DEFAULT_DELEGATOR, show_default=True, metavar="ENDPOINT")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+@_timeout
+def trace(*, ids: tuple[str, ...], to: str, as_json: bool, timeout: int) -> None:
+    """Say who minted IDs, or that nobody knows (any more); then the exit code is 1."""
+    from zflake.cli.trace import show_trace, trace_ids  # noqa: PLC0415  (it loads what only it needs)
+
+    traced = trace_ids([read_id(text) for text in ids], parse_endpoint(to).text, timeout / 1000)
+    for facts in traced:
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            show_trace(facts)
+    if not all(facts["minted_by"] for facts in traced):
+        sys.exit(FAILED)
+
+
+@command.group()
+def store() -> None:
+    """Look at a store, and mend it while no delegator uses it."""
+
+
+@store.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+def info(*, urls: tuple[str, ...], as_json: bool) -> None:
+    """Show what a store says; a delegator may be using it."""
+    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+
+    for url in urls:
+        facts = store_.facts_of(url)
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            store_.show_facts(facts)
+
+
+@store.command()
+@click.argument("backup", metavar="BACKUP-URL")
+@click.argument("url", metavar="URL")
+def restore(*, backup: str, url: str) -> None:
+    """Fill the new store URL from a backup.
+
+    A delegator that starts on it grants nothing until all that the backup does not know of has ended.
+    """
+    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+
+    print(store_.restore(backup, url))
+
+
+@store.command()
+@click.argument("url", metavar="URL")
+def rewind(*, url: str) -> None:
+    """Set a store's time back to this machine's clock, after a clock far ahead was believed once.
+
+    Everything that was granted stays granted: what IDs there are already can't come again.
+    """
+    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+
+    print(store_.rewind(url))
+
+
 @command.command()
 def bench() -> None:
     """Measure zflake on this machine, as ratios to the least that the same work costs."""
@@ -211,91 +271,6 @@ def bench() -> None:
 
     print(headline())
     run_bench(lambda line: print(line, flush=True))
-
-
-# --- IDs as text ---
-
-
-def formatter(format_: str, layout: Layout) -> Callable[[int], str]:
-    """The function that shows one ID."""
-    match format_:
-        case "hex":
-            return "0x{:016x}".format
-        case "base32":
-            return to_base32
-        case "json":
-            return lambda id_: json.dumps(as_object(layout.decompose(id_)))
-        case _:
-            return str
-
-
-def to_base32(id_: int) -> str:
-    """13 digits of Crockford's base 32: short, in order, and safe to read out."""
-    return "".join(CROCKFORD[id_ >> shift & 31] for shift in range(60, -1, -5))
-
-
-def read_id(text: str) -> int:
-    """The ID that one of the formats shows.  Raises `ConfigError` for anything else."""
-    if text.isascii() and text.removeprefix("-").isdecimal():
-        if len(text.lstrip("-0")) > MAX_DIGITS:  # Python itself refuses to read thousands of them
-            raise ConfigError(f"no ID {text[:MAX_DIGITS]}...: IDs have 64 bits, {MAX_DIGITS} digits, at most")
-        return int(text)
-    if text[:2].lower() == "0x":
-        digits, alphabet = text[2:].lower(), "0123456789abcdef"
-    else:
-        digits, alphabet = text.upper().translate(str.maketrans("OIL", "011")), CROCKFORD
-    known = len(digits) == BASE32_DIGITS or alphabet is not CROCKFORD
-    if not digits or not known or any(digit not in alphabet for digit in digits):
-        raise ConfigError(
-            f"no ID {text!r}: write a decimal number, 0x and hexadecimal, or 13 digits of Crockford's base 32"
-        )
-    value = 0
-    for digit in digits:
-        value = value * len(alphabet) + alphabet.index(digit)
-    return value
-
-
-def show_ids(ids: list[int], layout: Layout) -> Iterator[str]:
-    """Lines that show IDs with their fields."""
-    for id_ in ids:
-        fields = layout.decompose(id_)
-        yield (
-            f"{id_}  {iso(fields.time)}  machine {fields.machine}{show_parts(fields)}  sequence {fields.sequence}"
-        )
-
-
-def show_parts(fields: Decomposed) -> str:
-    """The parts of a machine ID in brackets, where it has any."""
-    return (
-        f" ({', '.join(f'{name} {value}' for name, value in fields.parts.items())})" if fields.parts else ""
-    )
-
-
-def as_object(fields: Decomposed) -> dict[str, Any]:
-    """An ID's fields for JSON, whose numbers may end at 2**53: the ID is a string."""
-    return {
-        "id": str(fields.id),
-        "time": iso(fields.time),
-        "tick": fields.tick,
-        "machine": fields.machine,
-        "sequence": fields.sequence,
-        **fields.parts,
-    }
-
-
-def spell_out(layout: Layout) -> str:
-    """A layout in words."""
-    parts = f" ({', '.join(f'{name} {bits}' for name, bits in layout.machine_parts)})"
-    fields = ", ".join(
-        f"{name} {bits}{parts if name == 'machine' and layout.machine_parts else ''}"
-        for name, bits in layout.fields
-    )
-    return f"{fields} bits; tick {layout.tick_ms} ms; epoch {iso(layout.epoch)}"
-
-
-def iso(time: datetime) -> str:
-    """ISO 8601 with milliseconds and a Z."""
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 # --- taking many ---

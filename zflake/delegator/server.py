@@ -118,6 +118,7 @@ class Delegator:
             if config.accept_clock:
                 rewind(self._store, meta, wall_us)
             self._layout = meta.layout
+            self._store.swap([], self._mark())
         except BaseException:
             self._context.destroy(linger=0)
             self._store.close()

@@ -2,7 +2,7 @@
 
 contract.py  what every store does
 memory.py    the reference implementation, which forgets
-sqlite.py    one file on one machine, the default
+sqlite.py    one file on one machine, the default; sqlite_file.py: whether it is what it was
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ __all__ = ["Store", "check_url", "open_store"]
 MEMORY: Final = "memory:"
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, *, read_only: bool = False) -> Store:
     """Open the store of that URL: `sqlite:///file` or `memory:`.
+
+    With `read_only` it is looked at, though a delegator may be using it; there must be one.
 
     Raises `ConfigError` for a URL of no known engine, `StoreError` where the store can't be used.
     """
@@ -29,7 +31,7 @@ def open_store(url: str) -> Store:
         return MemoryStore()
     from zflake.stores.sqlite import SqliteStore, path_of  # noqa: PLC0415
 
-    return SqliteStore(path_of(url))
+    return SqliteStore(path_of(url), read_only=read_only)
 
 
 def check_url(url: str) -> None:

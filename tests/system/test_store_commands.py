@@ -1,0 +1,187 @@
+"""`zflake trace` and `zflake store`, on stores that real delegators use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zflake
+from tests.system.conftest import Cluster
+from tests.system.daemons import Daemon, Daemons, status_of, until
+from zflake.core.lease import Mark
+from zflake.stores.sqlite import SqliteStore
+
+
+def tool(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zflake", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def url(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def fails(words: str, *argv: str | Path) -> None:
+    done = tool(*argv)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+# --- trace ---
+
+
+def test_each_id_is_traced_to_the_worker_that_minted_it(cluster: Cluster) -> None:
+    for worker in cluster.workers:
+        with zflake.Client(worker.address, route="direct") as ids:
+            id_ = ids.next_id()
+        done = tool("trace", str(id_), "--json", "--to", cluster.delegator.address)
+        assert done.returncode == 0
+        facts = json.loads(done.stdout)
+        by = facts["minted_by"]
+        assert (facts["id"], by["pid"], by["address"]) == (str(id_), worker.pid, worker.address)
+        assert by["from"] <= facts["time"] < by["to"]
+        done = tool("trace", str(id_), "--to", cluster.delegator.address)
+        assert f"{worker.name}, process {worker.pid} on" in done.stdout
+
+
+def test_an_id_that_nobody_was_granted_says_so_and_fails(cluster: Cluster) -> None:
+    stranger = zflake.layouts["snowcloud"].compose(1, 1023, 7)
+    done = tool("trace", str(stranger), "--json", "--to", cluster.delegator.address)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["minted_by"] is None
+    done = tool("trace", hex(stranger), "--to", cluster.delegator.address)
+    assert done.returncode == 1
+    assert "nobody with a lease of this cluster" in done.stdout
+
+
+def test_a_worker_and_nobody_trace_nothing(cluster: Cluster) -> None:
+    fails("not a delegator", "trace", "5", "--to", cluster.workers[0].address)
+    fails("no answer", "trace", "5", "--to", "tcp://127.0.0.1:1", "--timeout", "200ms")
+
+
+def test_what_was_given_back_is_not_traced_to_who_had_it(daemons: Daemons) -> None:
+    delegator = daemons.delegator(ttl="30s")
+    with zflake.Client(daemons.worker(to=delegator, name="first").address, route="direct") as ids:
+        id_ = until(lambda: _next(ids), "an ID")
+    machine = zflake.layouts["snowcloud"].decompose(id_).machine
+    tick = zflake.layouts["snowcloud"].decompose(id_).tick
+    for worker in daemons._started[1:]:
+        assert isinstance(worker, Daemon)
+        assert worker.terminate() == 0
+    minted = tool("trace", str(id_), "--to", delegator.address)
+    assert "first" in minted.stdout
+    # Its window went on for half a minute; what it gave back of that is nobody's.
+    later = zflake.layouts["snowcloud"].compose(tick + 20_000, machine, 0)
+    assert "nobody" in tool("trace", str(later), "--to", delegator.address).stdout
+
+
+def _next(ids: zflake.Client) -> int | None:
+    try:
+        return ids.next_id()
+    except zflake.ZflakeError:
+        return None
+
+
+# --- store info ---
+
+
+def test_info_shows_a_store_in_use_and_one_at_rest(daemons: Daemons, tmp_path: Path) -> None:
+    delegator = daemons.delegator(ttl="2s")
+    worker = daemons.worker(to=delegator)
+    until(lambda: worker.said("holding machine"), "a lease")
+    store = url(tmp_path / "store.db")
+    facts: dict[str, Any] = json.loads(tool("store", "info", store, "--json").stdout)
+    assert facts["store_id"] == status_of(delegator.address)["store_id"]
+    assert (facts["used"], facts["held"], facts["ttl_ms"], facts["floor"]) == (1, 1, 2000, None)
+    assert facts["is_as_it_was"]
+    for process in (worker, delegator):
+        assert process.terminate() == 0
+    shown = tool("store", "info", store)
+    assert shown.returncode == 0
+    assert "1 ever used, 0 held" in shown.stdout
+
+
+def test_there_is_nothing_to_show_where_there_is_no_store(tmp_path: Path) -> None:
+    for command in (["info"], ["rewind"]):
+        fails("unable to open", "store", *command, url(tmp_path / "none.db"))
+        fails("memory: holds no cluster", "store", *command, "memory:")
+    assert not list(tmp_path.iterdir())
+
+
+# --- restore ---
+
+
+def test_a_restored_store_rests_before_it_grants(daemons: Daemons, tmp_path: Path) -> None:
+    delegator = daemons.delegator(ttl="1s")
+    worker = daemons.worker(to=delegator)
+    until(lambda: worker.said("holding machine"), "a lease")
+    for process in (worker, delegator):
+        process.kill()
+    old, new = tmp_path / "store.db", tmp_path / "restored.db"
+    done = tool("store", "restore", url(old), url(new))
+    assert done.returncode == 0
+    assert "1 machine IDs" in done.stdout
+    assert "for the first 70 s" in done.stdout
+    second = daemons.delegator("--store", url(new), ttl="1s")
+    assert status_of(second.address)["granting_in_ms"] > 60_000
+    assert second.said("not what it was") == 1
+    assert second.said("--new does nothing") == 1
+
+
+def test_nothing_is_restored_over_a_store(daemons: Daemons, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        delegator = daemons.delegator("--store", url(tmp_path / name))
+        assert delegator.address
+        delegator.terminate()
+    before = (tmp_path / "two").read_bytes()
+    fails("is a cluster's store already", "store", "restore", url(tmp_path / "one"), url(tmp_path / "two"))
+    assert (tmp_path / "two").read_bytes() == before
+    shutil.copyfile(tmp_path / "one", tmp_path / "three")
+    fails("unable to open", "store", "restore", url(tmp_path / "none"), url(tmp_path / "four"))
+    assert not (tmp_path / "four").exists()
+
+
+# --- rewind ---
+
+
+def test_rewind_brings_a_store_back_from_a_future_that_was_believed(daemons: Daemons, tmp_path: Path) -> None:
+    delegator = daemons.delegator(ttl="1s")
+    assert delegator.address
+    until(lambda: status_of(delegator.address), "it to serve")
+    store = url(tmp_path / "store.db")
+    fails("in use by another delegator", "store", "rewind", store)
+    delegator.terminate()
+    assert "nothing to do" in tool("store", "rewind", store).stdout
+    far_us = time.time_ns() // 1000 + 10 * 365 * 86_400_000_000
+    held = SqliteStore(tmp_path / "store.db")
+    (mark,) = held.marks()
+    held.swap([], Mark(mark.delegator, far_us))
+    held.close()
+    refused = daemons.delegator(ttl="1s", new=False)
+    assert refused.wait() == 2
+    assert "--accept-clock" in refused.log()
+    done = tool("store", "rewind", store)
+    assert done.returncode == 0
+    assert "set the time" in done.stdout
+    again = daemons.delegator(ttl="1s", new=False)
+    assert again.address
+    worker = daemons.worker(to=again)
+    with zflake.Client(worker.address, route="direct") as ids:
+        id_ = until(lambda: _next(ids), "an ID")
+    assert abs(zflake.layouts["snowcloud"].decompose(id_).time.timestamp() - time.time()) < 5
+
+
+@pytest.mark.parametrize("command", ["info", "restore", "rewind"])
+def test_the_commands_explain_themselves(command: str) -> None:
+    done = tool("store", command, "--help")
+    assert done.returncode == 0
+    assert "URL" in done.stdout

@@ -1,0 +1,27 @@
+"""One request to one daemon, for the commands that look at a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zflake.client.conversation import Ask
+from zflake.client.transport import Transport
+from zflake.errors import Timeout
+from zflake.wire.messages import Method, exception_of
+
+
+def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float) -> Any:
+    """The result of a request.
+
+    Raises `Timeout` where nobody answers, and what an error in the answer stands for.
+    """
+    transport = Transport()
+    try:
+        response = transport.ask(Ask(endpoint, method, params, timeout_s))
+    finally:
+        transport.close()
+    if response is None:
+        raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; is it running?")
+    if response.error is not None:
+        raise exception_of(response.error)
+    return response.result

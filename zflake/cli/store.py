@@ -1,0 +1,143 @@
+"""What `zflake store` does: look at a store, restore one from a backup, set its time back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from zflake.cli.ids import iso
+from zflake.core import lessor
+from zflake.core.layout import UNIX_EPOCH, Layout
+from zflake.core.timeline import LEAD_US
+from zflake.delegator.setup import rewind as rewind_store
+from zflake.errors import StoreError
+from zflake.stores import open_store
+
+
+def facts_of(url: str) -> dict[str, Any]:
+    """What a store says of itself.  Raises `StoreError` where it can't be read, or was never initialised."""
+    store = open_store(url, read_only=True)
+    try:
+        meta, contents = store.meta(), store.contents()
+        if meta is None:
+            raise StoreError(f"{url} holds no cluster yet")
+        records, marks = list(contents.records), list(contents.marks)
+        layout = meta.layout
+        now_us = max([time.time_ns() // 1000, *(mark.now_us for mark in marks)])
+        now = (now_us - layout.epoch_us) // layout.tick_us
+        highest = max((record.fence for record in records), default=0)
+        return {
+            "store": url,
+            "store_id": meta.store_id,
+            "schema": meta.schema,
+            "version": meta.version,
+            "layout": layout.name,
+            "fields": str(layout),
+            "epoch": iso(layout.epoch),
+            "ttl_ms": meta.ttl * layout.tick_ms,
+            "machines": [meta.first_machine, meta.last_machine],
+            "used": len(records),
+            "held": sum(record.token is not None and record.fence > now for record in records),
+            "highest_fence": iso(layout.time_of(highest)) if records else None,
+            "floor": iso(layout.time_of(meta.floor)) if meta.floor else None,
+            "granting_in_ms": max(0, meta.floor - now) * layout.tick_ms,
+            "marks": {mark.delegator: _iso(mark.now_us) for mark in marks},
+            "is_as_it_was": store.incarnation() == meta.incarnation,
+            "spans": len(list(contents.spans)),
+            "spans_since": iso(layout.time_of(contents.since)) if contents.since else None,
+        }
+    finally:
+        store.close()
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """Print what `facts_of` gave, for people."""
+    first, last = facts["machines"]
+    lines = {
+        "store": f"{facts['store']}  (id {facts['store_id']}, schema {facts['schema']}, version {facts['version']})",
+        "layout": f"{facts['layout']} ({facts['fields']}), epoch {facts['epoch']}",
+        "ttl": f"{facts['ttl_ms'] / 1000:g} s",
+        "machines": f"{first} to {last}; {facts['used']} ever used, {facts['held']} held",
+        "fences": f"up to {facts['highest_fence']}" if facts["used"] else "none",
+        "floor": f"{facts['floor']}: nothing is granted for windows before" if facts["floor"] else "none",
+        "marks": ", ".join(f"{name} {at}" for name, at in facts["marks"].items()) or "none",
+        "record": f"{facts['spans']} spans"
+        + (f", complete since {facts['spans_since']}" * bool(facts["spans_since"])),
+    }
+    for name, value in lines.items():
+        print(f"{name:<9}  {value}")
+    if not facts["is_as_it_was"]:
+        print(
+            "This store is not what it was when it was last used: the next delegator will rest before it grants."
+        )
+
+
+def restore(backup: str, url: str) -> str:
+    """Fill the store `url` from another one; says what was done.
+
+    Raises `StoreError` where `backup` can't be read or `url` is a cluster's store already.
+    """
+    source = open_store(backup, read_only=True)
+    try:
+        meta, contents = source.meta(), source.contents()
+        if meta is None:
+            raise StoreError(f"{backup} holds no cluster")
+        target = open_store(url)
+        try:
+            if target.meta() is not None:
+                raise StoreError(
+                    f"{url} is a cluster's store already: move it away first, or name another one"
+                )
+            # Of no incarnation that a store can have: whoever starts on it knows that it was restored.
+            target.initialise(replace(meta, incarnation=""), contents)
+        finally:
+            target.close()
+    finally:
+        source.close()
+    rest = lessor.rest_until(meta.layout, 0, meta.ttl) - 1
+    return (
+        f"restored {url} from {backup}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
+        f"grants nothing for the first {_seconds(meta.layout, rest)} s"
+    )
+
+
+def rewind(url: str) -> str:
+    """Set the store's marks back to the wall clock where they are ahead of it; says what was done.
+
+    Raises `StoreError` where the store can't be used, or a delegator uses it.
+    """
+    open_store(url, read_only=True).close()  # nothing is made where there is nothing
+    store = open_store(url)
+    try:
+        meta = store.meta()
+        if meta is None:
+            raise StoreError(f"{url} holds no cluster")
+        wall_us = time.time_ns() // 1000
+        mark_us = max((mark.now_us for mark in store.marks()), default=0)
+        if mark_us <= wall_us + LEAD_US:
+            return (
+                f"nothing to do: the last mark of {url} is {_iso(mark_us)}, which is not ahead of this clock"
+            )
+        ended = rewind_store(store, meta, wall_us)
+        report = (
+            f"set the time of {url} back from {_iso(mark_us)} to {_iso(wall_us)}; "
+            f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
+        )
+        now = (wall_us - meta.layout.epoch_us) // meta.layout.tick_us
+        if meta.floor > now:
+            report += (
+                f". Nothing is granted before {iso(meta.layout.time_of(meta.floor))}, the floor after a loss"
+            )
+        return report
+    finally:
+        store.close()
+
+
+def _iso(now_us: int) -> str:
+    return iso(UNIX_EPOCH + timedelta(microseconds=now_us))
+
+
+def _seconds(layout: Layout, ticks: int) -> int:
+    return -(-ticks * layout.tick_ms // 1000)

@@ -1,0 +1,60 @@
+"""What `zflake trace` asks and shows: who minted an ID."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zflake.cli.ask import ask
+from zflake.cli.ids import as_object, iso
+from zflake.core.layout import Layout
+from zflake.errors import ProtocolError
+from zflake.wire.messages import Method, check_hello
+
+
+def trace_ids(ids: list[int], endpoint: str, timeout_s: float) -> list[dict[str, Any]]:
+    """What the delegator knows of each ID, as `--json` shows it; `minted_by` is None where it knows of nobody.
+
+    Raises `Timeout` where nobody answers, `ProtocolError` where it is no delegator, `LayoutError` for an ID
+    that is none of the cluster's layout.
+    """
+    layout = check_hello(None, ask(endpoint, Method.HELLO, (), timeout_s), service="delegator").layout
+    assert layout is not None
+    found = []
+    for fields in [layout.decompose(id_) for id_ in ids]:
+        answer = ask(endpoint, Method.CLUSTER_TRACE, (fields.machine, fields.tick), timeout_s)
+        try:
+            found.append(as_object(fields) | _read(answer, layout))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ProtocolError(f"{endpoint} sent a trace that can't be read: {error!r}") from error
+    return found
+
+
+def show_trace(facts: dict[str, Any]) -> None:
+    """Print one of what `trace_ids` gave, for people."""
+    print(facts["id"])
+    print(f"  time       {facts['time']}")
+    print(f"  machine    {facts['machine']}")
+    by = facts["minted_by"]
+    if by is not None:
+        where = f" at {by['address']}" if by["address"] else ""
+        print(
+            f"  minted by  {by['name'] or 'a holder without a name'}, process {by['pid']} on {by['host']}{where}"
+        )
+        print(f"  lease      from {by['from']} to {by['to']}")
+    elif facts["time"] < facts["complete_since"]:
+        print(f"  minted by  somebody before {facts['complete_since']}: the record no longer reaches so far")
+    else:
+        print(
+            "  minted by  nobody with a lease of this cluster: another cluster or a static worker, or no ID at all"
+        )
+
+
+def _read(answer: Any, layout: Layout) -> dict[str, Any]:
+    span = answer["span"]
+    minted_by = None
+    if span is not None:
+        minted_by = {key: span[key] for key in ("name", "host", "pid", "address")} | {
+            "from": iso(layout.time_of(span["start"])),
+            "to": iso(layout.time_of(span["end"])),
+        }
+    return {"minted_by": minted_by, "complete_since": iso(layout.time_of(answer["since"]))}
