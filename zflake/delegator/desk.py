@@ -48,6 +48,8 @@ MAX_ACQUIRES: Final = 5_000
 MAX_BACKLOG: Final = 10_000
 """How many requests may wait for the store, acquires the fewer; the next ones are `overloaded`."""
 MAX_TRACES: Final = 1_000
+QUIET_US: Final = 10_000_000
+"""How often a failure of the store that goes on is logged again."""
 MARK_S: Final = 1.0
 PRUNE_US: Final = 10_000_000
 """How often provenance is bounded, and so many spans at a time."""
@@ -108,6 +110,8 @@ class LeaseDesk:
         self._mark = mark
         self._pick = pick
         self._prune_at_us = 0
+        self._complaint = ""
+        self._quiet_until_us = 0
         # Renewals and releases come first: a rush of acquires must not cost anybody the lease that he has.
         self._waiting: queue.PriorityQueue[tuple[int, int, Ticket | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -172,7 +176,7 @@ class LeaseDesk:
             except StoreError as error:
                 # Whatever was tried may have happened.  The next round reads the outcome, if the store
                 # can be read at all.
-                _log.error("%s", error)
+                self._complain(error)
                 failures += 1
                 if failures == FAILURES:
                     break
@@ -282,7 +286,7 @@ class LeaseDesk:
         try:
             self._store.prune(before, KEPT_SPANS, PRUNE)
         except StoreError as error:
-            _log.error("%s", error)
+            self._complain(error)
 
     def _write_mark(self) -> None:
         if self._mark is None:
@@ -291,6 +295,13 @@ class LeaseDesk:
             self._store.swap([], self._mark())
             self._read_meta()
         except StoreError as error:
+            self._complain(error)
+
+    def _complain(self, error: StoreError) -> None:
+        """Log a failure of the store; one that goes on, every now and then."""
+        now_us = self._local_us()
+        if str(error) != self._complaint or now_us >= self._quiet_until_us:
+            self._complaint, self._quiet_until_us = str(error), now_us + QUIET_US
             _log.error("%s", error)
 
     def _next_batch(self) -> list[Ticket] | None:
