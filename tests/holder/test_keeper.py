@@ -15,7 +15,7 @@ from zflake.core.lease import Holder
 from zflake.core.tenant import RETRY_US, State
 from zflake.errors import LayoutError
 from zflake.holder import clock, keeper
-from zflake.holder.keeper import LeaseKeeper
+from zflake.holder.keeper import PATIENCE_US, LeaseKeeper
 from zflake.wire.codec import encode_error, encode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.messages import PROTOCOL_VERSION
@@ -48,6 +48,7 @@ class Desk:
 
     def __init__(self, local: Skewed) -> None:
         self.service: Any = "delegator"
+        self.store_id: Any = "here"
         self.protocol: Any = PROTOCOL_VERSION
         self.layout: Any = LAYOUT.to_map()
         self.grant_layout: Any = LAYOUT.to_map()
@@ -72,7 +73,14 @@ class Desk:
         now = {"now_us": self.now_us}
         if method == "hello":
             return encode_result(
-                msgid, {"service": self.service, "protocol": self.protocol, "layout": self.layout, **now}
+                msgid,
+                {
+                    "service": self.service,
+                    "protocol": self.protocol,
+                    "layout": self.layout,
+                    "store_id": self.store_id,
+                    **now,
+                },
             )
         if method == "ping":
             return encode_result(msgid, now)
@@ -183,11 +191,11 @@ def test_it_renews_when_a_third_of_the_ttl_has_passed_and_mints_on(scene: Scene)
     mint, start = keeper.mint, scene.local()
     scene.until(keeper, lambda: script.calls("lease.renew"), hurry=True)
     assert 0.25 < (scene.local() - start) / (TTL * 1000) < 0.4
-    machine, token, gen, pending = script.calls("lease.renew")[0]
-    assert (machine, token, gen) == (3, script.calls("lease.acquire")[0][0], 1)
-    assert pending != token
     assert mint is not None
     before = mint.end
+    machine, token, gen, pending, end = script.calls("lease.renew")[0]
+    assert (machine, token, gen, end) == (3, script.calls("lease.acquire")[0][0], 1, before)
+    assert pending != token
     scene.until(keeper, lambda: mint.end > before)
     assert keeper.mint is mint
     assert keeper.tenant.state is State.HELD
@@ -436,6 +444,43 @@ def test_bytes_that_are_no_message_are_survived(scene: Scene) -> None:
     scene.held(keeper)
 
 
+@pytest.mark.parametrize("lapsed", [False, True])
+def test_another_cluster_is_passed_over_while_the_own_one_may_be_back(scene: Scene, *, lapsed: bool) -> None:
+    desk, script = scene.desk()
+    keeper = scene.keeper(script)
+    scene.held(keeper)
+    desk.store_id = "there"
+    if lapsed:  # the timeline has left its windows behind
+        scene.local.ahead_us += 2 * TTL * 1000
+        keeper._heard_us = scene.local()
+    asked = len(script.asked)
+    keeper._connect_next()
+    until_us = scene.local() + min(TTL * 1000, PATIENCE_US) // 2
+    scene.until(keeper, lambda: scene.local() > until_us, hurry=True)
+    assert {method for method, _ in script.asked[asked:]} == {"hello"}
+    assert keeper.mint is not None
+    assert keeper.tenant.state is (State.LAPSED if lapsed else State.HELD)
+
+
+def test_a_lease_whose_cluster_is_gone_is_given_up_for_another_in_the_end(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk, script = scene.desk()
+    keeper = scene.keeper(script)
+    scene.held(keeper)
+    gone = keeper.mint
+    assert gone is not None
+    desk.store_id, desk._granted, desk.machine = "there", {}, 4
+    asked = len(script.asked)
+    keeper._connect_next()
+    scene.until(keeper, lambda: keeper.mint is not gone and keeper.tenant.state is State.HELD, hurry=True)
+    assert keeper.mint is not None
+    assert (keeper.mint.machine, keeper.store_id) == (4, "there")
+    assert gone.take(desk.tick, 1) is None
+    assert {method for method, _ in script.asked[asked:]} <= {"hello", "ping", "lease.acquire"}
+    assert "going over to the one at" in caplog.text
+
+
 def test_a_delegator_that_comes_later_is_found(
     scene: Scene, script: Scripts, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
@@ -494,7 +539,7 @@ def test_release_in_the_midst_of_a_renewal_shows_both_tokens(scene: Scene) -> No
     scene.until(keeper, lambda: script.calls("lease.renew"))
     desk.silent = False
     keeper.release(scene.local() + 5_000_000)
-    _, token, _, pending = script.calls("lease.renew")[0]
+    _, token, _, pending, _ = script.calls("lease.renew")[0]
     assert script.calls("lease.release")[0][1:3] == [token, pending]
 
 

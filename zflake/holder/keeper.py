@@ -31,6 +31,8 @@ from zflake.wire.messages import Method, check_hello, lease_answer, lease_call, 
 from zflake.wire.sockets import connected
 
 PING_US: Final = 250_000
+PATIENCE_US: Final = 10_000_000
+"""For how long a lease without a window is kept for a cluster of which nobody answers, where others do."""
 QUIET_US: Final = 10_000_000
 """How often an outage that goes on is logged again."""
 
@@ -61,6 +63,8 @@ class LeaseKeeper:
         )
         self.store_id: str | None = None
         """The store that the lease is recorded in."""
+        self.refusal: Refusal | None = None
+        """Why the lease request that is being repeated was refused last; None where nobody answers it."""
         self._context = context
         self._endpoints = endpoints
         self._layout = layout
@@ -69,6 +73,7 @@ class LeaseKeeper:
         self._pending: Request | Method | None = None
         self._answer_by_us = 0
         self._greeted = False
+        self._heard_us = 0  # when somebody of the lease's cluster answered last
         self._ping_at_us = 0
         self._hold_until_us = 0
         self._quiet_until_us = 0
@@ -104,6 +109,7 @@ class LeaseKeeper:
         before = self.tenant.state
         self._receive()
         if self._pending is not None and now_local_us >= self._answer_by_us:
+            self.refusal = None
             self._complain(now_local_us, "%s does not answer", self._endpoint)
             self._connect_next()
         self._follow(before)
@@ -179,6 +185,7 @@ class LeaseKeeper:
             self._greet(response, received_us)
         # Only what a delegator says is the timeline.
         if self._greeted and (now_us := now_of(response.result)) is not None:
+            self._heard_us = received_us
             self.clock.exchange(now_us, received_us, step=self.tenant.state is not State.HELD)
         if pending is not None and not isinstance(pending, Method):
             self._settle(pending, response, received_us)
@@ -190,9 +197,16 @@ class LeaseKeeper:
             self._pass_over(received_us, error)
             return
         if self.tenant.mint is not None and hello.store_id != self.store_id:
-            # There the lease is unknown, or worse, another's: a renewal would be told `lost`.
-            self._pass_over(received_us, ProtocolError("it belongs to another cluster"))
-            return
+            if self.tenant.state is State.HELD or received_us < self._heard_us + PATIENCE_US:
+                # There the lease is unknown, or worse, another's: a renewal would be told `lost`.
+                self._pass_over(received_us, ProtocolError("it belongs to another cluster"))
+                return
+            _log.warning(
+                "machine %d: nobody of its cluster answers, and its windows have ended; going over to the one at %s",
+                self.tenant.mint.machine,
+                self._endpoint,
+            )
+            self.tenant.receive(Refusal(Refused.LOST, "its store is gone"), received_us, -1)
         if self._layout is not None and hello.layout is not None and not hello.layout.same_ids(self._layout):
             theirs, ours = hello.layout, self._layout
             mismatch = LayoutError(
@@ -207,6 +221,7 @@ class LeaseKeeper:
             return
         self.store_id = hello.store_id
         self._greeted = True
+        self._heard_us = received_us
 
     def _pass_over(self, now_local_us: int, error: Exception) -> None:
         self._hold_until_us = now_local_us + RETRY_US
@@ -230,6 +245,7 @@ class LeaseKeeper:
             self._refused(answer, before, received_us)
         elif isinstance(answer, Grant):
             self._quiet_until_us = 0
+            self.refusal = None
             if before is None:
                 _log.info("holding machine %d, layout %s", answer.machine, answer.layout.name)
             _log.debug("machine %d: window [%d, %d)", answer.machine, answer.start, answer.end)
@@ -238,6 +254,7 @@ class LeaseKeeper:
         if refusal.reason is Refused.LOST and before is not None:
             _log.warning("lost machine %d: %s", before.machine, refusal.message)
             return
+        self.refusal = refusal
         if refusal.reason is not Refused.TOO_EARLY:
             self._complain(received_us, "%s: %s: %s", self._endpoint, refusal.reason, refusal.message)
         if refusal.reason is Refused.UNAVAILABLE and len(self._endpoints) > 1:
