@@ -3,6 +3,8 @@
 broker.py      takes ID requests to workers and the answers back; knows no socket
 desk.py        settles lease requests against the store, in a thread of its own
 directory.py   who holds a lease, and which of them are there to serve
+report.py      what it says of itself: hello, the directory, status
 server.py      the process: one ROUTER, poll loop, drain
-setup.py       opens the store and settles what it says about layout, ttl and machines
+setup.py       a start: what the store says against what the command line says
+timepiece.py   the timeline with this machine's clocks
 """

@@ -12,19 +12,19 @@ from zflake.delegator.server import Delegator
 def measure(delegator: Delegator) -> Iterator[Metric]:
     """The delegator's figures now; safe to call from any thread."""
     requests = CounterMetricFamily("zflake_delegator_requests", "Requests taken in.", labels=["method"])
-    for method, count in dict(delegator.requests).items():
+    for method, count in dict(delegator.figures.requests).items():
         requests.add_metric([method], count)
     yield requests
     errors = CounterMetricFamily(
         "zflake_delegator_errors", "Requests answered with an error.", labels=["code"]
     )
-    for code, count in dict(delegator.errors).items():
+    for code, count in dict(delegator.figures.errors).items():
         errors.add_metric([code], count)
     yield errors
     yield CounterMetricFamily(
         "zflake_delegator_dropped",
         "Messages that could not be answered, and answers nobody took.",
-        delegator.dropped,
+        delegator.figures.dropped,
     )
     yield CounterMetricFamily(
         "zflake_delegator_stale", "Lease requests dropped for their age.", delegator.desk.stale
@@ -47,9 +47,9 @@ def measure(delegator: Delegator) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "zflake_delegator_lead_seconds",
         "How far the timeline is ahead of the wall.",
-        delegator.timeline.lead_us / 1e6,
+        delegator.timepiece.lead_us / 1e6,
     )
-    meta = delegator.meta
+    meta = delegator.desk.meta
     yield GaugeMetricFamily(
         "zflake_delegator_machines",
         "Machine IDs that are leased out.",

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
-import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import zmq
 
-from zflake.core.lease import Mark, Meta, Record, Refusal
-from zflake.core.timeline import LEAD_US, tick_of
+from zflake.core.lease import Refusal
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.broker import TAG_BYTES, Broker
 from zflake.delegator.desk import LeaseDesk, Settled, Ticket
 from zflake.delegator.directory import MISSED_US, Directory
+from zflake.delegator.report import Figures, Report
 from zflake.delegator.setup import Wishes, check_wishes, rewind, settle_meta, start_timeline
+from zflake.delegator.timepiece import Timepiece, wall_us
 from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
 from zflake.stores import check_url, open_store
-from zflake.version import __version__
 from zflake.wire.codec import (
     BUNDLE_HEAD,
     RESPONSE_HEAD,
@@ -36,7 +33,6 @@ from zflake.wire.codec import (
 from zflake.wire.endpoint import Endpoint, check_bind
 from zflake.wire.frames import split
 from zflake.wire.messages import (
-    PROTOCOL_VERSION,
     STORE_REQUESTS,
     Code,
     Method,
@@ -59,7 +55,6 @@ STALL_US: Final = 200_000
 DRAIN_US: Final = 500_000
 GONE_MS: Final = 500
 """After how long clients may come back to a delegator that shuts down: it may be a restart."""
-COMPARE_US: Final = 1_000_000
 DRAIN_S: Final = 2.0
 
 WORKERS_OWN: Final = frozenset({Method.WORKER_READY, Method.WORKER_BEAT, Method.WORKER_LEAVE})
@@ -91,11 +86,7 @@ class Delegator:
     def __init__(self, config: DelegatorConfig, alarm: Alarm) -> None:
         self._alarm = alarm
         self.pulse = Pulse()
-        self._name = socket.gethostname()
-        self._started_us = local_us()
-        self._compare_at_us = 0
-        self._warned_of_lead = False
-        self._woke_us = local_us()
+        self._woke_us = started_us = local_us()
         check_bind(config.bind, insecure=config.insecure)
         check_wishes(config.wishes)
         check_url(config.store)
@@ -110,52 +101,59 @@ class Delegator:
             self._context.destroy(linger=0)
             raise
         try:
-            wall_us = time.time_ns() // 1000
-            self.timeline = start_timeline(
-                self._store, accept_clock=config.accept_clock, wall_us=wall_us, local_us=local_us()
+            now_us, now_local_us = wall_us(), local_us()
+            carrier = start_timeline(
+                self._store, accept_clock=config.accept_clock, wall_us=now_us, local_us=now_local_us
             )
-            meta = settle_meta(self._store, config.wishes, self._now_us())
+            meta = settle_meta(self._store, config.wishes, carrier.now_us(now_local_us))
             if config.accept_clock:
-                rewind(self._store, meta, wall_us)
-            self._layout = meta.layout
-            self._store.swap([], self._mark())
+                rewind(self._store, meta, now_us)
+            self.timepiece = Timepiece(carrier, meta.layout, socket.gethostname())
+            self._store.swap([], self.timepiece.mark())
         except BaseException:
             self._context.destroy(linger=0)
             self._store.close()
             raise
-        self.address = address_of(self._router)
-        self.directory = Directory(self._store.held(self._now()))
+        self.directory = Directory(self._store.held(self.timepiece.tick()))
         self.desk = LeaseDesk(
             self._store,
             meta,
-            now=self._now,
-            latest=self._latest,
+            now=self.timepiece.tick,
+            latest=self.timepiece.latest,
             local_us=local_us,
             ring=alarm.ring,
-            mark=self._mark,
+            mark=self.timepiece.mark,
         )
         self.broker = Broker(lambda: secrets.token_bytes(TAG_BYTES))
+        self.figures = Figures()
+        self._report = Report(
+            address=address_of(self._router),
+            store_url=self._store.url,
+            started_us=started_us,
+            timepiece=self.timepiece,
+            desk=self.desk,
+            directory=self.directory,
+            broker=self.broker,
+            figures=self.figures,
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         alarm.register(self._poller)
-        self.requests: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.dropped = 0
         self._draining = False
         self._sweep_at_us = 0
         self._leaving: dict[bytes, int] = {}
         self._brokered_at_us = 0
 
     @property
-    def meta(self) -> Meta:
-        """What holds for the whole store, as it was last read."""
-        return self.desk.meta
+    def address(self) -> str:
+        """Where it serves."""
+        return self._report.address
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
         try:
             self.desk.start()
-            meta = self.meta
+            meta = self.desk.meta
             _log.info(
                 "delegator serves at %s: layout %s, store %s, ttl %d ms, machines %d to %d",
                 self.address,
@@ -192,14 +190,14 @@ class Delegator:
         self._flush()
         if self.desk.fault is not None:
             raise StoreError(f"the lease desk broke down: {self.desk.fault!r}") from self.desk.fault
-        self._compare_clocks(woke_us)
+        self.timepiece.service(woke_us)
         return emptied
 
     def _sweep(self, now_local_us: int) -> None:
         if now_local_us < self._sweep_at_us:
             return
         self._sweep_at_us = now_local_us + SWEEP_US
-        for identity in self.directory.sweep(self._now(), now_local_us):
+        for identity in self.directory.sweep(self.timepiece.tick(), now_local_us):
             self.broker.lose(identity, now_local_us)
         for identity, until_us in list(self._leaving.items()):
             if until_us <= now_local_us:  # it had the time to answer what it had
@@ -217,7 +215,7 @@ class Delegator:
                 if send(self._router, prefix, body):
                     continue
                 if worker is None:
-                    self.dropped += 1
+                    self.figures.dropped += 1
                 else:
                     self.directory.leave(worker)
                     broker.lose(worker, local_us())
@@ -251,7 +249,7 @@ class Delegator:
                 return True
             message = split(frames)
             if message is None:
-                self.dropped += 1
+                self.figures.dropped += 1
                 continue
             prefix, body = message
             if body[:2] in (RESPONSE_HEAD, BUNDLE_HEAD):  # only workers send any
@@ -271,7 +269,7 @@ class Delegator:
                 for tag, answer in decode_bundle(body):
                     self.broker.answer(identity, [tag, b""], answer, now_us)
             except ProtocolError:
-                self.dropped += 1
+                self.figures.dropped += 1
         self.directory.see(identity, now_us)
 
     def _handle(self, prefix: list[bytes], body: bytes, arrived_us: int) -> bytes | None:
@@ -282,14 +280,14 @@ class Delegator:
             if method in WORKERS_OWN:
                 return self._hear(prefix, msgid, method, params)
             if (check := STORE_REQUESTS.get(method)) is not None:
-                self.requests[method] += 1
+                self.figures.requests[method] += 1
                 if self.desk.submit(Ticket(check(params), arrived_us, prefix, msgid)):
                     return None
                 return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
             return self._other(msgid, method, params)
         except BadRequest as error:
             if not error.answerable:
-                self.dropped += 1
+                self.figures.dropped += 1
                 return None
             return self._refuse(error.msgid, Code.BAD_REQUEST, str(error))
         except ProtocolError as error:
@@ -297,9 +295,9 @@ class Delegator:
 
     def _broker(self, prefix: list[bytes], msgid: int, params: list[Any], arrived_us: int) -> bytes | None:
         count, timeout_ms, store_id = check_next(params)
-        self.requests["ids.next"] += 1
+        self.figures.requests["ids.next"] += 1
         self._brokered_at_us = self._woke_us
-        if store_id is not None and store_id != self.meta.store_id:
+        if store_id is not None and store_id != self.desk.meta.store_id:
             return self._refuse(msgid, Code.OTHER_CLUSTER, "this delegator belongs to another cluster")
         if self._draining:
             return self._refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", GONE_MS)
@@ -309,10 +307,10 @@ class Delegator:
     def _hear(self, prefix: list[bytes], msgid: int, method: str, params: list[Any]) -> bytes:
         """Take in what a worker says of itself."""
         identity, now_us = prefix[0], self._woke_us
-        self.requests[method] += 1
+        self.figures.requests[method] += 1
         if method == Method.WORKER_READY:
             machine, token = check_ready(params)
-            if not self.directory.arrive(identity, machine, token, self._now(), now_us):
+            if not self.directory.arrive(identity, machine, token, self.timepiece.tick(), now_us):
                 return self._refuse(
                     msgid, Code.NOT_READY, f"that is not the token of machine {machine}'s lease"
                 )
@@ -326,19 +324,19 @@ class Delegator:
             self.directory.leave(identity)
             self.broker.leave(identity)
             self._leaving[identity] = now_us + MISSED_US
-        return encode_result(msgid, self._ping())
+        return encode_result(msgid, self._report.ping())
 
     def _other(self, msgid: int, method: str, params: list[Any]) -> bytes:
         answers = {
-            Method.HELLO: self._hello,
-            Method.PING: self._ping,
-            Method.CLUSTER_WORKERS: self._workers,
-            Method.CLUSTER_STATUS: self._status,
+            Method.HELLO: self._report.hello,
+            Method.PING: self._report.ping,
+            Method.CLUSTER_WORKERS: self._report.workers,
+            Method.CLUSTER_STATUS: self._report.status,
         }
         if method not in answers:
             return self._refuse(msgid, Code.UNKNOWN_METHOD, f"a delegator has no method {method[:60]!r}")
         check_no_params(params)
-        self.requests[method] += 1
+        self.figures.requests[method] += 1
         return encode_result(msgid, answers[Method(method)]())
 
     def _answer_settled(self) -> None:
@@ -351,106 +349,14 @@ class Delegator:
         answer = settled.answer
         if isinstance(answer, Refusal):
             return self._refuse(msgid, Code(answer.reason.value), answer.message, answer.retry_after_ms)
-        return encode_result(msgid, store_result(answer, self._now_us()))
+        return encode_result(msgid, store_result(answer, self.timepiece.now_us()))
 
     def _refuse(
         self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None
     ) -> bytes:
-        self.errors[code] += 1
+        self.figures.errors[code] += 1
         return encode_error(msgid, code, message, retry_after_ms)
 
     def _send(self, prefix: list[bytes], answer: bytes) -> None:
         if not send(self._router, prefix, answer):
-            self.dropped += 1
-
-    # --- what it says of itself ---
-
-    def _now_us(self) -> int:
-        return self.timeline.now_us(local_us())
-
-    def _now(self) -> int:
-        return tick_of(self._layout, self._now_us())
-
-    def _latest(self) -> int:
-        return tick_of(self._layout, max(self._now_us(), time.time_ns() // 1000))
-
-    def _mark(self) -> Mark:
-        return Mark(self._name, self._now_us())
-
-    def _compare_clocks(self, now_local_us: int) -> None:
-        if now_local_us < self._compare_at_us:
-            return
-        self._compare_at_us = now_local_us + COMPARE_US
-        self.timeline.compare(time.time_ns() // 1000, now_local_us)
-        ahead = self.timeline.lead_us > LEAD_US
-        if ahead and not self._warned_of_lead:
-            _log.warning(
-                "the timeline is %.0f s ahead of the wall clock, which went back; IDs carry the timeline's time",
-                self.timeline.lead_us / 1e6,
-            )
-        self._warned_of_lead = ahead
-
-    def _ping(self) -> dict[str, Any]:
-        return {"now_us": self._now_us()}
-
-    def _hello(self) -> dict[str, Any]:
-        return {
-            "service": "delegator",
-            "protocol": PROTOCOL_VERSION,
-            "version": __version__,
-            "layout": self.meta.layout.to_map(),
-            "store_id": self.meta.store_id,
-            "address": self.address,
-            "pid": os.getpid(),
-            "uptime_ms": (local_us() - self._started_us) // 1000,
-            "now_us": self._now_us(),
-        }
-
-    def _workers(self) -> dict[str, Any]:
-        now = self._now()
-        workers = [
-            self._holder(record, now)
-            for record, _ in self.directory.workers(now, local_us())
-            if record.holder.address
-        ]
-        return {"workers": workers, "now_us": self._now_us()}
-
-    def _status(self) -> dict[str, Any]:
-        now, meta = self._now(), self.meta
-        present = {record.machine: there for record, there in self.directory.workers(now, local_us())}
-        leases = []
-        for record in self.directory.held(now):
-            there = present.get(record.machine)
-            worker = (
-                None if there is None else there.load | {"in_flight": self.broker.in_flight(there.identity)}
-            )
-            leases.append(self._holder(record, now) | {"worker": worker})
-        return self._hello() | {
-            "store": self._store.url,
-            "ttl_ms": meta.ttl * meta.layout.tick_ms,
-            "machines": [meta.first_machine, meta.last_machine],
-            "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
-            "lead_ms": self.timeline.lead_us // 1000,
-            "leases": leases,
-            "broker": {
-                "workers": self.broker.open,
-                "queued": self.broker.queued,
-                **vars(self.broker.figures),
-            },
-            "backlog": self.desk.backlog,
-            "stale": self.desk.stale,
-            "dropped": self.dropped,
-            "requests": dict(self.requests),
-            "errors": dict(self.errors),
-        }
-
-    def _holder(self, record: Record, now: int) -> dict[str, Any]:
-        return {
-            "machine": record.machine,
-            "address": record.holder.address,
-            "name": record.holder.name,
-            "host": record.holder.host,
-            "pid": record.holder.pid,
-            "gen": record.gen,
-            "ends_in_ms": (record.fence - now) * self.meta.layout.tick_ms,
-        }
+            self.figures.dropped += 1

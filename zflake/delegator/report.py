@@ -1,0 +1,112 @@
+"""What a delegator says of itself and of its cluster: the results of hello, cluster.workers and cluster.status."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from zflake.core.lease import Record
+from zflake.delegator.broker import Broker
+from zflake.delegator.desk import LeaseDesk
+from zflake.delegator.directory import Directory
+from zflake.delegator.timepiece import Timepiece
+from zflake.holder.clock import local_us
+from zflake.version import __version__
+from zflake.wire.messages import PROTOCOL_VERSION
+
+
+@dataclass
+class Figures:
+    """What the process has done since it started."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    """Requests taken in, by method."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Errors answered, by code."""
+    dropped: int = 0
+    """Messages that could not be answered, and answers that nobody took."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The parts of a delegator that others want to know of."""
+
+    address: str
+    store_url: str
+    started_us: int
+    timepiece: Timepiece
+    desk: LeaseDesk
+    directory: Directory
+    broker: Broker
+    figures: Figures
+
+    def ping(self) -> dict[str, Any]:
+        """The timeline's now."""
+        return {"now_us": self.timepiece.now_us()}
+
+    def hello(self) -> dict[str, Any]:
+        """Who this is."""
+        meta = self.desk.meta
+        return {
+            "service": "delegator",
+            "protocol": PROTOCOL_VERSION,
+            "version": __version__,
+            "layout": meta.layout.to_map(),
+            "store_id": meta.store_id,
+            "address": self.address,
+            "pid": os.getpid(),
+            "uptime_ms": (local_us() - self.started_us) // 1000,
+            **self.ping(),
+        }
+
+    def workers(self) -> dict[str, Any]:
+        """The directory."""
+        now = self.timepiece.tick()
+        there = self.directory.workers(now, local_us())
+        workers = [self._lease(record, now) for record, _ in there if record.holder.address]
+        return {"workers": workers, **self.ping()}
+
+    def status(self) -> dict[str, Any]:
+        """Everything, for people and monitoring."""
+        now, meta = self.timepiece.tick(), self.desk.meta
+        return self.hello() | {
+            "store": self.store_url,
+            "ttl_ms": meta.ttl * meta.layout.tick_ms,
+            "machines": [meta.first_machine, meta.last_machine],
+            "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
+            "lead_ms": self.timepiece.lead_us // 1000,
+            "leases": list(self._leases(now)),
+            "broker": {
+                "workers": self.broker.open,
+                "queued": self.broker.queued,
+                **vars(self.broker.figures),
+            },
+            "backlog": self.desk.backlog,
+            "stale": self.desk.stale,
+            "dropped": self.figures.dropped,
+            "requests": dict(self.figures.requests),
+            "errors": dict(self.figures.errors),
+        }
+
+    def _leases(self, now: int) -> Iterator[dict[str, Any]]:
+        present = {record.machine: there for record, there in self.directory.workers(now, local_us())}
+        for record in self.directory.held(now):
+            there = present.get(record.machine)
+            worker = None
+            if there is not None:
+                worker = there.load | {"in_flight": self.broker.in_flight(there.identity)}
+            yield self._lease(record, now) | {"worker": worker}
+
+    def _lease(self, record: Record, now: int) -> dict[str, Any]:
+        return {
+            "machine": record.machine,
+            "address": record.holder.address,
+            "name": record.holder.name,
+            "host": record.holder.host,
+            "pid": record.holder.pid,
+            "gen": record.gen,
+            "ends_in_ms": (record.fence - now) * self.desk.meta.layout.tick_ms,
+        }
