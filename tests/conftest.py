@@ -40,7 +40,8 @@ class Bell(Alarm):
 
 
 class Daemon(Protocol):
-    address: str
+    @property
+    def address(self) -> str: ...
 
     def run(self) -> None: ...
 

@@ -24,8 +24,20 @@ BELOW = {
     "worker": {"errors", "version", "core", "wire", "holder", "daemon"},
     "delegator": {"errors", "version", "core", "wire", "stores", "holder", "daemon"},
     "client": {"errors", "core", "wire"},
-    "cli": {"errors", "version", "core", "stores", "wire", "client", "worker", "delegator", "daemon"},
-    "__init__": {"errors", "version", "core", "client"},
+    "cli": {
+        "errors",
+        "version",
+        "core",
+        "stores",
+        "wire",
+        "holder",
+        "client",
+        "worker",
+        "delegator",
+        "daemon",
+    },
+    "web": {"errors", "wire", "client", "holder"},
+    "__init__": {"errors", "version", "core", "client", "holder"},
     "__main__": {"cli"},
 }
 IMPURE = {"time", "random", "secrets", "os", "socket", "threading", "asyncio", "zmq", "logging"}
@@ -78,7 +90,7 @@ def test_protocol_cores_know_no_socket(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("zflake", {"click", "rich", "sqlite3", "zflake.delegator", "zflake.worker"}),
+        ("zflake", {"click", "rich", "sqlite3", "flask", "zflake.web", "zflake.delegator", "zflake.worker"}),
         ("zflake.cli.worker", {"sqlite3", "rich", "zflake.delegator"}),
         ("zflake.cli.delegator", {"rich", "zflake.worker"}),
         ("zflake.cli.tool", {"rich", "sqlite3", "zflake.delegator", "zflake.worker"}),

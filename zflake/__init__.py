@@ -5,7 +5,9 @@
     with zflake.Client("tcp://127.0.0.1:7410") as ids:
         ids.next_id()
 
-`Client` takes IDs from a cluster, `layouts` takes them apart; the errors all descend from `ZflakeError`.
+`Client` takes IDs from a cluster, `LeasedGenerator` mints them in this process with a machine ID that the
+cluster leases to it, `StaticGenerator` with one of your own; `layouts` takes them apart.  The errors all
+descend from `ZflakeError`.
 """
 
 from zflake.client.sync import Client
@@ -26,6 +28,7 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
+from zflake.holder.generator import LeasedGenerator, StaticGenerator
 from zflake.version import __version__
 
 __all__ = [
@@ -39,9 +42,11 @@ __all__ = [
     "LayoutError",
     "LeaseExpired",
     "LeaseLost",
+    "LeasedGenerator",
     "NoFreeMachine",
     "Overloaded",
     "ProtocolError",
+    "StaticGenerator",
     "StoreError",
     "Timeout",
     "Unavailable",

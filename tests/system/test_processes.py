@@ -169,7 +169,9 @@ def test_a_worker_outlives_its_delegator_to_the_windows_end_and_serves_again(
 
     again = daemons.delegator(name="again", bind=address, new=False)
     assert again.address == address
-    until(lambda: _more(peer, ids) and DEFAULT.decompose(ids[-1]).tick >= end, "it to serve again")
+    until(
+        lambda: _more(peer, ids) and DEFAULT.decompose(ids[-1]).tick >= end, "it to serve again", within_s=2.0
+    )
     with zflake.Client(address) as client:
         ids += client.next_ids(100)
     assert len(set(ids)) == len(ids)

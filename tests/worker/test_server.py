@@ -236,7 +236,7 @@ def test_a_worker_without_a_delegator_says_that_it_holds_no_window(connect: Conn
 def test_a_worker_that_was_told_another_layout_ends(delegator: Delegator) -> None:
     bell = Bell()
     worker = Worker(leased(delegator, layout=PRESETS["twitter"]), bell)
-    with pytest.raises(LayoutError, match="leave --layout"):
+    with pytest.raises(LayoutError, match="leave the layout"):
         worker.run()
     bell.close()
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from zflake.client.sync import Client
 from zflake.core.layout import DEFAULT, parse
 from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Meta, Renew, Request
 from zflake.delegator.desk import BATCH, LeaseDesk
+from zflake.holder.generator import LeasedGenerator
 from zflake.stores.sqlite import SqliteStore
 from zflake.wire.codec import encode_request
 
@@ -64,7 +66,11 @@ def run_bench(show: Callable[[str], None]) -> None:
             brokered = _ratio(
                 lambda: _median_us(broker.next_id, 2000), lambda: _median_us(_echo_one(req), 2000)
             )
+            generator = cluster.enter_context(LeasedGenerator(delegator.address))
+            minted = _ratio_to_package(generator)
         show(_line("one ID, brokered, median time", "an echo's", brokered, "≤ 2.3"))
+        if minted is not None:
+            show(_line("LeasedGenerator.next_id(), ns", "snowflake-id's", minted, "≤ 0.8"))
         body = encode_request(1, "ids.next", [1, 10_000])
         load = _ratio(lambda: _pipelined(worker.address, body), lambda: _pipelined(echo.address, body))
         show(_line(f"one-ID requests/s at depth {DEPTH}", "an echo's", load, "≥ 0.85"))
@@ -123,6 +129,21 @@ def _median_us(call: Callable[[], object], times: int) -> float:
         call()
         took.append(clock() - begun)
     return statistics.median(took) / 1000
+
+
+def _ratio_to_package(generator: LeasedGenerator) -> tuple[float, str] | None:
+    """Against the package `snowflake-id`, which is not thread-safe; None where it is not installed."""
+    try:
+        from snowflake import SnowflakeGenerator  # noqa: PLC0415
+    except ImportError:
+        return None
+    theirs = SnowflakeGenerator(1).__next__
+    return _ratio(lambda: _call_ns(generator.next_id), lambda: _call_ns(theirs))
+
+
+def _call_ns(call: Callable[[], object]) -> float:
+    times = 200_000
+    return timeit.timeit(call, number=times) / times * 1e9
 
 
 def _bulk(client: Client) -> tuple[float, str]:

@@ -11,7 +11,8 @@ from zflake.daemon import Alarm
 from zflake.errors import ConfigError
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
-from zflake.worker.server import Worker, WorkerConfig, check_addresses, check_name
+from zflake.wire.messages import check_name
+from zflake.worker.server import Worker, WorkerConfig, check_addresses
 
 
 @click.command("zflake-worker", context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,6 +13,7 @@ stay in its last tick until that is full; one that leaps ahead skips ticks.  Nei
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from zflake.core.layout import Layout
@@ -20,6 +21,19 @@ from zflake.errors import LayoutError
 
 Run: TypeAlias = tuple[int, int, int]
 """`(first, step, count)`: the IDs first, first + step, ... of one tick, `count` of them."""
+Window: TypeAlias = tuple[int, int]
+"""The half-open range `[start, end)` of ticks."""
+
+
+def first_open(windows: Iterable[Window], now: int) -> int | None:
+    """The first tick, `now` or later, that one of the windows (in order) holds; None where none does.
+
+    Rule 2 at the tick's turn: `now` may be minted in where it is that tick.
+    """
+    for start, end in windows:
+        if now < end:
+            return start if now < start else now  # noqa: FURB136  (max() takes as long as all the rest)
+    return None
 
 
 class Mint:
@@ -50,7 +64,7 @@ class Mint:
         self._time_shift = layout.time_shift
         self._sequence_shift = layout.sequence_shift
         self._full = layout.ids_per_tick
-        self._windows: deque[tuple[int, int]] = deque()
+        self._windows: deque[Window] = deque()
         self._end = 0  # of the last window ever granted
         self._tick = -1  # the last tick minted in
         self._sequence = self._full  # the next free sequence number in it
@@ -80,7 +94,7 @@ class Mint:
             windows = self._windows
             while windows and windows[0][1] <= now:
                 windows.popleft()
-            if not windows or now < windows[0][0]:
+            if first_open(windows, now) != now:
                 return None
             self._tick = tick = now
             sequence = 0
@@ -105,14 +119,22 @@ class Mint:
             if self._sequence < self._full:
                 return now
             now = self._tick + 1
-        for start, end in self._windows:
-            if now < end:
-                return max(now, start)
-        return None
+        return first_open(self._windows, now)
 
     def covers(self, now: int) -> bool:
         """Whether tick `now` lies inside a window."""
-        return any(start <= now < end for start, end in self._windows)
+        return first_open(self._windows, now) == now
+
+    def spend(self, tick: int) -> None:
+        """Count all ticks up to `tick` as minted in to the full, by whoever shares this tenancy's windows."""
+        if tick > self._tick:
+            self._tick = tick
+            self._sequence = self._full
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that are left, in order, none of them adjacent to the next."""
+        return tuple(self._windows)
 
     @property
     def end(self) -> int:

@@ -212,7 +212,7 @@ class LeaseKeeper:
             mismatch = LayoutError(
                 f"the delegator at {self._endpoint} leases layout {theirs.name} ({theirs}, epoch "
                 f"{theirs.epoch.isoformat()}), not {ours.name} ({ours}, epoch {ours.epoch.isoformat()}): "
-                "leave --layout and --epoch out to take the delegator's"
+                "leave the layout and its epoch out to take the delegator's"
             )
             if self.tenant.mint is None:
                 raise mismatch

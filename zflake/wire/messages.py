@@ -379,6 +379,13 @@ def _address(value: Any) -> str:
     return text
 
 
+def check_name(name: str) -> str:
+    """Give a holder's name back; raises `ConfigError` where it can't be shown to people."""
+    if not isinstance(name, str) or len(name) > MAX_TEXT or not name.isprintable():
+        raise ConfigError(f"a name is at most {MAX_TEXT} printable characters, not {str(name)[:60]!a}")
+    return name
+
+
 def _text(name: str, value: Any) -> str:
     # Names end up in logs and on terminals: nothing that a terminal would obey.
     if type(value) is not str or len(value) > MAX_TEXT or not value.isprintable():

@@ -23,7 +23,7 @@ from zflake.holder.static import StaticHold
 from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.frames import split
-from zflake.wire.messages import MAX_TEXT
+from zflake.wire.messages import check_name
 from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
 from zflake.worker.handler import Figures, Handler
 from zflake.worker.link import Link
@@ -311,13 +311,6 @@ class Worker:
             "uptime_ms": (local_us() - self._started_us) // 1000,
             "state": hold.tenant.state.name if isinstance(hold, LeaseKeeper) else "STATIC",
         }
-
-
-def check_name(name: str) -> str:
-    """Give a worker's name back; raises `ConfigError` where it can't be shown to people."""
-    if len(name) > MAX_TEXT or not name.isprintable():
-        raise ConfigError(f"a worker's name is at most {MAX_TEXT} printable characters, not {name[:60]!a}")
-    return name
 
 
 def check_addresses(config: WorkerConfig) -> None:
