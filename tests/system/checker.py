@@ -93,7 +93,7 @@ def check_ids(
     files: Sequence[Path], windows: Windows, layout: Layout, verdict: Verdict, *, part: int = PART
 ) -> None:
     """Note in `verdict` how many IDs there are, which come twice, and which lie outside every window."""
-    index = _Index(windows, layout)
+    index = WindowIndex(windows, layout)
     total = sum(path.stat().st_size // 8 for path in files)
     for path in files:
         if path.stat().st_size % 8:
@@ -120,7 +120,7 @@ def check_ids(
         )
 
 
-class _Index:
+class WindowIndex:
     """Windows as sorted arrays: the key of a tick on a machine is `machine * span + tick`."""
 
     def __init__(self, windows: Windows, layout: Layout) -> None:

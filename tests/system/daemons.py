@@ -156,31 +156,57 @@ class Daemons:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> list[Process]:
+        """End all that still run; gives all that were started."""
         for process in reversed(self._started):
             process.kill()
+        return self._started
 
     def delegator(
-        self, *flags: str, name: str = "", bind: str = "tcp://127.0.0.1:*", new: bool = True, ttl: str = "2s"
+        self,
+        *flags: str,
+        name: str = "",
+        bind: str = "tcp://127.0.0.1:*",
+        new: bool = True,
+        ttl: str = "2s",
+        env: Mapping[str, str] | None = None,
+        via: Sequence[str] = (),
     ) -> Daemon:
         """A delegator on `store.db` of the folder; the flags come last, so they win."""
         argv = ["--bind", bind, "--store", f"sqlite:///{self.folder}/store.db", "--log-format", "json"]
         argv += ["--ttl", ttl, *(["--new"] if new else []), *flags]
-        return self.daemon("delegator", argv, name)
+        return self.daemon("delegator", argv, name, env=env, via=via)
 
-    def worker(self, *flags: str, name: str = "", to: Daemon | str | None = None) -> Daemon:
+    def worker(
+        self,
+        *flags: str,
+        name: str = "",
+        to: Daemon | str | None = None,
+        env: Mapping[str, str] | None = None,
+        via: Sequence[str] = (),
+    ) -> Daemon:
         """A worker of that delegator's."""
         argv = ["--log-format", "json"]
         if to is not None:
             argv += ["--delegator", to if isinstance(to, str) else to.address]
-        return self.daemon("worker", [*argv, *flags], name)
+        return self.daemon("worker", [*argv, *flags], name, env=env, via=via)
 
     def daemon(
-        self, module: str, argv: Sequence[str], name: str = "", *, env: Mapping[str, str] | None = None
+        self,
+        module: str,
+        argv: Sequence[str],
+        name: str = "",
+        *,
+        env: Mapping[str, str] | None = None,
+        via: Sequence[str] = (),
     ) -> Daemon:
+        """A daemon; `via` is a module that runs it, with what that is told, instead of the interpreter."""
         name = name or f"{module}-{len(self._started)}"
         if "--name" not in argv and module == "worker":
             argv = [*argv, "--name", name]
-        command = [sys.executable, "-m", f"zflake.cli.{module}", *argv]
+        command = [sys.executable, "-m", *via, f"zflake.cli.{module}", *argv]
         daemon = Daemon(name, command, self.folder, env=env)
         self._started.append(daemon)
         return daemon

@@ -1,4 +1,6 @@
-"""The long proofs: `scripts/soak main-job --ids 10000000`, `scripts/soak flood --seconds 30`."""
+"""The long proofs: `scripts/soak main-job --ids 10000000`, `scripts/soak flood --seconds 30`,
+`scripts/soak kills`, `scripts/soak cluster --ids 1000000000 --state DIR`; and those in virtual time:
+`scripts/soak sim --histories 1000000 --state DIR`, `scripts/soak sim --seed N --trace`, `scripts/soak mutants`."""
 
 from __future__ import annotations
 
@@ -10,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from tests.system import flood, main_job
+from tests.sim import mutants
+from tests.sim import soak as simulation
+from tests.system import cluster_job, flood, kills, main_job
 
-Proof: TypeAlias = Callable[[Path, Callable[[str], None]], main_job.Result | flood.Result]
+Proof: TypeAlias = Callable[
+    [Path, Callable[[str], None]], main_job.Result | flood.Result | kills.Result | cluster_job.Result
+]
 
 
 def main() -> int:
@@ -29,13 +35,57 @@ def main() -> int:
     )
     flooding = commands.add_parser("flood", help="far more requests than a delegator can pass on")
     flooding.add_argument("--seconds", type=float, default=30.0, help="how long (default: %(default)g)")
-    for command in (job, flooding):
+    killing = commands.add_parser("kills", help="a delegator killed at every point around commit and reply")
+    killing.add_argument("--rounds", type=int, default=3, help="how often at each (default: %(default)s)")
+    killing.add_argument("--seed", type=int, default=1, help="of the points' order")
+    cluster = commands.add_parser("cluster", help="as many IDs as there can be, while everything fails")
+    cluster.add_argument("--ids", type=int, default=1_000_000_000, help="how many IDs (default: %(default)s)")
+    cluster.add_argument(
+        "--part", type=int, default=cluster_job.PART, help="how many at a time (default: %(default)s)"
+    )
+    cluster.add_argument("--parts", type=int, help="after how many parts to stop, to be continued later")
+    cluster.add_argument("--seed", type=int, default=1, help="of the faults' order")
+    cluster.add_argument("--state", type=Path, metavar="DIR", help="a folder to begin in, or to go on in")
+    for command in (job, flooding, killing):
         command.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder for all files, kept")
+    simulating = commands.add_parser("sim", help="whole clusters in virtual time, one for each seed")
+    simulating.add_argument(
+        "--histories", type=int, default=1_000_000, help="how many (default: %(default)s)"
+    )
+    simulating.add_argument(
+        "--from", type=int, default=0, dest="first", metavar="SEED", help="the first seed"
+    )
+    simulating.add_argument("--jobs", type=int, help="how many processes (default: one for each core)")
+    simulating.add_argument("--state", type=Path, metavar="DIR", help="a folder to begin in, or to go on in")
+    simulating.add_argument("--seed", type=int, help="live through this history alone")
+    simulating.add_argument("--trace", action="store_true", help="tell what happens in it")
+    mutating = commands.add_parser("mutants", help="see that each missing guard is noticed; writes the table")
+    mutating.add_argument("--jobs", type=int, default=2, help="how many processes (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.command == "mutants":
+        return mutants.main(arguments.jobs)
+    if arguments.command == "sim":
+        if arguments.seed is not None:
+            return simulation.replay(arguments.seed, trace=arguments.trace)
+        return simulation.main(
+            histories=arguments.histories,
+            first=arguments.first,
+            jobs=arguments.jobs,
+            state=arguments.state,
+        )
     if arguments.command == "main-job":
         if arguments.ids < 100_000:
             parser.error("a job of fewer than 100,000 IDs is over before anything can fail")
         return _prove(parser, arguments.keep, _main_job(arguments.ids, arguments.route, arguments.seed))
+    if arguments.command == "kills":
+        return _prove(parser, arguments.keep, _kills(arguments.rounds, arguments.seed))
+    if arguments.command == "cluster":
+        if arguments.ids < 1 or arguments.part < 1:
+            parser.error("a job has 1 ID at least, and so has a part of it")
+        if arguments.state is None:
+            return _prove(parser, None, _cluster(arguments))
+        arguments.state.mkdir(parents=True, exist_ok=True)
+        return _run(arguments.state.absolute(), _cluster(arguments))
     if not 1 <= arguments.seconds < float("inf"):
         parser.error("a flood lasts for 1 second at least")
     return _prove(parser, arguments.keep, _flood(arguments.seconds))
@@ -47,6 +97,17 @@ def _main_job(ids: int, route: str, seed: int) -> Proof:
 
 def _flood(seconds: float) -> Proof:
     return lambda folder, report: flood.run(folder, seconds, report=report)
+
+
+def _kills(rounds: int, seed: int) -> Proof:
+    return lambda folder, report: kills.run(folder, kills.every_point(rounds, seed), report=report)
+
+
+def _cluster(arguments: argparse.Namespace) -> Proof:
+    ids, part, parts, seed = arguments.ids, arguments.part, arguments.parts, arguments.seed
+    return lambda folder, report: cluster_job.run(
+        folder, ids, part=part, parts=parts, seed=seed, report=report
+    )
 
 
 def _prove(parser: argparse.ArgumentParser, keep: Path | None, proof: Proof) -> int:

@@ -1,0 +1,213 @@
+"""Runs a daemon that kills itself, with SIGKILL, as it passes a point for the n-th time.
+
+    python -m tests.system.failpoints POINT N MODULE [the daemon's options]
+
+The daemon is the real one: its functions are wrapped here, from outside.  Points of a delegator's start are
+live at once, all others from SIGUSR1 on, so that a cluster can come to rest before.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from zflake.core.lease import Renew, Swap
+from zflake.core.tenant import Tenant
+from zflake.delegator import desk
+from zflake.delegator.server import Delegator
+from zflake.holder.keeper import LeaseKeeper
+from zflake.stores.sqlite import SqliteStore
+from zflake.stores.sqlite_file import DatabaseFile
+from zflake.worker.handler import Handler
+
+STATEMENTS: Final = ("before BEGIN", "after BEGIN", "before COMMIT", "after COMMIT")
+TRANSACTIONS: Final = ("initialise", "meta", "mark", "acquire", "renew", "release")
+DELEGATOR_POINTS: Final = (
+    *(f"{kind}: {where}" for kind in TRANSACTIONS for where in STATEMENTS),
+    *(f"{kind}: {where} the marker" for kind in TRANSACTIONS for where in ("before", "after")),
+    # The transaction is over, and the outcome not read again yet.
+    *(f"{kind}: after the swap" for kind in ("acquire", "renew", "release")),
+    "answer: before the log",
+    "answer: after the log",
+    "answer: before the send",
+    "answer: after the send",
+)
+WORKER_POINTS: Final = (
+    "renewal: before the send",
+    "renewal: after the send",
+    "renewal: before the grant is taken in",
+    "renewal: after the grant is taken in",
+    "ids: before they are minted",
+    "ids: after they are minted",
+)
+
+
+class Point:
+    """The point to die at."""
+
+    def __init__(self, name: str, times: int) -> None:
+        if name not in DELEGATOR_POINTS + WORKER_POINTS:
+            raise SystemExit(f"no point {name!r}")
+        self.name, self.left = name, times
+        self.armed = name.startswith(("initialise", "meta"))
+        self.doing: Collection[str] = ()
+
+    def arm(self, *_: object) -> None:
+        self.armed = True
+
+    def passed(self, where: str, doing: Collection[str] | None = None) -> None:
+        """Die here, if this is where and it is time."""
+        if not self.armed or self.name not in [f"{kind}: {where}" for kind in doing or self.doing]:
+            return
+        self.left -= 1
+        if self.left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextmanager
+    def while_doing(self, *kinds: str) -> Iterator[None]:
+        self.doing = kinds
+        try:
+            yield
+        finally:
+            self.doing = ()
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put `wrapper`, which is given the old function first, in place of `owner.name`."""
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+
+def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """The same for a method."""
+    original = owner.__dict__[name]
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(owner, name, method)
+
+
+def kinds_of(swaps: Collection[Swap]) -> set[str]:
+    """What a transaction does."""
+    kinds = set() if swaps else {"mark"}
+    for swap in swaps:
+        new = swap.new
+        if new.token is None:
+            kinds.add("release")
+        else:
+            kinds.add("acquire" if new.start == new.tenancy_start else "renew")
+    return kinds
+
+
+def wrap_store(point: Point) -> None:
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+            word = sql.partition(" ")[0]
+            if word in ("BEGIN", "COMMIT"):
+                point.passed(f"before {word}")
+            cursor = super().execute(sql, *args)
+            if word in ("BEGIN", "COMMIT"):
+                point.passed(f"after {word}")
+            return cursor
+
+    sqlite3.connect = functools.partial(sqlite3.connect, factory=Connection)  # type: ignore[assignment]
+
+    def swap(original: Any, store: SqliteStore, swaps: Any, mark: Any = None) -> Any:
+        kinds = kinds_of(swaps)
+        with point.while_doing(*kinds):
+            outcome = original(store, swaps, mark)
+            point.passed("after the swap")
+            return outcome
+
+    def mark_progress(original: Any, file: DatabaseFile, *args: Any) -> None:
+        point.passed("before the marker")
+        original(file, *args)
+        point.passed("after the marker")
+
+    def doing(kind: str) -> Callable[..., Any]:
+        def wrapper(original: Any, store: SqliteStore, *args: Any) -> Any:
+            with point.while_doing(kind):
+                return original(store, *args)
+
+        return wrapper
+
+    wrap_method(SqliteStore, "swap", swap)
+    wrap_method(SqliteStore, "initialise", doing("initialise"))
+    wrap_method(SqliteStore, "swap_meta", doing("meta"))
+    wrap_method(DatabaseFile, "write_marker", mark_progress)
+
+
+def wrap_answers(point: Point) -> None:
+    answers = False
+
+    def record_grant(original: Any, request: Any, settled: Any) -> None:
+        point.passed("before the log", ["answer"])
+        original(request, settled)
+        point.passed("after the log", ["answer"])
+
+    def store_answer(original: Any, delegator: Delegator, *args: Any) -> Any:
+        nonlocal answers
+        answers = True
+        point.passed("before the send", ["answer"])
+        return original(delegator, *args)
+
+    def send(original: Any, delegator: Delegator, *args: Any) -> None:
+        nonlocal answers
+        original(delegator, *args)
+        if answers:
+            point.passed("after the send", ["answer"])
+        answers = False
+
+    wrap(desk, "_record_grant", record_grant)
+    wrap_method(Delegator, "_store_answer", store_answer)
+    wrap_method(Delegator, "_send", send)
+
+
+def wrap_worker(point: Point) -> None:
+    def send(original: Any, keeper: LeaseKeeper, what: Any, now_local_us: int) -> None:
+        kinds = ["renewal"] if isinstance(what, Renew) else [""]
+        point.passed("before the send", kinds)
+        original(keeper, what, now_local_us)
+        point.passed("after the send", kinds)
+
+    def accept(original: Any, tenant: Tenant, *args: Any) -> None:
+        kinds = [""] if tenant.mint is None else ["renewal"]
+        point.passed("before the grant is taken in", kinds)
+        original(tenant, *args)
+        point.passed("after the grant is taken in", kinds)
+
+    def mint(original: Any, handler: Handler, *args: Any) -> Any:
+        point.passed("before they are minted", ["ids"])
+        answer = original(handler, *args)
+        point.passed("after they are minted", ["ids"])
+        return answer
+
+    wrap_method(LeaseKeeper, "_send", send)
+    wrap_method(Tenant, "_accept", accept)
+    wrap_method(Handler, "_mint", mint)
+
+
+def main() -> None:
+    name, times, module, *argv = sys.argv[1:]
+    point = Point(name, int(times))
+    signal.signal(signal.SIGUSR1, point.arm)
+    if name in WORKER_POINTS:
+        wrap_worker(point)
+    else:
+        wrap_store(point)
+        wrap_answers(point)
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

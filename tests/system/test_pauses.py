@@ -1,0 +1,118 @@
+"""What a cluster keeps when its parts are stopped for longer than a window, or restarted again and again."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import Final
+
+import numpy as np
+
+from tests.system.beside import beside, outcomes  # noqa: F401  (the fixture)
+from tests.system.conftest import start_cluster
+from tests.system.daemons import Daemons, names_of, status_of, until
+from tests.system.load import Load, moments
+from tests.system.runs import check_runs, read_runs, runs_of
+
+RESTARTS: Final = 16
+
+
+@beside
+def test_a_worker_stopped_past_its_window_finds_its_machine_id_taken_and_takes_another_lease(
+    daemons: Daemons,
+) -> None:
+    cluster = start_cluster(daemons, "--machines", "0-0", workers=1, ttl="1s")
+    (stopped,) = cluster.workers
+    with Load([stopped]) as load:
+        load.go_on()
+        stopped.signal(signal.SIGSTOP)
+        heir = daemons.worker(to=cluster.delegator)
+        until(lambda: names_of(cluster.delegator) == [heir.name], "the other to take the machine ID over")
+        load.follow(heir).go_on()
+        stopped.signal(signal.SIGCONT)
+        until(lambda: stopped.said("lost machine 0"), "it to find its lease lost")
+        load.go_on("though the other is back", only=[heir])
+        assert heir.terminate() == 0
+        load.go_on("by a fresh lease", only=[stopped])
+    verdict = load.check([cluster.delegator])
+    assert verdict.violations == []
+    assert list(verdict.by_machine) == [0]
+    assert load.lost() == [stopped.name]
+
+
+@beside
+def test_a_delegator_and_a_client_stopped_past_a_window_change_nothing_but_the_wait(daemons: Daemons) -> None:
+    cluster = start_cluster(daemons, workers=2, ttl="1s")
+    out = daemons.folder / "client.runs"
+    argv = [cluster.delegator.address, "auto", "1", "0", str(out)]
+    client = daemons.process([sys.executable, "-m", "tests.system.run_taker", *argv])
+    until(lambda: out.exists() and out.stat().st_size, "the client's first run")
+    with Load(cluster.workers) as load:
+        load.go_on()
+        client.signal(signal.SIGSTOP)
+        cluster.delegator.signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        cluster.delegator.signal(signal.SIGCONT)
+        back = time.monotonic()
+        load.go_on("after the delegator was stopped")
+        assert time.monotonic() - back < 2.0
+        before = out.stat().st_size
+        client.signal(signal.SIGCONT)
+        until(lambda: out.stat().st_size > before + 160, "runs of the client's after it was stopped")
+        load.go_on()
+    client.kill()
+    assert load.takers[cluster.workers[0].name].refused["LeaseExpired"], "the windows ran out meanwhile"
+    runs = [runs_of(load.runs), read_runs([out])]
+    verdict = check_runs([cluster.delegator.log_path], np.concatenate(runs))
+    assert verdict.violations == []
+    assert load.check([cluster.delegator]).violations == []
+    assert load.lost() == []
+
+
+@beside
+def test_restarts_in_a_row_do_not_carry_the_timeline_ahead(daemons: Daemons) -> None:
+    ttl_s = 20
+    cluster = start_cluster(daemons, workers=1, ttl=f"{ttl_s}s")
+    delegator = cluster.delegator
+    delegators = [delegator]
+    with Load(cluster.workers) as load:
+        load.go_on()
+        for k in range(RESTARTS):
+            delegator.signal(signal.SIGKILL if k % 2 else signal.SIGTERM)
+            delegator.wait()
+            delegator = daemons.delegator(
+                name=f"again-{k}", bind=delegators[0].address, new=False, ttl=f"{ttl_s}s"
+            )
+            delegators.append(delegator)
+            until(delegator.find_address, "it to serve again")
+        # The workers, and a new one, follow the last one's timeline.
+        fresh = daemons.worker(to=delegator)
+        until(lambda: fresh.name in names_of(delegator), "a new worker to hold a machine ID")
+        load.follow(fresh)
+        load.go_on("after all restarts")
+        ahead_s = max(moments(load)) - time.time()
+        assert abs(ahead_s) < 0.5
+        assert abs(status_of(delegator.address)["lead_ms"]) < 500
+    assert load.check(delegators).violations == []
+    assert load.lost() == []
+
+
+@beside
+def test_a_new_worker_waits_while_all_machine_ids_are_held_and_serves_once_one_leaves(
+    daemons: Daemons,
+) -> None:
+    cluster = start_cluster(daemons, "--machines", "0-2", workers=3, ttl="1s")
+    fourth = daemons.worker(to=cluster.delegator)
+    until(lambda: fourth.said("no_free_machine"), "the fourth to be refused")
+    with Load(cluster.workers) as load:
+        load.go_on()
+        assert fourth.name not in names_of(cluster.delegator)
+        leaver = cluster.workers[0]
+        load.leave(leaver)
+        assert leaver.terminate() == 0
+        load.follow(fourth).go_on("after another left")
+        load.go_on(only=cluster.workers[1:])
+    verdict = load.check([cluster.delegator])
+    assert verdict.violations == []
+    assert set(verdict.by_machine) == {0, 1, 2}
