@@ -63,6 +63,7 @@ class Worker:
         self.fails: Response | str | None = "no"
         self.most = most
         self.layout = layout
+        self.store_id: str | None = None
         self.minted = 0
 
     def __call__(self, ask: Ask) -> Response | None:
@@ -70,9 +71,10 @@ class Worker:
             assert not isinstance(self.fails, str)
             return self.fails
         if ask.method == "hello":
-            return result(
-                {"service": "worker", "protocol": 1, "layout": self.layout.to_map() if self.layout else None}
-            )
+            layout = self.layout.to_map() if self.layout else None
+            return result({"service": "worker", "protocol": 1, "layout": layout, "store_id": self.store_id})
+        if len(ask.params) > 2 and ask.params[2] != self.store_id:
+            return error("other_cluster")
         count = min(self.most, ask.params[0])
         first = self.minted
         self.minted += count
@@ -85,6 +87,7 @@ class Delegator:
     def __init__(self, *workers: str, layout: Layout = LAYOUT) -> None:
         self.workers: Any = list(workers)
         self.layout = layout
+        self.store_id: str | None = None
         self.fails: Response | str | None = "no"
 
     def __call__(self, ask: Ask) -> Response | None:
@@ -92,7 +95,12 @@ class Delegator:
             assert not isinstance(self.fails, str)
             return self.fails
         if ask.method == "hello":
-            return result({"service": "delegator", "protocol": 1, "layout": self.layout.to_map()})
+            layout = self.layout.to_map()
+            return result(
+                {"service": "delegator", "protocol": 1, "layout": layout, "store_id": self.store_id}
+            )
+        if ask.method == "ids.next":
+            return error("other_cluster") if ask.params[2:] != (self.store_id,) else result([1, 1, 1])
         assert ask.method == "cluster.workers"
         return result({"workers": [{"address": w} for w in self.workers]})
 
@@ -587,6 +595,62 @@ def test_endpoints_of_two_clusters_are_a_layout_error() -> None:
     world = World({W1: Worker(), W2: Worker(layout=PRESETS["twitter"])}, W1, W2)
     with pytest.raises(LayoutError, match="two clusters"):
         world.take()
+
+
+def of_store(store_id: str, *daemons: Delegator | Worker) -> None:
+    for daemon in daemons:
+        daemon.store_id = store_id
+
+
+@pytest.mark.parametrize("route", ["auto", "direct", "broker"])
+def test_a_cluster_that_goes_on_with_another_store_is_followed(route: str) -> None:
+    worker = Worker()
+    delegator = Delegator(W1)
+    world = World({D1: delegator, W1: worker}, D1, route=route)
+    of_store("before", delegator, worker)
+    world.take()
+    assert world.roster.store_id == "before"
+    of_store("after", delegator, worker)
+    world.take()
+    assert world.roster.store_id == "after"
+
+
+def test_every_delegator_may_go_over_one_after_the_other() -> None:
+    worker = Worker()
+    first, second = Delegator(W1), Delegator(W1)
+    world = World({D1: first, D2: second, W1: worker}, D1, D2)
+    of_store("before", first, second, worker)
+    for _ in range(5):
+        world.take()
+        world.now += REFRESH_S
+    of_store("after", first, second, worker)
+    world.take(timeout=30)
+    assert world.roster.store_id == "after"
+
+
+def test_a_worker_of_another_cluster_at_a_known_address_is_never_asked_twice_for_its_own_ids() -> None:
+    delegator, stranger, worker = Delegator(W1), Worker(), Worker()
+    world = World({D1: delegator, W1: stranger}, D1)
+    of_store("ours", delegator, worker)
+    of_store("theirs", stranger)
+    with pytest.raises(ProtocolError):
+        world.take()
+    assert stranger.minted == 0
+    assert world.roster.store_id == "ours"
+
+
+@pytest.mark.parametrize("route", ["auto", "broker"])
+def test_two_seeds_of_two_clusters_never_give_ids_of_both(route: str) -> None:
+    first, second = Delegator(W1), Delegator(W2)
+    workers = Worker(), Worker()
+    world = World({D1: first, D2: second, W1: workers[0], W2: workers[1]}, D1, D2, route=route)
+    of_store("one", first, workers[0])
+    of_store("two", second, workers[1])
+    for _ in range(10):
+        with pytest.raises(LayoutError, match="two clusters"):
+            world.take()
+        world.now += REFRESH_S
+    assert workers[0].minted == workers[1].minted == 0
 
 
 # --- the layout ---

@@ -502,3 +502,24 @@ def test_status_watch_waits_out_an_outage(daemons: Daemons) -> None:
         terminal.press(b"\x03")
         until(lambda: _ended(terminal), "the end")
         assert terminal.process.returncode == 0
+
+
+# --- a store that is gone for good ---
+
+
+def test_a_client_goes_on_where_its_cluster_goes_on_with_another_store(daemons: Daemons) -> None:
+    delegator = daemons.delegator(ttl="1s")
+    worker = daemons.worker(to=delegator)
+    clients = [zflake.Client(delegator.address, route=route, timeout=10) for route in ROUTES]
+    until(lambda: worker.said("holding machine"), "a lease")
+    before = [client.next_id() for client in clients]
+    for daemon in (worker, delegator):
+        daemon.kill()
+    for path in daemons.folder.glob("store.db*"):
+        path.unlink()
+    second = daemons.delegator(ttl="1s", bind=delegator.address)
+    daemons.worker("--bind", worker.address, to=second)
+    after = [client.next_id() for client in clients]
+    assert len({*before, *after}) == 2 * len(ROUTES)
+    for client in clients:
+        client.close()

@@ -132,7 +132,11 @@ def take(
             reason = run
             wait_s = min(reason.retry_after or PAUSE_S, WAIT_S)
             # One that talks nonsense is not what the directory takes it for: as good as away.
-            roster.failed(ask.endpoint, for_s=None if isinstance(reason, ProtocolError) else wait_s)
+            if isinstance(reason, ProtocolError):
+                roster.failed(ask.endpoint)
+                roster.doubt()
+            else:
+                roster.failed(ask.endpoint, for_s=wait_s)
             if roster.pick() is None:
                 yield Pause(min(wait_s, budget.left_s()))
     return runs
@@ -209,6 +213,7 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, 
         except ProtocolError as error:
             roster.failed(seed)
             reason = ProtocolError(f"{seed}: {error}")
+    roster.agree()
     if not answered:
         roster.keep()
         return reason

@@ -51,6 +51,7 @@ class Roster:
         self._now = now
         self._draw = draw
         self._services: dict[str, str] = {}
+        self._stores: dict[str, str] = {}  # of which store each seed spoke that has not failed since
         self._workers: list[str] = []
         self._brokers: list[str] = []
         self._favourite: str | None = None
@@ -131,8 +132,15 @@ class Roster:
             if for_s is None:
                 for_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
                 health.failures = min(health.failures + 1, 10)
-                self._services.pop(endpoint, None)  # whoever serves there next may be another
+                # Whoever serves there next may be another.
+                self._services.pop(endpoint, None)
+                self._stores.pop(endpoint, None)
             health.passed_over_until = self._now() + for_s
+
+    def doubt(self) -> None:
+        """Have every seed say anew who it is: somebody spoke of another cluster, or nonsense."""
+        with self._lock:
+            self._services.clear()
 
     def service_of(self, endpoint: str) -> str | None:
         """What an endpoint has said it is: `delegator` or `worker`."""
@@ -141,8 +149,7 @@ class Roster:
     def introduce(self, endpoint: str, hello: Hello) -> None:
         """Note what an endpoint says it is.
 
-        Raises `LayoutError` where it belongs to another cluster than those before it: IDs of two clusters
-        are not unique together.
+        Raises `LayoutError` where its layout is another one than that of those before it.
         """
         with self._lock:
             layout, store_id = hello.layout, hello.store_id
@@ -151,11 +158,26 @@ class Roster:
                     f"{endpoint} has layout {layout}, epoch {layout.epoch.isoformat()}; an endpoint before it had "
                     f"{self.layout}, epoch {self.layout.epoch.isoformat()}: they belong to two clusters"
                 )
-            if store_id is not None and self.store_id is not None and store_id != self.store_id:
-                raise LayoutError(f"{endpoint} belongs to another cluster than the endpoints before it")
+            if store_id is not None:
+                self._stores[endpoint] = store_id
             self.layout = layout or self.layout
-            self.store_id = store_id or self.store_id
             self._services[endpoint] = hello.service
+
+    def agree(self) -> None:
+        """See to it that all seeds that said so belong to one cluster.
+
+        One whose store was lost goes on with another: that is taken where no seed speaks of the old one.
+
+        Raises `LayoutError` where they belong to several: IDs of two clusters are not unique together.
+        """
+        with self._lock:
+            stores = set(self._stores.values())
+            if len(stores) > 1:
+                named = " and ".join(sorted(self._stores))
+                raise LayoutError(f"{named} belong to two clusters, whose IDs are not unique together")
+            if stores and self.store_id not in stores:
+                self._workers, self._brokers, self._favourite = [], [], None
+                (self.store_id,) = stores
 
     def refresh(self, workers: list[str], brokers: list[str]) -> None:
         """Take in a directory that was just read.
