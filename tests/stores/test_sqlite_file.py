@@ -85,6 +85,23 @@ def test_so_is_one_whose_process_was_killed(path: Path, commits: int) -> None:
     assert is_known(path)
 
 
+@pytest.mark.parametrize("before", ["COMMIT", "BEGIN"])
+def test_who_dies_while_he_makes_a_store_has_lost_nothing(path: Path, before: str) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.stores import test_sqlite_file as t;"
+        "store = t.SqliteStore(Path(sys.argv[1]));"
+        f"store._db.set_trace_callback(lambda sql: {before!r} in sql and os.kill(os.getpid(), signal.SIGKILL));"
+        "store.initialise(t.replace(t.META, incarnation=store.incarnation()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -signal.SIGKILL
+    store = SqliteStore(path)
+    assert store.meta() is None
+    assert not store.had_data
+    store.close()
+    opened(path).close()
+    assert is_known(path)
+
+
 def test_so_is_one_whose_marker_is_behind_as_after_a_power_failure(path: Path) -> None:
     store = opened(path)
     marker = Path(f"{path}.marker").read_bytes()

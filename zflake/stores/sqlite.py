@@ -146,9 +146,11 @@ class SqliteStore(Store):
         return self._incarnation
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:  # noqa: B008
+        if self.meta() is not None:
+            raise StoreError(f"{self.url} is initialised already")
+        # Before the commit: whoever dies in between has promised nothing yet, and the marker says as much.
+        self._follow(meta)
         with self._transaction():
-            if self._db.execute("SELECT 1 FROM meta").fetchone() is not None:
-                raise StoreError(f"{self.url} is initialised already")
             self._db.execute(
                 f"INSERT INTO meta (one, {_META})"
                 " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version, :incarnation)",
@@ -160,7 +162,6 @@ class SqliteStore(Store):
             self._db.execute("UPDATE life SET since = ?", (contents.since,))
             marks = ((mark.delegator, mark.now_us) for mark in contents.marks)
             self._db.executemany("INSERT INTO mark VALUES (?, ?)", marks)
-        self._follow(meta)
 
     def contents(self) -> Contents:
         with self._errors():
@@ -325,7 +326,7 @@ class SqliteStore(Store):
         """Judge by the marker whether the file is what it was."""
         (self._commits,) = db.execute("SELECT commits FROM life").fetchone()
         (incarnation,) = db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
-        self.had_data = marker is not None
+        self.had_data = marker is not None and marker.commits > 0
         if marker is not None and marker.incarnation == incarnation and marker.commits <= self._commits:
             self._incarnation = marker.incarnation
         else:

@@ -141,7 +141,7 @@ class DatabaseFile:
                 return Progress(incarnation, commits, checkpointed)
         except (ValueError, sqlite3.Error):
             pass
-        return Progress("", 0, 0)
+        return Progress("", 1, 0)
 
     def begin_marker(self, held: ExitStack, incarnation: str, commits: int) -> None:
         """Make the marker say that the database is of this incarnation, durably, and keep it open."""
