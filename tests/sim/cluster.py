@@ -1,0 +1,497 @@
+"""One history: a cluster under faults, then without them, and what must hold in both.
+
+The safety phase lets the demon do what the weather allows.  Then the faults stop, and within a bound every
+worker must serve and every call succeed (liveness); at last all workers leave, and give everything back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Final
+
+from tests.sim import delegator as delegators
+from tests.sim.checker import Checker, Violation, WatchedMint
+from tests.sim.client import Client
+from tests.sim.delegator import Delegator
+from tests.sim.disk import Disk
+from tests.sim.figures import Figures
+from tests.sim.weather import draw
+from tests.sim.worker import Worker
+from tests.sim.world import Host, Process, World
+from zflake.core import tenant as tenant_module
+from zflake.core.lease import Record
+from zflake.core.tenant import State
+from zflake.delegator.setup import Wishes
+from zflake.wire.codec import decode_response
+
+SETTLE_US: Final = 10_000_000
+"""How long a healthy cluster may take beyond what windows and floors demand: retries, and their jitter."""
+LOOK_US: Final = 250_000
+MOST_LEAD_US: Final = 20_000_000
+"""How far the wall clocks step away from the true time, at most."""
+CALLS: Final = 2
+CALLS_US: Final = 20_000_000
+
+
+class Cluster:
+    """Hosts, a disk, delegators, workers, clients, and the demon."""
+
+    def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
+        rng = Random(seed)
+        self.seed = seed
+        self.world = World(rng, trace)
+        self.weather = weather = draw(rng)
+        self.checker = Checker(lambda: self.world.now_us)
+        WatchedMint.watching = self.checker
+        self.disk = Disk(self.checker.stored, self.checker.settled, self.checker.used)
+        self.routes: Counter[str] = Counter()
+        self.served = 0
+        self.world.note("", f"seed {seed}: {weather}")
+        self._steps_us = [0] * weather.delegators
+        self.hosts = [self._host() for _ in range(max(weather.delegators, weather.workers))]
+        self.workers: list[Worker] = []
+        self.gone: list[Worker] = []
+        self.workers_by_address: dict[str, Worker] = {}
+        self.workers_by_identity: dict[bytes, Worker] = {}
+        self.clients_by_prefix: dict[bytes, Client] = {}
+        self.delegators: list[Delegator | None] = [None] * weather.delegators
+        self.started: list[Delegator] = []
+        """Every delegator's process that there was."""
+        self._numbers = 0
+        self._calm = False
+        self._emptied = False
+        self._accepting = False
+        self._snapshot = self.disk.snapshot()
+        self._seen: bytes | None = None
+        self._wishes = Wishes(
+            layout=weather.layout,
+            ttl_ms=weather.ttl_ms,
+            machines=weather.machines,
+            new=True,
+        )
+        for number in range(weather.delegators):
+            self._start_delegator(number)
+        for _ in range(weather.workers):
+            self._start_worker()
+        self.clients = [Client(self, n) for n in range(weather.clients)]
+
+    def _host(self) -> Host:
+        weather, rng = self.weather, self.world.rng
+        drift = rng.randint(-weather.drift, weather.drift)
+        skew_us = rng.randint(-weather.skew_us, weather.skew_us)
+        return Host(self.world, weather.wall_us + skew_us, rng.randrange(10**12), drift)
+
+    # --- who is where ---
+
+    def at(self, address: str) -> Delegator | Worker | None:
+        """Who serves at an address."""
+        if address.startswith("tcp://10.0.0."):
+            return self.delegators[int(address[13 : address.index(":", 6)]) - 1]
+        worker = self.workers_by_address.get(address)
+        if worker is not None and worker.dead:
+            # A clone advertises the address that it was born with.
+            return next((w for w in self._staying() if w.tenant._holder.address == address), worker)
+        return worker
+
+    def client_hears(self, client: Process, body: bytes) -> None:
+        """A message reaches a client."""
+        assert isinstance(client, Client)
+        client.hear(body)
+
+    # --- a history ---
+
+    def run(self) -> None:
+        """Live through it; raises `Violation` where something happened that must not."""
+        world, weather = self.world, self.weather
+        world.drop, world.duplicate = weather.drop, weather.duplicate
+        world.delay, world.delay_us = weather.delay, weather.delay_us
+        disk = self.disk
+        disk.slow, disk.slow_us = weather.slow, weather.slow_us
+        disk.unknown, disk.crash = weather.unknown, weather.crash
+        self._plan_act()
+        if weather.loss or weather.accept:
+            world.after(weather.fault_us * 2 // 3, None, self._lose if weather.loss else self._accept)
+            world.after(world.rng.randrange(weather.fault_us * 2 // 3), None, self._take_snapshot)
+        world.run(weather.fault_us)
+        self._calm_down()
+        self._live()
+        self._leave()
+
+    def figures(self) -> Figures:
+        """What was done and checked."""
+        tally = self.checker.tally
+        counts = Counter({name: getattr(tally, name) for name in tally.__slots__ if name != "ids"})
+        counts += Counter({"taken by clients": self.served, **self.routes})
+        return Figures(1, tally.ids, self.world.now_us, +self.world.faults, counts)
+
+    # --- the demon ---
+
+    def _plan_act(self) -> None:
+        if self.weather.acts:
+            wait_us = int(self.world.rng.expovariate(1.0) * self.weather.act_us) + 1_000
+            self.world.after(wait_us, None, self._act)
+
+    def _act(self) -> None:
+        if self._calm:
+            return
+        rng, acts = self.world.rng, self.weather.acts
+        (act,) = rng.choices(list(acts), list(acts.values()))
+        alive = [worker for worker in self.workers if not worker.dead]
+        serving = [d for d in self.delegators if d is not None and not d.dead]
+        match act:
+            case "crash worker" if alive:
+                worker = rng.choice(alive)
+                self._fault(act, worker.name)
+                worker.die()
+                self.world.after(rng.randrange(1_500_000), None, self._replace_worker)
+            case "release" if alive:
+                worker = rng.choice(alive)
+                self._fault(act, worker.name)
+                worker.leave()
+                self.world.after(rng.randrange(500_000), None, self._replace_worker)
+            case "pause worker" if alive:
+                self._pause(act, rng.choice(alive), 4_000_000)
+            case "clone" if alive and len(self.workers) < 12:
+                worker = rng.choice(alive)
+                if worker.releasing is None:
+                    self._numbers += 1
+                    self._fault(act, worker.name, f"as w{self._numbers}")
+                    self.workers.append(worker.double(self._numbers, worker.host.copy()))
+            case "fork" if alive:
+                worker = rng.choice(alive)
+                self._fault(act, worker.name)
+                child = worker.fork(self._next_number())
+                self.workers.append(child)
+                self.world.after(rng.randrange(5_000), child, child.take, 3)
+                self.world.after(rng.randrange(2_000_000), child, self._end, child)
+            case "new worker" if len(alive) < 6:
+                self._fault(act, "")
+                self._start_worker()
+            case "crash delegator" if serving:
+                delegator = rng.choice(serving)
+                self._fault(act, delegator.name)
+                delegator.die()
+                self.world.after(rng.randrange(2_000_000), None, self._start_delegator, delegator.number)
+            case "pause delegator" if serving:
+                self._pause(act, rng.choice(serving), 3_000_000)
+            case "step wall":
+                self._step_wall(rng.randrange(self.weather.delegators))
+            case "partition":
+                self._partition()
+            case "outage":
+                self._fault(act, "disk")
+                self.disk.out = True
+                self.world.after(rng.randrange(1_500_000), None, self._heal_disk)
+            case "new ttl" if serving and not self._accepting:
+                self._wish(act, ttl_ms=rng.choice((1_000, 2_000, 4_000)))
+            case "new range" if serving and not self._accepting:
+                first = rng.randrange(2)
+                last = min(first + rng.randrange(1, 4), self.weather.layout.machines - 1)
+                self._wish(act, machines=(first, last))
+            case _:
+                pass
+        self._plan_act()
+
+    def _fault(self, act: str, who: str, text: str = "") -> None:
+        self.world.fault(act, who, text)
+
+    def _end(self, child: Worker) -> None:
+        if not self._calm:
+            child.leave()
+
+    def _pause(self, act: str, process: Process, most_us: int) -> None:
+        pause_us = int(self.world.rng.random() ** 2 * most_us)
+        self._fault(act, process.name, f"for {pause_us / 1e6:.3f} s")
+        process.paused_until_us = self.world.now_us + pause_us
+
+    def _step_wall(self, number: int) -> None:
+        by_us = self.world.rng.randint(-self.weather.step_us, self.weather.step_us)
+        if abs(self._steps_us[number] + by_us) > MOST_LEAD_US:
+            by_us = -self._steps_us[number]
+        self._steps_us[number] += by_us
+        self._fault("step wall", f"d{number}", f"by {by_us / 1e6:+.3f} s")
+        self.hosts[number].step_wall(by_us)
+        self.checker.wall(self.hosts[number].wall_us())
+
+    def _partition(self) -> None:
+        rng = self.world.rng
+        if self.world.cut:
+            self.world.cut = set()
+            return
+        ends = [p for p in (*self.delegators, *self.workers) if p is not None and not p.dead]
+        if not ends:
+            return
+        one, two = rng.choice(ends), rng.choice(ends)
+        both = rng.random() < 0.6
+        self._fault("partition", one.name, f"{'from' if both else 'to'} {two.name}")
+        self.world.cut = {(one.name, two.name)}
+        if both:
+            self.world.cut.add((two.name, one.name))
+
+    def _heal_disk(self) -> None:
+        self.disk.out = False
+
+    def _wish(self, act: str, **changes: object) -> None:
+        """An operator restarts a delegator with another setting."""
+        number = self.world.rng.randrange(self.weather.delegators)
+        self._fault(act, f"d{number}", str(changes))
+        ttl_ms, machines = changes.get("ttl_ms"), changes.get("machines")
+        wishes = Wishes(
+            ttl_ms=ttl_ms if isinstance(ttl_ms, int) else None,
+            machines=machines if isinstance(machines, tuple) else None,
+        )
+        if (running := self.delegators[number]) is not None:
+            running.die()
+        self.delegators[number] = delegators.start(self, number, wishes)
+
+    # --- losses ---
+
+    def _take_snapshot(self) -> None:
+        self._snapshot = self.disk.snapshot()
+
+    def _lose(self) -> None:
+        """The store becomes what it was, or nothing; delegators that notice are those that start."""
+        loss = self.weather.loss
+        assert loss is not None
+        self._fault(loss, "disk")
+        unnoticed = loss == "rollback unnoticed"
+        if not unnoticed or self.world.rng.random() < 0.5:
+            self._stop_delegators()
+        if loss == "emptied":
+            self.disk.restore(Disk(self.disk.stored, self.disk.settled, self.disk.used).snapshot())
+            self.disk.life = "life 1"
+            self._emptied = True
+            self._wishes = Wishes(
+                layout=self.weather.layout,
+                ttl_ms=self.weather.ttl_ms,
+                machines=self.weather.machines,
+                new=self.weather.marked,  # which is no use then
+            )
+            self.disk.had_data = self.weather.marked
+        else:
+            self.disk.restore(self._snapshot)
+            if not unnoticed:
+                self.disk.life = "life 1"
+        records: dict[int, Record] = {record.machine: record for record in self.disk.contents().records}
+        self.checker.store_lost(records, self.disk.meta(), noticed=not unnoticed)
+        # A keeper learns a new store's ID where a request went unanswered: it says hello again.
+        down_us = 2_500_000 if loss == "emptied" else 0
+        for number in range(self.weather.delegators):
+            self.world.after(down_us, None, self._start_delegator, number)
+
+    def _stop_delegators(self) -> None:
+        for process in self.started:  # those that have not got as far as serving, too
+            process.die()
+
+    def _accept(self) -> None:
+        """An operator stops all delegators, and starts them with the word that the clock is right."""
+        number = self.world.rng.randrange(self.weather.delegators)
+        self._fault("accept clock", f"d{number}")
+        self._stop_delegators()
+        self.disk.out = False
+        self._accepting = True  # nobody else is started until this one runs
+        self.delegators[number] = delegators.start(self, number, Wishes(), accept_clock=True)
+        self._accepting = False
+        for other in range(self.weather.delegators):
+            self._start_delegator(other)
+
+    # --- strangers ---
+
+    def stranger_sees(self, delegator: Delegator, tag: bytes, body: bytes) -> None:
+        """Somebody overhears the tag of a brokered request, and answers what he heard before."""
+        rng = self.world.rng
+        if self._calm or self._seen is None or rng.random() >= self.weather.stranger:
+            return
+        answer = self._seen
+        msgid = body[2:7] if body[2] == 0xCE else body[2:3]
+        forged = answer[:2] + msgid + answer[7 if answer[2] == 0xCE else 3 :]
+        self._fault("forged answer", "")
+        stranger = b"w%d" % rng.randrange(1 + self._numbers)
+        owner = self.workers_by_identity.get(stranger)
+        peer = delegator.broker._peers.get(stranger)
+        if owner is not None and peer is not None and tag in peer.jobs:
+            stranger = b"stranger"  # the tag's own worker would be believed, and rightly so
+        self.world.after(1, delegator, delegator.answered, stranger, [tag, b""], forged)
+
+    def stranger_hears(
+        self, delegator: Delegator, identity: bytes, envelope: list[bytes], body: bytes
+    ) -> None:
+        """A worker's answer is seen by somebody, who may send it again."""
+        if not self.weather.stranger or body[:2] != b"\x94\x01":
+            return
+        rng = self.world.rng
+        if not self._calm and rng.random() < self.weather.stranger:
+            self._fault("repeated answer", "")
+            self.world.after(rng.randrange(100_000), delegator, delegator.answered, identity, envelope, body)
+        if decode_response(body).error is None:
+            self._seen = body
+
+    # --- starting ---
+
+    def _next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _replace_worker(self) -> None:
+        if not self._calm:
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        hosts = self.hosts
+        self.workers.append(Worker(self, self._next_number(), hosts[self._numbers % len(hosts)]))
+
+    def _start_delegator(self, number: int) -> None:
+        running = self.delegators[number]
+        if running is not None and not running.dead:
+            return
+        if self._accepting:
+            self.world.after(300_000, None, self._start_delegator, number)
+            return
+        self.delegators[number] = delegators.start(self, number, self._wishes)
+        if self.delegators[number] is None:
+            self.world.after(300_000, None, self._start_delegator, number)
+        elif self._wishes.new or self._wishes.layout is not None:
+            self._wishes = Wishes()  # from now on the store knows
+
+    # --- after the faults ---
+
+    def _calm_down(self) -> None:
+        world, disk, rng = self.world, self.disk, self.world.rng
+        world.note("", "--- the faults stop ---")
+        self._calm = True
+        world.drop = world.duplicate = world.delay = 0.0
+        world.cut = set()
+        disk.slow = disk.unknown = disk.crash = 0.0
+        disk.out = False
+        for number, delegator in enumerate(self.delegators):
+            if delegator is None or delegator.dead:
+                self._start_delegator(number)
+            else:
+                delegator.paused_until_us = 0
+        for worker in self.workers:
+            worker.paused_until_us = 0
+        alive = self._staying()
+        # There may be no more workers than machines.  Where the store was emptied, clients are restarted: it is
+        # another cluster for them.
+        meta = self.disk.meta()
+        if meta is None:  # it was emptied, and the layout has ended since
+            return
+        room = meta.last_machine - meta.first_machine + 1
+        rng.shuffle(alive)
+        for worker in alive[room:]:
+            if rng.random() < 0.5:
+                worker.die()
+            else:
+                worker.leave()
+        for _ in range(room - len(alive)):
+            self._start_worker()
+        if self._emptied:
+            for client in self.clients:
+                client.forget()
+
+    def _staying(self) -> list[Worker]:
+        return [worker for worker in self.workers if not worker.dead and worker.releasing is None]
+
+    def _bound_us(self) -> int:
+        """How long after the faults a worker may have to wait for a window."""
+        meta = self.disk.meta()
+        running = [d for d in self.delegators if d is not None]
+        assert meta is not None
+        fences = [record.fence for record in self.disk.contents().records]
+        behind = min(d.now() for d in running)
+        wait = max(0, max([meta.floor, *fences]) - behind) + self.checker.most_ttl
+        return wait * meta.layout.tick_us + SETTLE_US
+
+    def _ends(self) -> bool:
+        """Whether the layout ends: then nobody can be served any more."""
+        layout = self.weather.layout
+        end_us = layout.epoch_us + layout.end_tick * layout.tick_us - 5_000_000
+        return any(d is None or d.now_us() > end_us for d in self.delegators)
+
+    def _live(self) -> None:
+        world = self.world
+        if self.disk.meta() is None:
+            return
+        if not all(self.delegators):
+            world.run(world.now_us + 1_000_000)
+        if not all(self.delegators):
+            raise Violation("liveness: a delegator does not start though nothing is wrong any more")
+        floor, until_us = -1, 0
+        while True:
+            world.run(world.now_us + LOOK_US)
+            if self._ends():
+                return
+            meta = self.disk.meta()
+            assert meta is not None
+            if meta.floor != floor:  # at first, and where a witness shows a loss
+                floor, until_us = meta.floor, world.now_us + self._bound_us()
+            waiting = [w for w in self._staying() if w.tenant.state is not State.HELD]
+            # Whoever holds a window from before a loss is served, but not for long.
+            if not waiting and not self._resting():
+                break
+            if world.now_us > until_us:
+                states = ", ".join(f"{w.name} {w.tenant.state.name}" for w in waiting)
+                raise Violation(f"liveness: not served though nothing is wrong any more: {states}")
+        if self.clients:
+            self._serve_clients()
+
+    def _resting(self) -> bool:
+        """Whether a floor still lies ahead, after a loss."""
+        meta = self.disk.meta()
+        return meta is not None and any(d is not None and d.now() < meta.floor for d in self.delegators)
+
+    def _serve_clients(self) -> None:
+        world = self.world
+        for client in self.clients:
+            client.in_a_row = 0
+        # A client reads the directory anew every 10 s; before that it may insist on a delegator that knows
+        # of no worker.
+        until_us = world.now_us + CALLS_US
+        while any(client.in_a_row < CALLS for client in self.clients):
+            world.run(world.now_us + LOOK_US)
+            if self._ends():
+                return
+            if self._resting():  # a witness has come late
+                until_us = world.now_us + self._bound_us() + CALLS_US
+            if world.now_us > until_us:
+                client = next(client for client in self.clients if client.in_a_row < CALLS)
+                raise Violation(f"liveness: {client.name} is not served: {client.failed}")
+
+    def _leave(self) -> None:
+        world = self.world
+        world.note("", "--- all workers leave ---")
+        leaving = self._staying()
+        for client in self.clients:
+            client.die()
+        for worker in leaving:
+            worker.leave()
+        world.run(world.now_us + 2_500_000)
+        if not self.weather.loss and self.disk.meta() is not None:
+            self.checker.traced(self.disk.contents().spans, self.disk.trace)
+        kept = [w.name for w in leaving if w.releasing is not None and w.released_at_us is None]
+        if kept and not (self._emptied and self._ends()):  # else their store is gone, and none came instead
+            raise Violation(f"leak: {', '.join(kept)} could not give their machines back")
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Have every mint that is made show its checker what it gives."""
+    real = vars(tenant_module)["Mint"]
+    vars(tenant_module)["Mint"] = WatchedMint
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        vars(tenant_module)["Mint"] = real
+
+
+def run(seed: int, trace: Callable[[str], None] | None = None) -> Figures:
+    """Live through one history, inside `watched`; raises `Violation` where what must not happen did."""
+    cluster = Cluster(seed, trace)
+    cluster.run()
+    return cluster.figures()

@@ -1,0 +1,190 @@
+"""The store of a simulated cluster: a `MemoryStore` whose contents outlive its clients, and may be lost.
+
+A `Connection` is what a delegator holds.  All connections share one disk, so whatever the contract says of
+one store holds between them, too; what may go wrong on the way is added here:
+
+slow        other processes run between the call and its effect, and between its effect and the answer
+outage      every call fails
+unknown     a swap fails, and has happened, has not, or will happen later
+crash       the process dies in the middle: before the effect, or after it and before the answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tests.sim.world import Process, World
+from zflake.core.lease import Mark, Meta, Record, Swap, Token
+from zflake.errors import StoreError
+from zflake.stores.memory import MemoryStore
+
+
+class Crashed(BaseException):
+    """The process that made this call has died meanwhile."""
+
+
+class Disk(MemoryStore):
+    """What is durable.  The callables are told of each record and meta that is written, and of the time it was."""
+
+    def __init__(
+        self,
+        stored: Callable[[Record, Record], None],
+        settled: Callable[[Meta], None],
+        used: Callable[[int], None],
+    ) -> None:
+        super().__init__()
+        self.life = "life 0"
+        self.losses = 0
+        self.stored = stored
+        self.settled = settled
+        self.used = used
+        # Weather.
+        self.slow = 0.0
+        self.slow_us = 0
+        self.out = False
+        self.unknown = 0.0
+        self.crash = 0.0
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that is durable, as it is now."""
+        return {name: _copied(value) for name, value in vars(self).items() if name.startswith("_")}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Be what a snapshot was."""
+        self.losses += 1
+        vars(self).update({name: _copied(value) for name, value in snapshot.items()})
+
+    def apply(self, swaps: Sequence[Swap], mark: Mark | None, used_us: int | None = None) -> list[bool]:
+        """Swap at once, and say what was written, by a delegator whose now was `used_us`."""
+        before = [MemoryStore.by_machine(self, swap.new.machine) for swap in swaps]
+        done = MemoryStore.swap(self, swaps, mark)
+        if used_us is not None:
+            self.used(used_us)
+        for old, swap, ok in zip(before, swaps, done, strict=True):
+            if ok:
+                self.stored(old, swap.new)
+        return done
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    return value
+
+
+class Connection(MemoryStore):
+    """A delegator's view of the disk: it shares the disk's contents, and adds what goes wrong."""
+
+    __slots__ = ("_clock", "_disk", "_process", "_world")
+
+    def __init__(self, world: World, process: Process, disk: Disk, clock: Callable[[], int]) -> None:
+        self.__dict__ = disk.__dict__
+        self._world = world
+        self._process = process
+        self._disk = disk
+        self._clock = clock
+
+    def incarnation(self) -> str:
+        return self._disk.life
+
+    def initialise(self, meta: Meta, *contents: Any) -> None:
+        self._reach()
+        super().initialise(meta, *contents)
+        self._disk.settled(meta)
+
+    def meta(self) -> Meta | None:
+        self._reach()
+        return super().meta()
+
+    # Reads by key do not wait: what may happen meanwhile happens before the next call that does.
+
+    def by_machine(self, machine: int) -> Record:
+        if self._disk.out:
+            self._reach()
+        return super().by_machine(machine)
+
+    def by_token(self, token: Token) -> Record | None:
+        if self._disk.out:
+            self._reach()
+        return super().by_token(token)
+
+    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        self._reach()
+        return super().lowest(first, last, limit)
+
+    def held(self, now: int) -> Sequence[Record]:
+        self._reach()
+        return super().held(now)
+
+    def marks(self) -> Sequence[Mark]:
+        if self._disk.out:
+            self._reach()
+        return super().marks()
+
+    def set_marks(self, now_us: int) -> None:
+        self._reach()
+        super().set_marks(now_us)
+
+    def swap_meta(self, new: Meta) -> bool:
+        self._reach()
+        if not super().swap_meta(new):
+            return False
+        self._disk.settled(new)
+        return True
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        world, disk, process = self._world, self._disk, self._process
+        rng = world.rng
+        used_us = self._clock()
+        self._reach()
+        if not swaps:
+            return disk.apply(swaps, mark, used_us)
+        if disk.crash and rng.random() < disk.crash:
+            happened = rng.random() < 0.5
+            world.fault("crash in a swap", process.name, "after it" if happened else "before it")
+            if happened:
+                disk.apply(swaps, mark, used_us)
+            process.die()
+            raise Crashed
+        if disk.unknown and rng.random() < disk.unknown:
+            kind = rng.randrange(3)
+            world.fault("unknown outcome", process.name, ("before", "after", "later")[kind])
+            if kind == 1:
+                disk.apply(swaps, mark, used_us)
+            elif kind == 2:
+                world.after(int(rng.random() * 3_000_000), None, self._late, swaps, disk.losses)
+            raise StoreError("it is unknown whether that was written")
+        done = disk.apply(swaps, mark, used_us)
+        if disk.slow and rng.random() < disk.slow:
+            self._wait("after")
+        return done
+
+    def close(self) -> None:
+        """What is durable stays."""
+
+    def _late(self, swaps: Sequence[Swap], losses: int) -> None:
+        if losses != self._disk.losses:
+            return  # it was on its way to a store that is no more
+        done = self._disk.apply(swaps, None)
+        if self._world.tracing:
+            self._process.note(f"a swap of unknown outcome comes through late: {done}")
+
+    def _reach(self) -> None:
+        if self._disk.out:
+            self._world.faults["store out of reach"] += 1
+            raise StoreError("the store is out of reach")
+        if self._disk.slow and self._world.rng.random() < self._disk.slow:
+            self._wait("before")
+
+    def _wait(self, when: str) -> None:
+        world = self._world
+        wait_us = int(world.rng.random() ** 3 * self._disk.slow_us)
+        world.faults["slow store"] += 1
+        if world.tracing:
+            self._process.note(f"waits for the store for {wait_us / 1e3:.1f} ms, {when} the call")
+        world.elapse(wait_us)
+        if self._process.dead:
+            raise Crashed
