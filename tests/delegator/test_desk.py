@@ -35,7 +35,8 @@ from zflake.core.lease import (
     Traced,
 )
 from zflake.delegator import desk as desk_module
-from zflake.delegator.desk import BATCH, FAILURES, ROUNDS, STALE_US, LeaseDesk, Settled, Ticket
+from zflake.delegator.desk import BATCH, STALE_US, LeaseDesk, Ticket
+from zflake.delegator.ledger import FAILURES, ROUNDS, Settled
 from zflake.errors import StoreError
 from zflake.stores.memory import MemoryStore
 
@@ -123,7 +124,7 @@ class Desk:
     def settle(self, *requests: Request) -> list[Answer]:
         answers = [settled.answer for settled in self.desk.settle(requests)]
         assert not any(isinstance(answer, Traced) for answer in answers)
-        return cast(list[Answer], answers)
+        return cast("list[Answer]", answers)
 
     def one(self, request: Request) -> Answer:
         (answer,) = self.settle(request)
@@ -494,17 +495,22 @@ def test_a_store_that_fails_does_not_end_the_thread() -> None:
 def test_the_mark_is_written_with_each_commit_and_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(desk_module, "MARK_US", 10_000)
     d = desk()
+
+    def is_marked() -> bool:
+        d.local_us += 10_000
+        return d.store.marks() == [Mark("here", d.now)]
+
     d.granted(acquire(1))
-    assert d.store.marks() == [Mark("here", d.now)]
-    monkeypatch.setattr(desk_module, "MARK_S", 0.01)
+    assert is_marked()
     d.now += 500
     d.desk.start()
-    until(lambda: d.store.marks() == [Mark("here", d.now)])
+    until(is_marked)
     assert isinstance(d.store, Faulty)
     d.store.plan = ["before"] * 3  # a mark that can't be written is written later
     d.now += 500
-    until(lambda: d.store.marks() == [Mark("here", d.now)])
+    until(is_marked)
     assert d.desk.stop(5)
 
 
@@ -574,7 +580,7 @@ def test_who_comes_in_one_batch_with_a_witness_is_granted_nothing_below_the_floo
 def test_the_latest_clock_counts_for_the_floor() -> None:
     d, witness = forgetful()
     late = d.now + 500_000
-    d.desk._latest = lambda: late
+    d.desk._ledger._latest = lambda: late
     d.settle(witness)
     assert d.desk.meta.floor == late + 1 + 70_000
 
@@ -616,5 +622,6 @@ def test_what_is_old_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     for number in range(6):
         d.granted(acquire(number))
     d.desk.start()
+    d.local_us += desk_module.MARK_US
     until(lambda: len(list(d.store.contents().spans)) == 3)
     d.desk.stop(5)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -41,8 +42,26 @@ def show_status(facts: dict[str, Any]) -> None:
     for name, value in _headlines(facts):
         console.print(f"[bold]{name:<10}[/] {value}")
     if facts["service"] == "delegator":
+        if len(facts["delegators"]) > 1:
+            console.print()
+            console.print(delegator_table(facts["delegators"]))
         console.print()
         console.print(lease_table(facts["leases"]))
+
+
+def delegator_table(delegators: list[dict[str, Any]]) -> Table:
+    """A table of the delegators on one store."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("delegator", "address", "last mark", "its wall clock"):
+        table.add_column(heading, overflow="fold")
+    for there in delegators:
+        table.add_row(
+            escape(there["name"]),
+            escape(there["address"]),
+            f"{there['marked_ms_ago'] / 1000:.1f} s ago",
+            f"{-there['lead_ms'] / 1000:+.3f} s against the timeline",
+        )
+    return table
 
 
 def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None = None) -> Table:

@@ -11,6 +11,7 @@ from zflake.cli.ids import iso
 from zflake.core import lessor
 from zflake.core.layout import UNIX_EPOCH, Layout
 from zflake.core.timeline import LEAD_US
+from zflake.delegator.setup import check_moved, listen
 from zflake.delegator.setup import rewind as rewind_store
 from zflake.errors import StoreError
 from zflake.stores import open_store
@@ -100,6 +101,45 @@ def restore(backup: str, url: str) -> str:
     return (
         f"restored {url} from {backup}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
         f"grants nothing for the first {_seconds(meta.layout, rest)} s"
+    )
+
+
+def copy(url: str, to: str) -> str:
+    """Move what is in the store `url` to the new store `to`; says what was done.
+
+    From the first moment on `url` refuses delegators; where the copy fails it is given free again.
+
+    Raises `StoreError` where a delegator still uses `url`, or `to` is a cluster's store already.
+    """
+    open_store(url, read_only=True).close()  # nothing is made where there is nothing
+    source = open_store(url)
+    try:
+        meta = source.meta()
+        if meta is None:
+            raise StoreError(f"{url} holds no cluster")
+        check_moved(source, meta)
+        if listen(source, "") is not None:
+            raise StoreError(f"{url} is in use: its marks move. Stop all delegators first")
+        target = open_store(to)
+        try:
+            if target.meta() is not None:
+                raise StoreError(f"{to} is a cluster's store already: name a new one")
+            moved = replace(meta, version=meta.version + 1, moved=target.url)
+            if not source.swap_meta(moved):
+                raise StoreError(f"{url} was written to meanwhile: stop all delegators first")
+            try:
+                contents = source.contents()
+                target.initialise(replace(meta, incarnation=target.incarnation()), contents)
+            except BaseException:
+                source.swap_meta(replace(meta, version=moved.version + 1))
+                raise
+        finally:
+            target.close()
+    finally:
+        source.close()
+    return (
+        f"moved {len(list(contents.records))} machine IDs from {url} to {to}: start the delegators on that now; "
+        "the old store refuses them"
     )
 
 

@@ -57,12 +57,23 @@ def main() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="A folder for the store, kept for the next time.  [default: a temporary folder]",
 )
+@click.option("--store", metavar="URL", help="A store elsewhere, such as etcd://host1,host2,host3/zflake.")
+@click.option(
+    "--delegators", type=click.IntRange(1, 16), default=1, show_default=True, help="How many, on --store."
+)
+@click.option(
+    "--new", is_flag=True, allow_from_autoenv=False, help="The store at --store is new and replaces none."
+)
 @click.option("--once", is_flag=True, help="Take free ports, start, print 10 IDs, stop.")
-def up(*, workers: int, data: Path | None, once: bool) -> None:
+def up(*, workers: int, data: Path | None, store: str | None, delegators: int, new: bool, once: bool) -> None:
     """Run a whole cluster on this machine, for as long as this command runs."""
     from zflake.cli.up import Cluster  # noqa: PLC0415  (it loads what only it needs)
 
-    with Cluster(workers, data, ephemeral=once) as cluster:
+    if data is not None and store is not None:
+        raise ConfigError("--data is a folder for an SQLite store, --store another one: take one")
+    if new and store is None:
+        raise ConfigError("--new is for --store: of a folder, zflake up sees whether it is new")
+    with Cluster(workers, data, ephemeral=once, store=store, delegators=delegators, new=new) as cluster:
         if once:
             cluster.wait_until_ready()
             for line in show_ids(cluster.take(10), cluster.layout):
@@ -250,6 +261,20 @@ def restore(*, backup: str, url: str) -> None:
     from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
 
     print(store_.restore(backup, url))
+
+
+@store.command()
+@click.argument("url", metavar="URL")
+@click.argument("to", metavar="TO-URL")
+def copy(*, url: str, to: str) -> None:
+    """Move a cluster to a new store, of the same or another engine.
+
+    Stop all delegators first, and start them on the new store: the old one refuses them from then on.
+    Workers may go on meanwhile, to the end of their windows.
+    """
+    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+
+    print(store_.copy(url, to))
 
 
 @store.command()

@@ -1,4 +1,4 @@
-"""`zflake up`: a delegator and workers as child processes, for as long as this process lives.
+"""`zflake up`: delegators and workers as child processes, for as long as this process lives.
 
 Each child's standard input is a pipe whose other end only this process holds.  However it ends, by Ctrl-C
 or by SIGKILL, the pipes close, and the children stop by themselves.
@@ -6,6 +6,7 @@ or by SIGKILL, the pipes close, and the children stop by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -25,8 +26,8 @@ from rich.live import Live
 from zflake.cli.status import LOOK_S, Rates, ask_status, live_view
 from zflake.client.sync import Client
 from zflake.core.layout import Layout
-from zflake.errors import StoreError, Unavailable, ZflakeError
-from zflake.wire.endpoint import DEFAULT_DELEGATOR
+from zflake.errors import ConfigError, StoreError, Unavailable, ZflakeError
+from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 
 START_S: Final = 20.0
 STOP_S: Final = 5.0
@@ -90,34 +91,56 @@ Event = tuple[str, dict[str, Any] | None]
 
 
 class Cluster:
-    """A delegator and `workers` workers; a context manager that leaves no process behind.
+    """Delegators and workers; a context manager that leaves no process behind.
 
-    `data` is the folder of the store, made where it is missing; None: a temporary one.  An `ephemeral`
-    cluster takes a free port, another one the default.
+    The store is at the URL `store`, or an SQLite file in the folder `data`, made where it is missing, or in
+    a temporary one.  With `new` a store at a URL is known to replace none.  An `ephemeral` cluster takes free
+    ports, another one the default and those that follow.
 
-    Raises `StoreError` where the folder can't be made, `Unavailable` where a daemon does not start.
+    Raises `ConfigError` where the store takes one delegator only, `StoreError` where the folder can't be made,
+    `Unavailable` where a daemon does not start.
     """
 
-    def __init__(self, workers: int, data: Path | None, *, ephemeral: bool) -> None:
+    def __init__(
+        self,
+        workers: int,
+        data: Path | None,
+        *,
+        ephemeral: bool,
+        store: str | None = None,
+        delegators: int = 1,
+        new: bool = False,
+    ) -> None:
         self._workers = workers
-        self._temporary = tempfile.TemporaryDirectory(prefix="zflake-") if data is None else None
-        self._data = Path(self._temporary.name) if self._temporary else Path(data or "")
-        self._bind = "tcp://127.0.0.1:*" if ephemeral else DEFAULT_DELEGATOR
+        self._temporary = tempfile.TemporaryDirectory(prefix="zflake-") if data is None and store is None else None
+        self._data = Path(self._temporary.name) if self._temporary else data
+        self._store = store or f"sqlite:///{self._data and self._data.absolute()}/zflake.db"
+        if delegators > 1 and self._store.startswith(("sqlite:", "memory:")):
+            raise ConfigError(
+                "several delegators need a store that they can share: say --store etcd://..., postgresql://... or"
+                " redis://..."
+            )
+        port = parse_endpoint(DEFAULT_DELEGATOR).port or 0
+        names = ["delegator", *(f"delegator-{number}" for number in range(2, delegators + 1))]
+        self._binds = {
+            name: f"tcp://127.0.0.1:{'*' if ephemeral else port + i}" for i, name in enumerate(names)
+        }
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._children: dict[str, Child] = {}
         self._stopping = False
-        self._fresh = False
+        self._fresh = new
         self._client: Client | None = None
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
-        try:
-            self._data.mkdir(parents=True, exist_ok=True)
-            # Only then nothing can have been lost: a folder that has something in it may have had a store.
-            self._fresh = not any(self._data.iterdir())
-        except OSError as error:
-            raise StoreError(f"can't make the folder {self._data}: {error.strerror}") from error
+        if self._data is not None:
+            try:
+                self._data.mkdir(parents=True, exist_ok=True)
+                # Only then nothing can have been lost: a folder that has something in it may have had a store.
+                self._fresh = not any(self._data.iterdir())
+            except OSError as error:
+                raise StoreError(f"can't make the folder {self._data}: {error.strerror}") from error
         try:
             self._start_all()
         except BaseException:
@@ -132,8 +155,13 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """Where the delegator serves."""
-        return self._children["delegator"].address or self._bind
+        """Where the first delegator serves."""
+        return self._binds["delegator"]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where all delegators serve."""
+        return list(self._binds.values())
 
     @property
     def layout(self) -> Layout:
@@ -148,9 +176,12 @@ class Cluster:
         """Return once every worker holds a machine ID; raises `Unavailable` where that takes too long."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and not self._stopping:
-            workers = [lease for lease in self._look().get("leases", ()) if lease.get("worker")]
+            facts = self._look()
+            workers = [lease for lease in facts.get("leases", ()) if lease.get("worker")]
             if len(workers) >= self._workers:
                 return
+            if facts.get("granting_in_ms"):  # it says so itself, in its log
+                deadline = time.monotonic() + START_S
             self._tend(0.02)
         raise Unavailable("stopped" if self._stopping else "the workers did not get machine IDs in time")
 
@@ -158,7 +189,8 @@ class Cluster:
         """Show the cluster until it is told to stop; start again what ends."""
         self.wait_until_ready()
         facts = self._look()
-        print(f"delegator  {self.address}")
+        for address in self.addresses:
+            print(f"delegator  {address}")
         print(f"layout     {self.layout.name}: {self.layout}, epoch {self.layout.epoch:%FT%TZ}")
         print(f"store      {facts.get('store')}{' (temporary)' if self._temporary else ''}")
         for lease in facts.get("leases", ()):
@@ -174,25 +206,30 @@ class Cluster:
     # --- children ---
 
     def _start_all(self) -> None:
-        self._start("delegator", new=self._fresh)
-        delegator = self._children["delegator"]
+        new = self._fresh
+        for name in self._binds:
+            self._start(name, new=new)
+            new = False
         deadline = time.monotonic() + START_S
-        while delegator.address is None:
-            self._tend(0.01)
-            if delegator.process.poll() is not None or time.monotonic() > deadline:
-                self._tend(0.1)
-                raise Unavailable("the delegator did not start")
-        self._bind = delegator.address
+        for name in self._binds:
+            delegator = self._children[name]
+            while delegator.address is None:
+                self._tend(0.01)
+                if delegator.process.poll() is not None or time.monotonic() > deadline:
+                    self._tend(0.1)
+                    raise Unavailable(f"the {name} did not start")
+            self._binds[name] = delegator.address
         for number in range(1, self._workers + 1):
             self._start(f"worker-{number}")
 
     def _start(self, name: str, *, new: bool = False) -> None:
-        if name == "delegator":
-            store = f"sqlite:///{self._data.absolute()}/zflake.db"
-            arguments = ["--bind", self._bind, "--store", store, *(["--new"] if new else [])]
+        if name in self._binds:
+            arguments = ["--bind", self._binds[name], "--store", self._store, *(["--new"] if new else [])]
             self._children[name] = Child(name, "zflake.cli.delegator", arguments, self._events)
         else:
-            arguments = ["--delegator", self._bind, "--name", name]
+            arguments = ["--name", name]
+            for address in self.addresses:
+                arguments += ["--delegator", address]
             self._children[name] = Child(name, "zflake.cli.worker", arguments, self._events)
 
     def _tend(self, seconds: float) -> None:
@@ -228,8 +265,9 @@ class Cluster:
         self._stopping = True
         if self._client is not None:
             self._client.close()
-        delegator = self._children.pop("delegator", None)
-        for children in (list(self._children.values()), [delegator] if delegator else []):
+        delegators = [child for name, child in self._children.items() if name in self._binds]
+        workers = [child for name, child in self._children.items() if name not in self._binds]
+        for children in (workers, delegators):
             deadline = time.monotonic() + STOP_S
             for child in children:
                 child.stop()
@@ -247,14 +285,14 @@ class Cluster:
 
     def _ids(self) -> Client:
         if self._client is None:
-            self._client = Client(self.address, timeout=START_S)
+            self._client = Client(self.addresses, timeout=START_S)
         return self._client
 
     def _look(self) -> dict[str, Any]:
-        try:
-            return ask_status(self.address, LOOK_S)
-        except ZflakeError:
-            return {}
+        for address in self.addresses:
+            with contextlib.suppress(ZflakeError):
+                return ask_status(address, LOOK_S)
+        return {}
 
 
 class _Lines:

@@ -97,6 +97,8 @@ class Meta:
     """+1 with every change of this record."""
     incarnation: str = ""
     """Which life of the store this is.  Where the store says another one, it may have lost what it promised."""
+    moved: str = ""
+    """Where this cluster was moved to: nothing is granted from here any more.  Empty where it was not."""
     schema: int = SCHEMA
 
 
@@ -146,7 +148,12 @@ class Mark:
     """The latest now that a delegator used, in microseconds since the Unix epoch."""
 
     delegator: str
+    """Names the process; the next one after a restart may have another name."""
     now_us: int
+    lead_us: int = 0
+    """How far the timeline was ahead of that delegator's wall clock."""
+    address: str = ""
+    """Where it serves."""
 
 
 # --- answers ---

@@ -163,6 +163,12 @@ def floor_after_loss(meta: Meta, latest: int, ttl: int) -> int:
     return max(meta.floor, rest_until(meta.layout, latest, max(ttl, meta.ttl)))
 
 
+def latest_tick(layout: Layout, tick: int, marks_us: Sequence[int]) -> int:
+    """The later of `tick` and of the marks (µs since the Unix epoch), but for those too far ahead to be waited for."""
+    most = tick + ms_to_ticks(layout, MAX_AHEAD_MS)
+    return max([tick, *(min((us - layout.epoch_us) // layout.tick_us, most) for us in marks_us)])
+
+
 def rest_until(layout: Layout, latest: int, ttl: int) -> int:
     """The floor above every window that can have been granted while no clock showed more than `latest`."""
     rest = max(ms_to_ticks(layout, REST_MS), ttl) + ms_to_ticks(layout, MARGIN_MS)

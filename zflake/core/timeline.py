@@ -1,8 +1,9 @@
 """The cluster's one clock, the timeline: how a delegator carries it, and how a holder follows it.
 
-A delegator reads its wall clock at a cold start only.  From then on its local clock, which neither steps
+A delegator reads its wall clock at a cold start only, when no other one is running.  From then on its local clock, which neither steps
 nor stops, moves the timeline: never stepped, never sped up, slowed a little while it is ahead of the wall.
-What it has used is marked in the store, so that the timeline goes on where it was after a restart, too.
+What it has used is marked in the store, so that the timeline goes on where it was after a restart, and
+others may follow: a mark that moves is a delegator that runs, and the latest of them is the timeline.
 
 A holder never reads a wall clock.  Its time is its local clock plus an offset.  Every message from a
 delegator carries the timeline's now, stamped when it was sent.  (sent - received) is the offset less the
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from zflake.core.layout import Layout
+from zflake.core.lease import Mark
 from zflake.errors import ConfigError
 
 HORIZON_US: Final = 2_000_000
@@ -57,10 +59,33 @@ def cold_start_us(wall_us: int, marks_us: Sequence[int]) -> int:
     )
 
 
+class Marks:
+    """The marks of the other delegators, to tell those that run from those that have gone."""
+
+    __slots__ = ("_own", "_seen", "latest")
+
+    def __init__(self, own: str) -> None:
+        self._own = own
+        self._seen: dict[str, int] = {}
+        self.latest: Sequence[Mark] = ()
+        """All marks as they were last read, the own one included."""
+
+    def read(self, marks: Sequence[Mark]) -> int | None:
+        """Take the marks in; gives the latest of those that moved since they were last read, None where none did."""
+        moved = [
+            mark.now_us
+            for mark in marks
+            if mark.delegator != self._own and self._seen.get(mark.delegator, mark.now_us) != mark.now_us
+        ]
+        self._seen = {mark.delegator: mark.now_us for mark in marks}
+        self.latest = marks
+        return max(moved, default=None)
+
+
 class Carrier:
     """The timeline in the hands of a delegator, from `start_us` on.
 
-    May be read by one thread while another one compares.
+    May be read by one thread while another one compares or raises.
     """
 
     __slots__ = ("_base", "lead_us")
@@ -76,6 +101,11 @@ class Carrier:
         base_us, base_local_us, dragging = self._base
         passed_us = max(0, local_us - base_local_us)
         return base_us + passed_us - (passed_us // DRAG if dragging else 0)
+
+    def raise_to(self, now_us: int, local_us: int) -> None:
+        """Go on from `now_us`, another delegator's, where that is later."""
+        if now_us > self.now_us(local_us):
+            self._base = (now_us, local_us, self._base[2])
 
     def compare(self, wall_us: int, local_us: int) -> None:
         """Look at the wall clock, to be slower while ahead of it.  Nothing steps."""

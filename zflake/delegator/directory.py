@@ -59,6 +59,14 @@ class Directory:
         else:
             self._held[record.machine] = record
 
+    def replace(self, held: Iterable[Record]) -> None:
+        """Take in all leases as they are stored now; what is not among them has been given back."""
+        known = self._held
+        self._held = {}
+        for record in held:
+            before = known.get(record.machine)
+            self._held[record.machine] = before if before is not None and before.gen > record.gen else record
+
     def held(self, now: int) -> list[Record]:
         """The records whose window reaches beyond tick `now`, by machine; the others are forgotten."""
         self._held = {machine: record for machine, record in self._held.items() if record.fence > now}

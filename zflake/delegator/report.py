@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from zflake.core.lease import Record
 from zflake.delegator.broker import Broker
@@ -16,6 +16,9 @@ from zflake.delegator.timepiece import Timepiece
 from zflake.holder.clock import local_us
 from zflake.version import __version__
 from zflake.wire.messages import PROTOCOL_VERSION
+
+GONE_US: Final = 60_000_000
+"""After how long without a mark a delegator is shown no more."""
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Report:
             "machines": [meta.first_machine, meta.last_machine],
             "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
             "lead_ms": self.timepiece.lead_us // 1000,
+            "delegators": list(self._delegators()),
             "leases": list(self._leases(now)),
             "broker": {
                 "workers": self.broker.open,
@@ -90,6 +94,19 @@ class Report:
             "requests": dict(self.figures.requests),
             "errors": dict(self.figures.errors),
         }
+
+    def _delegators(self) -> Iterator[dict[str, Any]]:
+        """Who has been writing marks of late, this one first."""
+        now_us, own = self.timepiece.now_us(), self.timepiece.mark()
+        others = [mark for mark in self.timepiece.marks if mark.delegator != own.delegator]
+        for mark in [own, *others]:
+            if now_us - mark.now_us < GONE_US:
+                yield {
+                    "name": mark.delegator,
+                    "address": mark.address,
+                    "marked_ms_ago": max(0, now_us - mark.now_us) // 1000,
+                    "lead_ms": mark.lead_us // 1000,
+                }
 
     def _leases(self, now: int) -> Iterator[dict[str, Any]]:
         present = {record.machine: there for record, there in self.directory.workers(now, local_us())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 from dataclasses import dataclass, field
@@ -13,10 +14,19 @@ import zmq
 from zflake.core.lease import Refusal
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.broker import TAG_BYTES, Broker
-from zflake.delegator.desk import LeaseDesk, Settled, Ticket
+from zflake.delegator.desk import LeaseDesk, Ticket
 from zflake.delegator.directory import MISSED_US, Directory
+from zflake.delegator.ledger import Settled
 from zflake.delegator.report import Figures, Report
-from zflake.delegator.setup import Wishes, check_wishes, rewind, settle_meta, start_timeline
+from zflake.delegator.setup import (
+    Wishes,
+    check_wishes,
+    listen,
+    rewind,
+    settle_meta,
+    start_timeline,
+    tidy_marks,
+)
 from zflake.delegator.timepiece import Timepiece, wall_us
 from zflake.errors import ProtocolError, StoreError
 from zflake.holder.clock import local_us
@@ -101,14 +111,21 @@ class Delegator:
             self._context.destroy(linger=0)
             raise
         try:
+            address, name = address_of(self._router), self._take_name()
+            running_us = listen(self._store, name)
             now_us, now_local_us = wall_us(), local_us()
             carrier = start_timeline(
-                self._store, accept_clock=config.accept_clock, wall_us=now_us, local_us=now_local_us
+                self._store,
+                accept_clock=config.accept_clock,
+                wall_us=now_us,
+                local_us=now_local_us,
+                running_us=running_us,
             )
             meta = settle_meta(self._store, config.wishes, carrier.now_us(now_local_us))
             if config.accept_clock:
                 rewind(self._store, meta, now_us)
-            self.timepiece = Timepiece(carrier, meta.layout, socket.gethostname())
+            self.timepiece = Timepiece(carrier, meta.layout, name, address)
+            tidy_marks(self._store, self.timepiece.now_us())
             self._store.swap([], self.timepiece.mark())
         except BaseException:
             self._context.destroy(linger=0)
@@ -123,11 +140,12 @@ class Delegator:
             local_us=local_us,
             ring=alarm.ring,
             mark=self.timepiece.mark,
+            follow=self.timepiece.follow,
         )
         self.broker = Broker(lambda: secrets.token_bytes(TAG_BYTES))
         self.figures = Figures()
         self._report = Report(
-            address=address_of(self._router),
+            address=address,
             store_url=self._store.url,
             started_us=started_us,
             timepiece=self.timepiece,
@@ -148,6 +166,11 @@ class Delegator:
     def address(self) -> str:
         """Where it serves."""
         return self._report.address
+
+    def _take_name(self) -> str:
+        """What to write the mark under: others may be on the same host, and after a restart this is another."""
+        host = socket.gethostname()
+        return host if self._store.exclusive else f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
@@ -311,6 +334,7 @@ class Delegator:
         if method == Method.WORKER_READY:
             machine, token = check_ready(params)
             if not self.directory.arrive(identity, machine, token, self.timepiece.tick(), now_us):
+                self.desk.hurry()
                 return self._refuse(
                     msgid, Code.NOT_READY, f"that is not the token of machine {machine}'s lease"
                 )
@@ -344,6 +368,8 @@ class Delegator:
             if settled.record is not None:
                 self.directory.learn(settled.record)
             self._send(ticket.prefix, self._store_answer(ticket.msgid, settled))
+        if (held := self.desk.collect_held()) is not None:
+            self.directory.replace(held)
 
     def _store_answer(self, msgid: int, settled: Settled) -> bytes:
         answer = settled.answer

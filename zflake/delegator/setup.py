@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
 from zflake.core import lessor
 from zflake.core.layout import DEFAULT, Layout
 from zflake.core.lease import Meta, Swap
-from zflake.core.timeline import Carrier, cold_start_us, tick_of
+from zflake.core.timeline import Carrier, Marks, cold_start_us, tick_of
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
 DEFAULT_TTL_MS: Final = 30_000
 MIN_TTL_MS: Final = 1_000
+LISTEN_S: Final = 3.0
+"""A delegator that runs moves its mark every second."""
+LISTEN_STEP_S: Final = 0.25
+FORGET_MARKS_US: Final = 86_400_000_000
+"""How old the mark of a delegator that has gone may get."""
 
 _log = logging.getLogger("zflake.delegator")
 
@@ -34,13 +41,37 @@ class Wishes:
     """Whether the operator knows that no cluster ever ran on what this store replaces."""
 
 
-def start_timeline(store: Store, *, accept_clock: bool, wall_us: int, local_us: int) -> Carrier:
-    """The timeline at the start of this delegator, which has its store to itself.
+def listen(store: Store, own: str, sleep: Callable[[float], object] = time.sleep) -> int | None:
+    """The now of the delegators that run on this store already; None where no mark moves for `LISTEN_S`.
 
-    With `accept_clock` it begins at the wall clock, whatever the marks say; `rewind` then makes that stand.
-
-    Raises `ConfigError` where the wall clock can't be right, `StoreError` where the store fails.
+    `own` is the name of this delegator's own mark.
     """
+    if store.exclusive:
+        return None
+    marks = Marks(own)
+    for _ in range(int(LISTEN_S / LISTEN_STEP_S)):
+        running_us = marks.read(store.marks())
+        if running_us is not None:
+            return running_us
+        sleep(LISTEN_STEP_S)
+    return marks.read(store.marks())
+
+
+def start_timeline(
+    store: Store, *, accept_clock: bool, wall_us: int, local_us: int, running_us: int | None = None
+) -> Carrier:
+    """The timeline at the start of this delegator.
+
+    Where others run (`running_us`, as `listen` says) theirs is joined, whatever this wall clock shows.  With
+    `accept_clock` it begins at the wall clock, whatever the marks say; `rewind` then makes that stand.
+
+    Raises `ConfigError` where the wall clock can't be right, or is to be accepted while others run,
+    `StoreError` where the store fails.
+    """
+    if running_us is not None and accept_clock:
+        raise ConfigError("--accept-clock: other delegators are running on this store; stop them first")
+    if running_us is not None:
+        return Carrier(running_us, local_us)
     if accept_clock:
         _log.warning("--accept-clock: the timeline begins at the wall clock, whatever it was before")
         return Carrier(wall_us, local_us)
@@ -60,7 +91,13 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
     """
     meta = store.meta()
     if meta is None:
-        return _initialise(store, wishes, now_us)
+        try:
+            return _initialise(store, wishes, now_us)
+        except StoreError:
+            meta = store.meta()
+            if meta is None:  # else another delegator was the first, just now
+                raise
+    check_moved(store, meta)
     if wishes.new:
         _log.warning("--new does nothing: %s has been initialised before", store.url)
     _check_layout(store, meta.layout, wishes)
@@ -92,6 +129,19 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
     if (wished.ttl, first, last) != (meta.ttl, meta.first_machine, meta.last_machine):
         _log.warning("the store's settings changed: ttl %d ticks, machines %d to %d", wished.ttl, first, last)
     return wished
+
+
+def check_moved(store: Store, meta: Meta) -> None:
+    """Raise `ConfigError` where the cluster was moved away from this store."""
+    if meta.moved:
+        raise ConfigError(f"{store.url} was moved to {meta.moved}: start on that store")
+
+
+def tidy_marks(store: Store, now_us: int) -> None:
+    """Forget the marks of delegators that have long gone; the latest mark stays."""
+    before_us = min(now_us - FORGET_MARKS_US, max((mark.now_us for mark in store.marks()), default=0))
+    if any(mark.now_us < before_us for mark in store.marks()):
+        store.forget_marks(before_us)
 
 
 def rewind(store: Store, meta: Meta, wall_us: int) -> int:
@@ -163,9 +213,7 @@ def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
 
 
 def _latest(store: Store, layout: Layout, now_us: int) -> int:
-    """The latest tick that any clock of the cluster is known to have shown, for `lessor.rest_until`."""
-    most_us = now_us + lessor.MAX_AHEAD_MS * 1000
-    return tick_of(layout, max([now_us, *(min(mark.now_us, most_us) for mark in store.marks())]))
+    return lessor.latest_tick(layout, tick_of(layout, now_us), [mark.now_us for mark in store.marks()])
 
 
 def _rest_s(meta: Meta, now_us: int) -> int:

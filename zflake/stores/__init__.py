@@ -7,6 +7,8 @@ sqlite.py    one file on one machine, the default; sqlite_file.py: whether it is
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Final
 
 from zflake.errors import ConfigError
@@ -15,33 +17,48 @@ from zflake.stores.contract import Store
 __all__ = ["Store", "check_url", "open_store"]
 
 MEMORY: Final = "memory:"
+ENGINES: Final = {
+    "sqlite": "zflake.stores.sqlite",
+    "redis": "zflake.stores.redis",
+    "rediss": "zflake.stores.redis",
+    "etcd": "zflake.stores.etcd",
+    "postgresql": "zflake.stores.postgresql",
+}
+"""The module of each scheme; its `open_url` opens a store."""
+FORMS: Final = (
+    "sqlite:///relative/path, sqlite:////absolute/path, postgresql://user@host/database, "
+    "etcd://host1,host2,host3/prefix, redis://host:6379/0 or memory:"
+)
 
 
 def open_store(url: str, *, read_only: bool = False) -> Store:
-    """Open the store of that URL: `sqlite:///file` or `memory:`.
+    """Open the store of that URL: `sqlite:///file`, `postgresql://`, `etcd://`, `redis://` or `memory:`.
 
     With `read_only` it is looked at, though a delegator may be using it; there must be one.
 
-    Raises `ConfigError` for a URL of no known engine, `StoreError` where the store can't be used.
+    Raises `ConfigError` for a URL of no known engine, or one whose package is not installed, `StoreError`
+    where the store can't be used.
     """
     check_url(url)
     if url == MEMORY:
         from zflake.stores.memory import MemoryStore  # noqa: PLC0415  (an engine is loaded when it is used)
 
         return MemoryStore()
-    from zflake.stores.sqlite import SqliteStore, path_of  # noqa: PLC0415
-
-    return SqliteStore(path_of(url), read_only=read_only)
+    module = importlib.import_module(ENGINES[url.partition(":")[0]])
+    open_url: Callable[..., Store] = module.open_url
+    return open_url(url, read_only=read_only)
 
 
 def check_url(url: str) -> None:
     """Raise `ConfigError` for a URL of no known engine; nothing is opened."""
+    scheme = url.partition(":")[0]
     if url == MEMORY:
         return
-    if not url.startswith("sqlite:"):
-        raise ConfigError(
-            f"no store engine for {url!r}: take sqlite:///relative/path, sqlite:////absolute/path or memory:"
-        )
-    from zflake.stores.sqlite import path_of  # noqa: PLC0415
+    if scheme not in ENGINES:
+        raise ConfigError(f"no store engine for {url!r}: take {FORMS}")
+    if scheme == "sqlite":
+        from zflake.stores.sqlite import path_of  # noqa: PLC0415
 
-    path_of(url)
+        path_of(url)
+    elif not url.startswith(f"{scheme}://"):
+        raise ConfigError(f"no server in {url!r}: take {FORMS}")

@@ -36,6 +36,8 @@ class Store(ABC):
 
     url: str
     """Names the store to people."""
+    exclusive: bool = True
+    """Whether nobody else can be using it meanwhile."""
     had_data: bool = False
     """Whether something beside the data shows that there was a store here before."""
 
@@ -94,6 +96,10 @@ class Store(ABC):
         """Every delegator's mark."""
 
     @abstractmethod
+    def forget_marks(self, before_us: int) -> None:
+        """Forget the marks below `before_us`."""
+
+    @abstractmethod
     def set_marks(self, now_us: int) -> None:
         """Set every delegator's mark to `now_us`, in one commit."""
 
@@ -105,7 +111,7 @@ class Store(ABC):
         where the record has none, the machine's spans are cut at its fence.
 
         True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable
-        now.  False for each that lost the race, or whose token is another machine's; that one wrote nothing.
+        now.  Where the store can change its incarnation while it is used, meta must be of the present one.  False for each that lost the race, or whose token is another machine's; that one wrote nothing.
         """
 
     @abstractmethod

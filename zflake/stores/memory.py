@@ -20,7 +20,7 @@ class MemoryStore(Store):
         self._meta: Meta | None = None
         self._records: dict[int, Record] = {}
         self._tokens: dict[Token, int] = {}
-        self._marks: dict[str, int] = {}
+        self._marks: dict[str, Mark] = {}
         self._spans: dict[tuple[int, int], Span] = {}  # by machine and start
         self._since = 0
 
@@ -30,7 +30,7 @@ class MemoryStore(Store):
     def incarnation(self) -> str:
         return ""  # it has one life
 
-    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:  # noqa: B008
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         if self._meta is not None:
             raise StoreError("this store is initialised already")
         self._meta = meta
@@ -38,7 +38,7 @@ class MemoryStore(Store):
         self._tokens = {r.token: machine for machine, r in self._records.items() if r.token is not None}
         self._spans = {(span.machine, span.start): span for span in contents.spans}
         self._since = contents.since
-        self._marks = {mark.delegator: mark.now_us for mark in contents.marks}
+        self._marks = {mark.delegator: mark for mark in contents.marks}
 
     def contents(self) -> Contents:
         spans = [span for _, span in sorted(self._spans.items())]
@@ -67,14 +67,17 @@ class MemoryStore(Store):
         return [r for _, r in sorted(self._records.items()) if r.token is not None and r.fence > now]
 
     def marks(self) -> Sequence[Mark]:
-        return [Mark(delegator, now_us) for delegator, now_us in sorted(self._marks.items())]
+        return [mark for _, mark in sorted(self._marks.items())]
+
+    def forget_marks(self, before_us: int) -> None:
+        self._marks = {name: mark for name, mark in self._marks.items() if mark.now_us >= before_us}
 
     def set_marks(self, now_us: int) -> None:
-        self._marks = dict.fromkeys(self._marks, now_us)
+        self._marks = {name: replace(mark, now_us=now_us) for name, mark in self._marks.items()}
 
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         if mark is not None:
-            self._marks[mark.delegator] = mark.now_us
+            self._marks[mark.delegator] = mark
         return [self._swap(swap) for swap in swaps]
 
     def _swap(self, swap: Swap) -> bool:

@@ -12,6 +12,7 @@ import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +34,8 @@ CREATE TABLE meta (
     last_machine  INTEGER NOT NULL,
     floor         INTEGER NOT NULL,
     version       INTEGER NOT NULL,
-    incarnation   TEXT    NOT NULL
+    incarnation   TEXT    NOT NULL,
+    moved         TEXT    NOT NULL
 ) STRICT;
 CREATE TABLE life (
     one     INTEGER PRIMARY KEY CHECK (one = 1),
@@ -55,7 +57,9 @@ CREATE TABLE machine (
 ) STRICT;
 CREATE TABLE mark (
     delegator TEXT    PRIMARY KEY,
-    now_us    INTEGER NOT NULL
+    now_us    INTEGER NOT NULL,
+    lead_us   INTEGER NOT NULL,
+    address   TEXT    NOT NULL
 ) STRICT;
 CREATE TABLE span (
     machine INTEGER NOT NULL,
@@ -72,7 +76,7 @@ CREATE INDEX span_by_end ON span (end);
 INSERT INTO life VALUES (1, 0, 0);
 """
 
-_META: Final = "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation"
+_META: Final = "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved"
 _COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, span_start, name, host, pid, address"
 _SPAN: Final = "machine, start, end, name, host, pid, address"
 
@@ -114,6 +118,11 @@ def path_of(url: str) -> Path:
     return Path(path)
 
 
+def open_url(url: str, *, read_only: bool = False) -> SqliteStore:
+    """The store of a URL that `path_of` can read."""
+    return SqliteStore(path_of(url), read_only=read_only)
+
+
 class SqliteStore(Store):
     """Records in an SQLite file, which is made where there is none.
 
@@ -145,7 +154,7 @@ class SqliteStore(Store):
     def incarnation(self) -> str:
         return self._incarnation
 
-    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:  # noqa: B008
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         if self.meta() is not None:
             raise StoreError(f"{self.url} is initialised already")
         # Before the commit: whoever dies in between has promised nothing yet, and the marker says as much.
@@ -153,15 +162,14 @@ class SqliteStore(Store):
         with self._transaction():
             self._db.execute(
                 f"INSERT INTO meta (one, {_META})"
-                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version, :incarnation)",
+                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version, :incarnation, :moved)",
                 _values(meta),
             )
             self._db.executemany(_INSERT, map(_row, contents.records))
             spans = ((s.machine, s.start, s.end, *_person(s.holder)) for s in contents.spans)
             self._db.executemany(f"INSERT INTO span ({_SPAN}) VALUES (?,?,?,?,?,?,?)", spans)
             self._db.execute("UPDATE life SET since = ?", (contents.since,))
-            marks = ((mark.delegator, mark.now_us) for mark in contents.marks)
-            self._db.executemany("INSERT INTO mark VALUES (?, ?)", marks)
+            self._db.executemany("INSERT INTO mark VALUES (?, ?, ?, ?)", map(astuple, contents.marks))
 
     def contents(self) -> Contents:
         with self._errors():
@@ -174,7 +182,7 @@ class SqliteStore(Store):
         with self._transaction():
             cursor = self._db.execute(
                 "UPDATE meta SET layout = :layout, ttl = :ttl, first_machine = :first, last_machine = :last,"
-                " floor = :floor, version = :version, incarnation = :incarnation"
+                " floor = :floor, version = :version, incarnation = :incarnation, moved = :moved"
                 " WHERE version = :version - 1 AND store_id = :store_id",
                 _values(new),
             )
@@ -213,8 +221,12 @@ class SqliteStore(Store):
 
     def marks(self) -> Sequence[Mark]:
         with self._errors():
-            rows = self._db.execute("SELECT delegator, now_us FROM mark ORDER BY delegator")
-            return [Mark(delegator, now_us) for delegator, now_us in rows]
+            rows = self._db.execute("SELECT delegator, now_us, lead_us, address FROM mark ORDER BY delegator")
+            return [Mark(*row) for row in rows]
+
+    def forget_marks(self, before_us: int) -> None:
+        with self._transaction():
+            self._db.execute("DELETE FROM mark WHERE now_us < ?", (before_us,))
 
     def set_marks(self, now_us: int) -> None:
         with self._transaction():
@@ -223,8 +235,7 @@ class SqliteStore(Store):
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         with self._transaction():
             if mark is not None:
-                sql = "INSERT INTO mark VALUES (?, ?) ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us"
-                self._db.execute(sql, (mark.delegator, mark.now_us))
+                self._db.execute("INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?)", astuple(mark))
             (version,) = self._db.execute("SELECT version FROM meta").fetchone() or (None,)
             return [swap.version == version and self._swap(swap.new) for swap in swaps]
 
@@ -412,6 +423,7 @@ def _values(meta: Meta) -> dict[str, Any]:
         "floor": meta.floor,
         "version": meta.version,
         "incarnation": meta.incarnation,
+        "moved": meta.moved,
     }
 
 

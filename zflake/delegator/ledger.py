@@ -1,0 +1,204 @@
+"""The ledger: settles lease requests against the store.
+
+Requests that come together commit together, each with its own outcome.  Every round reads what the store
+holds, has the lessor decide, and tries the swaps that come of it; what was tried is read again in the next
+round, whatever became of it.  So an answer to a grant only ever comes off the store.
+
+It also notices when the store may have forgotten, by a renewal or since the store says so, and raises the
+floor before anything else is decided.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+from zflake.core import lessor
+from zflake.core.lease import (
+    Acquire,
+    Answer,
+    Grant,
+    Mark,
+    Meta,
+    Record,
+    Refusal,
+    Refused,
+    Released,
+    Renew,
+    Request,
+    Swap,
+    Trace,
+    Traced,
+)
+from zflake.errors import StoreError
+from zflake.stores.contract import Store
+
+ROUNDS: Final = 8
+"""How often a request that loses its race is decided again."""
+FAILURES: Final = 2
+"""After how many failures of the store a batch is given up."""
+RETRY_MS: Final = 500
+
+_log = logging.getLogger("zflake.lease")
+
+
+class Settled(NamedTuple):
+    """What came of a request: the answer, and the record as it is stored where the request changed it."""
+
+    answer: Answer | Traced
+    record: Record | None
+
+
+class Ledger:
+    """Settles requests by the rules of the lessor; used by one thread at a time.
+
+    `now` gives the timeline's tick, `latest` the latest that any clock here shows, `mark` the mark that goes
+    with every commit.  `pick(n)` draws a number from 0 to n - 1.  `complain` is told of failures of the store.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        meta: Meta,
+        *,
+        now: Callable[[], int],
+        latest: Callable[[], int],
+        mark: Callable[[], Mark] | None,
+        pick: Callable[[int], int] = secrets.randbelow,
+        complain: Callable[[StoreError], None],
+    ) -> None:
+        self._store = store
+        self.meta = meta
+        """What holds for the whole store, as it was last read."""
+        self._now = now
+        self._latest = latest
+        self._mark = mark
+        self._pick = pick
+        self._complain = complain
+
+    def settle(self, requests: Sequence[Request | Trace]) -> list[Settled]:
+        """Settle requests together; one that the store does not settle is `unavailable`."""
+        settled: dict[int, Settled] = {}
+        tried: dict[int, Record] = {}
+        failures = 0
+        for attempt in range(ROUNDS):
+            try:
+                if attempt:  # a swap fails for good where meta has moved on
+                    self.read_meta()
+                swaps = self._decide(requests, tried, settled)
+                if not swaps:
+                    break
+                tried.update({i: swap.new for i, swap in swaps.items()})
+                self._store.swap(list(swaps.values()), self._mark() if self._mark else None)
+            except StoreError as error:
+                # Whatever was tried may have happened.  The next round reads the outcome, if the store
+                # can be read at all.
+                self._complain(error)
+                failures += 1
+                if failures == FAILURES:
+                    break
+        unsettled = Settled(
+            Refusal(Refused.UNAVAILABLE, "the store did not settle the request; send it again", RETRY_MS),
+            None,
+        )
+        return [settled.get(i, unsettled) for i in range(len(requests))]
+
+    def _decide(
+        self, requests: Sequence[Request | Trace], tried: dict[int, Record], settled: dict[int, Settled]
+    ) -> dict[int, Swap]:
+        """Settle what the store answers already; gives the swaps to try for the others."""
+        now = self._now()
+        swaps: dict[int, Swap] = {}
+        lowest: Sequence[Record] | None = None
+        taken: set[int] = set()
+        for i, request in enumerate(requests):
+            if i in settled:
+                continue
+            record: Record | None
+            if isinstance(request, Trace):
+                settled[i] = Settled(self._store.trace(request.machine, request.tick), None)
+                continue
+            if isinstance(request, Acquire):
+                record = self._store.by_token(request.next)
+                if record is None and lowest is None:
+                    meta = self.meta
+                    lowest = self._store.lowest(meta.first_machine, meta.last_machine, lessor.OFFER)
+                free = [r for r in lowest or () if r.machine not in taken]
+                decision = lessor.acquire(
+                    self.meta, now, request, repeat=record, lowest=free, pick=self._pick
+                )
+            elif isinstance(request, Renew):
+                record = self._store.by_machine(request.machine)
+                self._hear_witness(request, record)
+                decision = lessor.renew(self.meta, now, request, record=record)
+            else:
+                record = self._store.by_machine(request.machine)
+                if record == tried.get(i):
+                    # No token is left by which a release would know itself; its record is its own all the same.
+                    settled[i] = Settled(Released(record.machine, record.fence), record)
+                    continue
+                decision = lessor.release(self.meta, now, request, record=record)
+            if isinstance(decision, Swap):
+                taken.add(decision.new.machine)
+                swaps[i] = decision
+            else:
+                settled[i] = Settled(decision, record if isinstance(decision, Grant) else None)
+        return swaps
+
+    def _hear_witness(self, request: Renew, record: Record) -> None:
+        """Have a renewal raise the floor that shows that the store has forgotten a grant."""
+        while new := lessor.witnessed(self.meta, self._now(), self._latest(), request, record=record):
+            swapped = self._store.swap_meta(new)
+            self.read_meta()
+            if swapped:
+                _log.warning(
+                    "%s has lost leases: machine %d was renewed as of gen %d, where the store knows of gen %d. "
+                    "Nothing is granted for %d s",
+                    self._store.url,
+                    request.machine,
+                    request.gen,
+                    record.gen,
+                    self._rest_s(new),
+                )
+
+    def read_meta(self) -> None:
+        """Read meta anew, and see to it that the store is still what it was.
+
+        Raises `StoreError` where it is another one, was emptied, or the cluster was moved away.
+        """
+        meta = self._store.meta()
+        if meta is None or meta.store_id != self.meta.store_id:
+            raise StoreError(f"{self._store.url} was emptied or replaced while in use")
+        if meta.moved:
+            raise StoreError(
+                f"{self._store.url} was moved to {meta.moved}: stop this delegator and start on that"
+            )
+        self.meta = meta
+        incarnation = self._store.incarnation()
+        if incarnation != meta.incarnation:
+            self._rest(incarnation)
+
+    def _rest(self, incarnation: str) -> None:
+        marks = self._store.marks()
+        latest = lessor.latest_tick(self.meta.layout, self._latest(), [mark.now_us for mark in marks])
+        new = replace(
+            self.meta,
+            version=self.meta.version + 1,
+            incarnation=incarnation,
+            floor=lessor.floor_after_loss(self.meta, latest, self.meta.ttl),
+        )
+        if not self._store.swap_meta(new):
+            raise StoreError(f"{self._store.url} is not what it was, and others are writing to it")
+        self.meta = new
+        _log.warning(
+            "%s is not what it was (it was restarted, restored or failed over): it may have lost leases that still "
+            "run. Nothing is granted for %d s",
+            self._store.url,
+            self._rest_s(new),
+        )
+
+    def _rest_s(self, meta: Meta) -> int:
+        return -(-lessor.ticks_to_ms(meta, meta.floor - self._now()) // 1000)

@@ -1,0 +1,309 @@
+"""One Redis, Snowcloud's engine: as durable as `appendfsync always` makes it, and no more.
+
+Everything that counts is written by one script, redis.lua, which has the keys on top.  Redis acknowledges a
+write that a replica lacks, so a failover, like a restart, may forget: the script writes only while the server
+is the one that meta knows (its run and replication IDs are the incarnation).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from zflake.core.lease import Mark, Meta, Record, Swap, Token, Traced
+from zflake.errors import ConfigError, StoreError
+from zflake.stores.contract import Contents, Store
+from zflake.stores.text import (
+    holder_to_text,
+    mark_from_text,
+    mark_to_text,
+    meta_from_text,
+    meta_to_text,
+    pad,
+    record_from_text,
+    record_to_text,
+    span_of,
+)
+
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+except ImportError as error:
+    raise ConfigError("redis:// needs the redis package: pip install 'zflake[redis]'") from error
+
+TIMEOUT_S: Final = 2.0
+CHUNK: Final = 256
+NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+SCRIPT: Final = files("zflake.stores").joinpath("redis.lua").read_text("utf-8")
+
+
+class RedisStore(Store):
+    """Records in a Redis, under a prefix: `redis://[user:password@]host[:port][/db][?prefix=zflake:]`.
+
+    A server that is a replica, does not write every change to disk before it answers, or may evict keys is
+    refused, unless the URL says `unchecked=yes`.
+
+    Raises `ConfigError` for a URL that can't be read, `StoreError` where the server can't be used.
+    """
+
+    exclusive = False
+
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query))
+        self._prefix = options.pop("prefix", "zflake:")
+        unchecked = options.pop("unchecked", "no") == "yes"
+        self.url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        try:
+            self._redis: Any = redis.Redis.from_url(
+                urlunsplit(parts._replace(query=urlencode(options))),
+                decode_responses=True,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
+                single_connection_client=True,
+                retry=Retry(NoBackoff(), 0),  # an unknown outcome is for the caller to resolve
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.url}: {error}") from error
+        self._unused_from: dict[int, int] = {}
+        try:
+            with self._errors():
+                self._script = self._redis.register_script(SCRIPT)
+                if not read_only and not unchecked:
+                    self._check_server()
+                self._check_data()
+        except BaseException:
+            self.close()
+            raise
+
+    def meta(self) -> Meta | None:
+        with self._errors():
+            text = self._redis.hget(self._key("meta"), "text")
+        return None if text is None else meta_from_text(text, self.url)
+
+    def incarnation(self) -> str:
+        with self._errors():
+            server, replication = self._redis.info("server"), self._redis.info("replication")
+        role = replication["role"]
+        return f"{server['run_id']} {replication['master_replid']}" + (f" {role}" if role != "master" else "")
+
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
+        with self._errors(), self._redis.pipeline() as pipe:
+            pipe.watch(self._key("meta"))
+            if pipe.exists(self._key("meta")):
+                raise StoreError(f"{self.url} is initialised already")
+            pipe.multi()
+            self._put_meta(pipe, meta)
+            for record in contents.records:
+                machine = pad(record.machine)
+                pipe.hset(self._key("machines"), machine, record_to_text(record))
+                pipe.zadd(self._key("fences"), {f"{pad(record.fence)} {machine}": 0})
+                if record.token is not None:
+                    pipe.hset(self._key("tokens"), record.token.hex(), machine)
+            for span in contents.spans:
+                machine, start, end = pad(span.machine), pad(span.start), pad(span.end)
+                text = f"{start} {end} {holder_to_text(span.holder)}"
+                pipe.zadd(self._key(f"spans:{machine}"), {text: 0})
+                pipe.zadd(self._key("ends"), {f"{end} {machine} {start}": 0})
+            pipe.set(self._key("since"), pad(contents.since))
+            for mark in contents.marks:
+                pipe.hset(self._key("marks"), mark.delegator, mark_to_text(mark))
+            pipe.execute()
+
+    def contents(self) -> Contents:
+        with self._errors():
+            machines = sorted(self._redis.hgetall(self._key("machines")).items())
+            records = [record_from_text(int(machine), text) for machine, text in machines]
+            spans = [
+                span_of(record.machine, *text.split(" ", 2))
+                for record in records
+                for text in self._redis.zrange(self._key(f"spans:{pad(record.machine)}"), 0, -1)
+            ]
+            return Contents(records, spans, self._since(), self.marks())
+
+    def swap_meta(self, new: Meta) -> bool:
+        with self._errors(), self._redis.pipeline() as pipe:
+            pipe.watch(self._key("meta"))
+            text = pipe.hget(self._key("meta"), "text")
+            old = None if text is None else meta_from_text(text, self.url)
+            if old is None or (old.store_id, old.version) != (new.store_id, new.version - 1):
+                return False
+            pipe.multi()
+            self._put_meta(pipe, new)
+            try:
+                pipe.execute()
+            except redis.WatchError:
+                return False
+            return True
+
+    def by_machine(self, machine: int) -> Record:
+        return self._records([pad(machine)])[0]
+
+    def by_token(self, token: Token) -> Record | None:
+        with self._errors():
+            machine = self._redis.hget(self._key("tokens"), token.hex())
+        record = None if machine is None else self.by_machine(int(machine))
+        return record if record is not None and record.token == token else None
+
+    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        unused: list[Record] = []
+        begin = self._unused_from.get(first, first)
+        if limit > 0:
+            while begin <= last and len(unused) < limit:
+                numbers = range(begin, min(begin + CHUNK, last + 1))
+                unused += [r for r in self._records([pad(n) for n in numbers]) if r.gen == 0]
+                if not unused:
+                    self._unused_from[first] = numbers.stop
+                begin = numbers.stop
+        unused = unused[:limit]
+        used: list[Record] = []
+        at = 0
+        while len(used) < limit - len(unused):
+            with self._errors():
+                members = self._redis.zrangebylex(self._key("fences"), "-", "+", at, CHUNK)
+            machines = [
+                machine for member in members if first <= int(machine := member.split(" ")[1]) <= last
+            ]
+            used += self._records(machines)
+            at += CHUNK
+            if len(members) < CHUNK:
+                break
+        used.sort(key=lambda record: (record.fence, record.machine))
+        return [*unused, *used[: limit - len(unused)]]
+
+    def held(self, now: int) -> Sequence[Record]:
+        with self._errors():
+            members = self._redis.zrangebylex(self._key("fences"), f"[{pad(now + 1)}", "+")
+        records = self._records(sorted(member.split(" ")[1] for member in members))
+        return [record for record in records if record.token is not None and record.fence > now]
+
+    def marks(self) -> Sequence[Mark]:
+        with self._errors():
+            return [mark_from_text(*item) for item in sorted(self._redis.hgetall(self._key("marks")).items())]
+
+    def forget_marks(self, before_us: int) -> None:
+        gone = [mark.delegator for mark in self.marks() if mark.now_us < before_us]
+        if gone:
+            with self._errors():
+                self._redis.hdel(self._key("marks"), *gone)
+
+    def set_marks(self, now_us: int) -> None:
+        with self._errors(), self._redis.pipeline() as pipe:
+            for mark in self.marks():
+                text = mark_to_text(Mark(mark.delegator, now_us, mark.lead_us, mark.address))
+                pipe.hset(self._key("marks"), mark.delegator, text)
+            pipe.execute()
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        args = ["", ""] if mark is None else [mark.delegator, mark_to_text(mark)]
+        for swap in swaps:
+            new = swap.new
+            gen, fence, token, span_start, rest = record_to_text(new).split(" ", 4)
+            args += [str(swap.version), pad(new.machine), str(new.gen - 1), gen, fence, token, span_start]
+            args += [rest, holder_to_text(new.holder)]
+        with self._errors():
+            return [outcome == 1 for outcome in self._script(keys=[self._key("meta")], args=args)]
+
+    def trace(self, machine: int, tick: int) -> Traced:
+        with self._errors():
+            below = self._redis.zrevrangebylex(
+                self._key(f"spans:{pad(machine)}"), f"({pad(tick)}!", "-", 0, 1
+            )
+            since = self._since()
+        span = span_of(machine, *below[0].split(" ", 2)) if below else None
+        return Traced(span if span is not None and tick < span.end else None, since)
+
+    def prune(self, before: int, keep: int, limit: int) -> int:
+        with self._errors():
+            count = self._redis.zcard(self._key("ends"))
+            oldest = self._redis.zrangebylex(self._key("ends"), "-", "+", 0, limit)
+            forgotten = [
+                text for i, text in enumerate(oldest) if i < count - keep or text[:20] <= pad(before)
+            ]
+            if forgotten:
+                since = max(self._since(), int(forgotten[-1].split(" ")[0]))
+                with self._redis.pipeline() as pipe:
+                    for text in forgotten:
+                        _, machine, start = text.split(" ")
+                        pipe.zremrangebylex(self._key(f"spans:{machine}"), f"[{start} ", f"({start}!")
+                    pipe.zrem(self._key("ends"), *forgotten)
+                    pipe.set(self._key("since"), pad(since))
+                    pipe.execute()
+        return len(forgotten)
+
+    def close(self) -> None:
+        with contextlib.suppress(redis.RedisError):
+            self._redis.close()
+
+    # --- inside ---
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _put_meta(self, pipe: Any, meta: Meta) -> None:
+        # The script compares two of them; the text has them all.
+        fields = {"text": meta_to_text(meta), "version": meta.version, "incarnation": meta.incarnation}
+        pipe.hset(self._key("meta"), mapping=fields)
+
+    def _records(self, machines: Sequence[str]) -> list[Record]:
+        if not machines:
+            return []
+        with self._errors():
+            texts = self._redis.hmget(self._key("machines"), machines)
+        pairs = zip(map(int, machines), texts, strict=True)
+        return [Record(m) if text is None else record_from_text(m, text) for m, text in pairs]
+
+    def _since(self) -> int:
+        return int(self._redis.get(self._key("since")) or 0)
+
+    def _check_server(self) -> None:
+        if (role := self._redis.info("replication")["role"]) != "master":
+            raise StoreError(f"{self.url} is a {role}: name the master")
+        try:
+            settings = {name: self._redis.config_get(name).get(name) for name in NEEDED}
+        except redis.ResponseError as error:
+            raise StoreError(
+                f"{self.url} does not tell its settings ({error}): see that it has appendonly yes, appendfsync always"
+                " and maxmemory-policy noeviction, and say so with ?unchecked=yes in the URL"
+            ) from error
+        wrong = [f"{name} {value}" for name, value in NEEDED.items() if settings[name] != value]
+        if wrong:
+            raise StoreError(
+                f"{self.url} can lose what it has promised, and with that give IDs twice: set {', '.join(wrong)};"
+                " or take the risk with ?unchecked=yes in the URL"
+            )
+
+    def _check_data(self) -> None:
+        if self.meta() is None:
+            names = [self._key(name) for name in ("machines", "tokens", "fences", "ends", "marks")]
+            if self._redis.exists(self._key("meta"), *names):
+                raise StoreError(
+                    f"{self.url} holds something that is not zflake's under {self._prefix}; nothing was changed:"
+                    " name another ?prefix="
+                )
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.AuthenticationError as error:
+            raise StoreError(f"{self.url} refuses the password: {error}") from error
+        except redis.TimeoutError as error:
+            raise StoreError(f"{self.url} does not answer within {TIMEOUT_S:g} s") from error
+        except redis.ConnectionError as error:
+            raise StoreError(f"can't reach {self.url}: {error}; is it running?") from error
+        except redis.ResponseError as error:
+            if str(error).startswith("WRONGTYPE"):
+                raise StoreError(
+                    f"{self.url} holds something that is not zflake's under {self._prefix}; name another ?prefix="
+                ) from error
+            raise StoreError(f"{self.url}: {error}") from error
+        except (redis.RedisError, OSError, ValueError) as error:
+            raise StoreError(f"{self.url}: {error}") from error
+
+
+open_url = RedisStore
