@@ -41,7 +41,7 @@ TTL = 30
 # Small, so that histories meet in the same machines and reach the end; a tick of 10 ms, so that ticks are
 # not milliseconds.
 LAYOUT = Layout("small", (Field("time", 9), Field("machine", 3), Field("sequence", 2)), tick_ms=10)
-META = Meta("store", LAYOUT, TTL, first_machine=2, last_machine=4)
+META = Meta("", LAYOUT, TTL, first_machine=2, last_machine=4)
 WIDE = replace(
     META,
     layout=Layout("wide", (Field("time", 20), Field("machine", 10), Field("sequence", 2))),
@@ -140,7 +140,7 @@ class Desk:
 
     def raise_floor(self, floor: int) -> None:
         meta = self.meta
-        assert self.store.swap_meta(replace(meta, floor=floor, version=meta.version + 1))
+        assert self.store.swap_meta(meta, replace(meta, floor=floor, version=meta.version + 1))
 
     def snapshot(self) -> list[Record]:
         return [self.store.by_machine(machine) for machine in range(self.meta.layout.machines)]

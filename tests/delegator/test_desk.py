@@ -278,7 +278,7 @@ def test_a_race_that_is_lost_for_ever_is_given_up() -> None:
 
 def test_settings_that_changed_under_a_desk_are_read_before_anything_is_granted() -> None:
     d = desk()
-    d.store.swap_meta(replace(META, version=META.version + 1, ttl=2 * META.ttl))
+    d.store.swap_meta(META, replace(META, version=META.version + 1, ttl=2 * META.ttl))
     grant = d.granted(acquire(1))
     assert grant.ttl == grant.end - grant.start == 2 * META.ttl
     assert d.desk.meta == d.store.meta()
@@ -436,7 +436,7 @@ def test_submitted_requests_come_back_with_their_envelopes_and_ring() -> None:
 def test_waiting_requests_commit_together_in_bounded_batches() -> None:
     store = Faulty()
     wide = replace(META, version=2, last_machine=1023)
-    store.swap_meta(wide)
+    store.swap_meta(META, wide)
     d = Desk(store, wide)
     for number in range(BATCH + 44):
         d.desk.submit(ticket(acquire(number), number))

@@ -63,7 +63,7 @@ def write(store: Store, *records: Record, version: int = 1) -> list[bool]:
 
 def test_a_store_that_was_never_initialised_has_no_meta_and_takes_no_write(empty: Store) -> None:
     assert empty.meta() is None
-    assert not empty.swap_meta(replace(META, version=1))
+    assert not empty.swap_meta(META, replace(META, version=2))
     assert write(empty, Record(1, fence=9, gen=1, token=token(1))) == [False]
     assert empty.by_machine(1) == Record(1)
 
@@ -81,21 +81,23 @@ def test_initialising_twice_is_refused_and_the_first_stands(store: Store) -> Non
     assert meta_of(store) == META
 
 
-def test_meta_is_swapped_only_from_the_version_before(store: Store) -> None:
+def test_meta_is_swapped_only_in_place_of_the_one_that_was_meant(store: Store) -> None:
+    first = store.meta()
+    assert first is not None
     second = replace(
-        META, version=2, layout=PRESETS["wide"], ttl=60_000, first_machine=3, last_machine=9, floor=5
+        META, version=7, layout=PRESETS["wide"], ttl=60_000, first_machine=3, last_machine=9, floor=5
     )
-    assert not store.swap_meta(replace(second, version=1))
-    assert not store.swap_meta(replace(second, version=3))
-    assert meta_of(store) == META
-    assert store.swap_meta(second)
+    assert not store.swap_meta(replace(first, version=2), second)
+    assert not store.swap_meta(second, second)
+    assert store.meta() == first
+    assert store.swap_meta(first, second)
     assert store.meta() == second
-    assert not store.swap_meta(replace(second, floor=6))  # the same step again
+    assert not store.swap_meta(first, replace(second, floor=6))  # the same step again
     assert store.meta() == second
 
 
 def test_meta_of_another_store_is_not_swapped_in(store: Store) -> None:
-    assert not store.swap_meta(replace(META, store_id="store-2", version=2))
+    assert not store.swap_meta(replace(META, store_id="store-2"), replace(META, version=2))
     assert meta_of(store) == META
 
 
@@ -139,7 +141,7 @@ def test_a_machine_that_was_never_used_begins_with_generation_one(store: Store, 
 def test_a_swap_under_another_version_of_meta_loses_and_writes_nothing(store: Store, version: int) -> None:
     first = Record(1, fence=10, gen=1, token=token(1))
     assert write(store, first) == [True]
-    assert store.swap_meta(replace(META, version=2, floor=1000, incarnation=store.incarnation()))
+    assert store.swap_meta(META, replace(META, version=2, floor=1000, incarnation=store.incarnation()))
     for record in (Record(1, fence=20, gen=2, token=token(2)), Record(2, fence=20, gen=1, token=token(2))):
         assert write(store, record, version=version) == [False]
         assert store.by_machine(1) == first
@@ -370,7 +372,7 @@ def test_meta_is_of_the_incarnation_that_it_was_made_in_or_swapped_to(empty: Sto
     here = empty.incarnation()
     empty.initialise(replace(META, incarnation=here))
     assert empty.incarnation() == here
-    assert empty.swap_meta(replace(META, version=2, incarnation=here, floor=9))
+    assert empty.swap_meta(META, replace(META, version=2, incarnation=here, floor=9))
     assert empty.incarnation() == here
     meta = empty.meta()
     assert meta is not None
@@ -399,3 +401,40 @@ def test_a_store_that_is_initialised_is_not_filled(store: Store) -> None:
         store.initialise(META, Contents([granted(1, 1, 100, 200)]))
     assert store.by_machine(1) == Record(1)
     assert spans(store) == []
+
+
+# --- marks ---
+
+
+def marked(store: Store) -> list[tuple[str, int]]:
+    return [(mark.delegator, mark.now_us) for mark in store.marks()]
+
+
+def test_marks_read_back_whole_by_name(store: Store) -> None:
+    marks = [Mark("a", 5, -3, "tcp://10.0.0.1:7410"), Mark("b-1 2/3", 1_767_225_600_000_000, 0, "")]
+    for mark in marks:
+        store.swap([], mark)
+    assert store.marks() == marks
+
+
+def test_a_mark_goes_forward_only_whatever_order_writes_come_in(store: Store) -> None:
+    for now_us in (500, 900, 700, 899):
+        store.swap([], Mark("here", now_us))
+    store.swap([], Mark("there", 100))
+    assert marked(store) == [("here", 900), ("there", 100)]
+
+
+def test_marks_are_set_back_all_at_once_and_go_on_from_there(store: Store) -> None:
+    for name in ("here", "there"):
+        store.swap([], Mark(name, 900, 4, "tcp://10.0.0.1:7410"))
+    store.set_marks(300)
+    assert store.marks() == [Mark(name, 300, 4, "tcp://10.0.0.1:7410") for name in ("here", "there")]
+    store.swap([], Mark("here", 301))
+    assert marked(store) == [("here", 301), ("there", 300)]
+
+
+def test_old_marks_are_forgotten(store: Store) -> None:
+    for name, now_us in (("a", 100), ("b", 200), ("c", 300)):
+        store.swap([], Mark(name, now_us))
+    store.forget_marks(200)
+    assert marked(store) == [("b", 200), ("c", 300)]

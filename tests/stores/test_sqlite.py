@@ -273,7 +273,7 @@ def test_a_file_that_was_moved_or_replaced_takes_no_more_writes(store: SqliteSto
         with pytest.raises(StoreError, match="moved or replaced while in use; put it back"):
             write(store, first(1))
         with pytest.raises(StoreError, match="moved or replaced"):
-            store.swap_meta(replace(META, version=2))
+            store.swap_meta(META, replace(META, version=2))
     moved.replace(path)
     assert store.by_machine(1000) == kept
     assert store.by_machine(1) == Record(1)
@@ -602,7 +602,7 @@ def test_a_number_that_does_not_fit_is_a_store_error(store: SqliteStore) -> None
         lambda: store.by_machine(1 << 63),
         lambda: store.held(1 << 63),
         lambda: store.lowest(0, 1 << 63, 1),
-        lambda: store.swap_meta(replace(META, version=2, floor=1 << 63)),
+        lambda: store.swap_meta(META, replace(META, version=2, floor=1 << 63)),
     ]
     for call in calls:
         with pytest.raises(StoreError):
@@ -736,10 +736,9 @@ def test_the_file_answers_as_the_reference_does(operations: list[tuple[Any, ...]
                     ]
                     assert store.swap(swaps) == reference.swap(swaps)
                 case "meta":
-                    new = replace(
-                        meta, version=meta.version + args[0], store_id=args[1], floor=meta.floor + 1
-                    )
-                    assert store.swap_meta(new) == reference.swap_meta(new)
+                    old = replace(meta, version=meta.version + args[0] - 1, store_id=args[1])
+                    new = replace(meta, version=meta.version + 1, floor=meta.floor + 1)
+                    assert store.swap_meta(old, new) == reference.swap_meta(old, new)
                 case "reopen":
                     store.close()
                     store = SqliteStore(path)

@@ -33,7 +33,7 @@ def opened(path: Path) -> SqliteStore:
     if meta is None:
         store.initialise(replace(META, incarnation=store.incarnation()))
     elif meta.incarnation != store.incarnation():
-        store.swap_meta(replace(meta, version=meta.version + 1, incarnation=store.incarnation()))
+        store.swap_meta(meta, replace(meta, version=meta.version + 1, incarnation=store.incarnation()))
     return store
 
 

@@ -294,7 +294,7 @@ def test_the_explanations_beside_the_bytes_agree_with_them() -> None:
 
 def test_the_lease_in_the_dumps_is_what_the_lessor_grants() -> None:
     layout = PRESETS["snowcloud"]
-    meta = Meta("", layout, 30_000, 0, layout.machines - 1)
+    meta = Meta(result_of("cluster.status")["store_id"], layout, 30_000, 0, layout.machines - 1)
 
     def now(method: str) -> int:
         now_us = now_of(result_of(method))

@@ -125,13 +125,13 @@ def copy(url: str, to: str) -> str:
             if target.meta() is not None:
                 raise StoreError(f"{to} is a cluster's store already: name a new one")
             moved = replace(meta, version=meta.version + 1, moved=target.url)
-            if not source.swap_meta(moved):
+            if not source.swap_meta(meta, moved):
                 raise StoreError(f"{url} was written to meanwhile: stop all delegators first")
             try:
                 contents = source.contents()
                 target.initialise(replace(meta, incarnation=target.incarnation()), contents)
             except BaseException:
-                source.swap_meta(replace(meta, version=moved.version + 1))
+                source.swap_meta(moved, replace(meta, version=moved.version + 1))
                 raise
         finally:
             target.close()

@@ -112,7 +112,9 @@ class Cluster:
         new: bool = False,
     ) -> None:
         self._workers = workers
-        self._temporary = tempfile.TemporaryDirectory(prefix="zflake-") if data is None and store is None else None
+        self._temporary = (
+            tempfile.TemporaryDirectory(prefix="zflake-") if data is None and store is None else None
+        )
         self._data = Path(self._temporary.name) if self._temporary else data
         self._store = store or f"sqlite:///{self._data and self._data.absolute()}/zflake.db"
         if delegators > 1 and self._store.startswith(("sqlite:", "memory:")):

@@ -205,7 +205,7 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, 
             if not asked and seed in brokers:
                 ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s()))
                 workers += _addresses((yield ask))
-                asked = True
+                asked = bool(workers)  # a delegator that has just started may know of nobody yet
             answered = True
             roster.succeeded(seed)
         except Timeout:

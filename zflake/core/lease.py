@@ -94,7 +94,8 @@ class Meta:
     floor: int = 0
     """No window begins below this tick, on any machine."""
     version: int = 1
-    """+1 with every change of this record."""
+    """+1 with every change of this record.  It begins anew at a number drawn at random where the store is made,
+    and where it may have forgotten something, so that none comes twice: a `Swap` names it."""
     incarnation: str = ""
     """Which life of the store this is.  Where the store says another one, it may have lost what it promised."""
     moved: str = ""
@@ -174,6 +175,8 @@ class Grant:
     layout: Layout
     ttl: int
     """Ticks; a holder renews when a third of it has passed."""
+    store_id: str = ""
+    """Which store the lease is recorded in."""
 
 
 @dataclass(frozen=True, slots=True)

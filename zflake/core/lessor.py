@@ -140,7 +140,8 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     ends below the floor was forgotten by a loss that is known already.  While the store rests from one, a
     witness lifts the floor no further than its own window demands; after that, this is a new loss.
 
-    `latest` is the latest tick that any clock of the cluster shows: the timeline, the wall, the marks.
+    `latest` is the latest tick that any clock of the cluster shows: the timeline, the wall, the marks.  The
+    version is for the caller to draw: the store's forgotten past may have had the next one.
     """
     newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)
     repeat = record.token is not None and record.token == request.next
@@ -152,7 +153,7 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     else:
         floor = rest_until(meta.layout, max(latest, end), meta.ttl)
     floor = min(floor, meta.layout.end_tick)
-    return replace(meta, floor=floor, version=meta.version + 1) if floor > meta.floor else None
+    return replace(meta, floor=floor) if floor > meta.floor else None
 
 
 def floor_after_loss(meta: Meta, latest: int, ttl: int) -> int:
@@ -212,6 +213,7 @@ def _grant(meta: Meta, record: Record) -> Grant:
         token=record.token,
         layout=meta.layout,
         ttl=meta.ttl,
+        store_id=meta.store_id,
     )
 
 

@@ -41,6 +41,8 @@ ROUNDS: Final = 8
 FAILURES: Final = 2
 """After how many failures of the store a batch is given up."""
 RETRY_MS: Final = 500
+VERSIONS: Final = 1 << 48
+"""Out of how many numbers the version of a meta is drawn that begins a new life."""
 
 _log = logging.getLogger("zflake.lease")
 
@@ -151,7 +153,8 @@ class Ledger:
     def _hear_witness(self, request: Renew, record: Record) -> None:
         """Have a renewal raise the floor that shows that the store has forgotten a grant."""
         while new := lessor.witnessed(self.meta, self._now(), self._latest(), request, record=record):
-            swapped = self._store.swap_meta(new)
+            new = replace(new, version=self._pick(VERSIONS))
+            swapped = self._store.swap_meta(self.meta, new)
             self.read_meta()
             if swapped:
                 _log.warning(
@@ -186,11 +189,11 @@ class Ledger:
         latest = lessor.latest_tick(self.meta.layout, self._latest(), [mark.now_us for mark in marks])
         new = replace(
             self.meta,
-            version=self.meta.version + 1,
+            version=self._pick(VERSIONS),
             incarnation=incarnation,
             floor=lessor.floor_after_loss(self.meta, latest, self.meta.ttl),
         )
-        if not self._store.swap_meta(new):
+        if not self._store.swap_meta(self.meta, new):
             raise StoreError(f"{self._store.url} is not what it was, and others are writing to it")
         self.meta = new
         _log.warning(

@@ -113,9 +113,10 @@ class Delegator:
         try:
             address, name = address_of(self._router), self._take_name()
             running_us = listen(self._store, name)
+            marks = self._store.marks()
             now_us, now_local_us = wall_us(), local_us()
             carrier = start_timeline(
-                self._store,
+                marks,
                 accept_clock=config.accept_clock,
                 wall_us=now_us,
                 local_us=now_local_us,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from zflake.core import lessor
 from zflake.core.layout import DEFAULT, Layout
-from zflake.core.lease import Meta, Swap
+from zflake.core.lease import Mark, Meta, Swap
 from zflake.core.timeline import Carrier, Marks, cold_start_us, tick_of
+from zflake.delegator.ledger import VERSIONS
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
@@ -58,15 +59,15 @@ def listen(store: Store, own: str, sleep: Callable[[float], object] = time.sleep
 
 
 def start_timeline(
-    store: Store, *, accept_clock: bool, wall_us: int, local_us: int, running_us: int | None = None
+    marks: Sequence[Mark], *, accept_clock: bool, wall_us: int, local_us: int, running_us: int | None = None
 ) -> Carrier:
     """The timeline at the start of this delegator.
 
+    The clocks are to be read after the marks: what the store takes to give them would be added otherwise.
     Where others run (`running_us`, as `listen` says) theirs is joined, whatever this wall clock shows.  With
     `accept_clock` it begins at the wall clock, whatever the marks say; `rewind` then makes that stand.
 
-    Raises `ConfigError` where the wall clock can't be right, or is to be accepted while others run,
-    `StoreError` where the store fails.
+    Raises `ConfigError` where the wall clock can't be right, or is to be accepted while others run.
     """
     if running_us is not None and accept_clock:
         raise ConfigError("--accept-clock: other delegators are running on this store; stop them first")
@@ -75,7 +76,7 @@ def start_timeline(
     if accept_clock:
         _log.warning("--accept-clock: the timeline begins at the wall clock, whatever it was before")
         return Carrier(wall_us, local_us)
-    return Carrier(cold_start_us(wall_us, [mark.now_us for mark in store.marks()]), local_us)
+    return Carrier(cold_start_us(wall_us, [mark.now_us for mark in marks]), local_us)
 
 
 def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
@@ -114,10 +115,9 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
     wished = replace(wished, version=meta.version + 1)
     lost = wished.incarnation != meta.incarnation
     if lost:
-        wished = replace(
-            wished, floor=lessor.floor_after_loss(meta, _latest(store, meta.layout, now_us), wished.ttl)
-        )
-    if not store.swap_meta(wished):
+        floor = lessor.floor_after_loss(meta, _latest(store, meta.layout, now_us), wished.ttl)
+        wished = replace(wished, floor=floor, version=secrets.randbelow(VERSIONS))
+    if not store.swap_meta(meta, wished):
         raise StoreError(f"{store.url}: another delegator changed the store's settings; start again")
     if lost:
         _log.warning(
@@ -189,7 +189,16 @@ def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
     first, last = _machines(layout, wishes) or (0, layout.machines - 1)
     new = wishes.new and not store.had_data
     floor = 0 if new else lessor.rest_until(layout, _latest(store, layout, now_us), ttl)
-    meta = Meta(secrets.token_hex(16), layout, ttl, first, last, floor, incarnation=store.incarnation())
+    meta = Meta(
+        secrets.token_hex(16),
+        layout,
+        ttl,
+        first,
+        last,
+        floor,
+        version=secrets.randbelow(VERSIONS),
+        incarnation=store.incarnation(),
+    )
     store.initialise(meta)
     if new:
         _log.info("made a new store: %s", store.url)

@@ -126,8 +126,13 @@ class LeaseKeeper:
             return
         self._send(request, local_us())
         while self._pending is not None and (left_us := deadline_us - local_us()) > 0:
+            # Whether it was heard or not, it may be said again.
+            left_us = min(left_us, max(0, self._answer_by_us - local_us()))
             self.socket.poll(max(1, left_us // 1000))
             self._receive()
+            if self._pending is not None and local_us() >= self._answer_by_us:
+                self._connect_next()
+                self._send(request, local_us())
         if self._pending is not None:
             _log.warning("machine %d was not given back: it rests until its window ends", request.machine)
 
@@ -246,6 +251,8 @@ class LeaseKeeper:
         elif isinstance(answer, Grant):
             self._quiet_until_us = 0
             self.refusal = None
+            # Not what was said in the greeting: since then the delegator may have come back with another store.
+            self.store_id = answer.store_id or self.store_id
             if before is None:
                 _log.info("holding machine %d, layout %s", answer.machine, answer.layout.name)
             _log.debug("machine %d: window [%d, %d)", answer.machine, answer.start, answer.end)
@@ -253,6 +260,7 @@ class LeaseKeeper:
     def _refused(self, refusal: Refusal, before: Mint | None, received_us: int) -> None:
         if refusal.reason is Refused.LOST and before is not None:
             _log.warning("lost machine %d: %s", before.machine, refusal.message)
+            self._greeted = False
             return
         self.refusal = refusal
         if refusal.reason is not Refused.TOO_EARLY:

@@ -62,8 +62,8 @@ class Store(ABC):
         """All that the store holds, to be read before anything is written."""
 
     @abstractmethod
-    def swap_meta(self, new: Meta) -> bool:
-        """Put `new` in place of the meta that has its `store_id` and the version `new.version - 1`.
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
+        """Put `new` in place of the meta that has the `store_id` and the `version` of `old`.
 
         False where there is no such meta; then nothing is written.
         """

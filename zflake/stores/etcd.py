@@ -97,7 +97,7 @@ class EtcdStore(Store):
         # As last read: by machine, the record and its key's revision; that of meta; that of the own mark.
         self._seen: dict[int, tuple[Record, int]] = {}
         self._meta_seen: tuple[Meta, int] | None = None
-        self._mark_seen: tuple[str, int] | None = None
+        self._mark_seen: tuple[Mark, int] | None = None
         self._revision = 0
         self._cluster = ""
         self._lives: tuple[str, str] | None = (
@@ -152,11 +152,11 @@ class EtcdStore(Store):
         spans = [_span(pair) for pair in self._range("span/")]
         return Contents(records, spans, self._since(), self.marks())
 
-    def swap_meta(self, new: Meta) -> bool:
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
         if self.meta() is None or self._meta_seen is None:
             return False
-        old, revision = self._meta_seen
-        if (old.store_id, old.version) != (new.store_id, new.version - 1):
+        now, revision = self._meta_seen
+        if (now.store_id, now.version) != (old.store_id, old.version):
             return False
         unchanged = _compare("mod_revision", self._key("meta"), revision)
         return self._txn([unchanged], [self._put("meta", meta_to_text(new))])[0]
@@ -198,11 +198,13 @@ class EtcdStore(Store):
 
     def forget_marks(self, before_us: int) -> None:
         gone = [mark for mark in self.marks() if mark.now_us < before_us]
+        self._mark_seen = None
         if gone:
             self._txn([], [self._delete(f"mark/{mark.delegator}") for mark in gone])
 
     def set_marks(self, now_us: int) -> None:
         marks = [Mark(mark.delegator, now_us, mark.lead_us, mark.address) for mark in self.marks()]
+        self._mark_seen = None
         if marks:
             self._txn([], [self._put(f"mark/{mark.delegator}", mark_to_text(mark)) for mark in marks])
 
@@ -267,7 +269,8 @@ class EtcdStore(Store):
             self._mark_seen = self._meta_seen = None
             return [False] * len(tried)
         if mark is not None:
-            self._mark_seen = mark.delegator, revision
+            assert self._mark_seen is not None
+            self._mark_seen = self._mark_seen[0], revision
             responses = responses[1:]
         results = iter(responses)
         return [swap is not None and self._learn(swap.new, next(results), revision) for swap in tried]
@@ -285,12 +288,15 @@ class EtcdStore(Store):
             compares.append(_compare("mod_revision", self._key("meta"), revision))
         if mark is not None:
             key = f"mark/{mark.delegator}"
-            if self._mark_seen is None or self._mark_seen[0] != mark.delegator:
+            if self._mark_seen is None or self._mark_seen[0].delegator != mark.delegator:
                 pair = self._get(key)
-                self._mark_seen = mark.delegator, 0 if pair is None else pair.revision
+                seen = mark if pair is None else mark_from_text(mark.delegator, pair.value)
+                self._mark_seen = seen, 0 if pair is None else pair.revision
+            seen, revision = self._mark_seen
+            self._mark_seen = max(mark, seen, key=lambda m: m.now_us), revision
             # If the cluster has gone back to an earlier state, so has this.
-            compares.append(_compare("mod_revision", self._key(key), self._mark_seen[1]))
-            ops.append(self._put(key, mark_to_text(mark)))
+            compares.append(_compare("mod_revision", self._key(key), revision))
+            ops.append(self._put(key, mark_to_text(self._mark_seen[0])))
         return meta, compares, ops
 
     def _learn(self, new: Record, response: Op, revision: int) -> bool:

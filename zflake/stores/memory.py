@@ -44,9 +44,9 @@ class MemoryStore(Store):
         spans = [span for _, span in sorted(self._spans.items())]
         return Contents([r for _, r in sorted(self._records.items())], spans, self._since, self.marks())
 
-    def swap_meta(self, new: Meta) -> bool:
-        old = self._meta
-        if old is None or (old.store_id, old.version) != (new.store_id, new.version - 1):
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
+        now = self._meta
+        if now is None or (now.store_id, now.version) != (old.store_id, old.version):
             return False
         self._meta = new
         return True
@@ -77,7 +77,8 @@ class MemoryStore(Store):
 
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         if mark is not None:
-            self._marks[mark.delegator] = mark
+            before = self._marks.get(mark.delegator, mark)
+            self._marks[mark.delegator] = max(mark, before, key=lambda m: m.now_us)
         return [self._swap(swap) for swap in swaps]
 
     def _swap(self, swap: Swap) -> bool:

@@ -176,12 +176,12 @@ class PostgresqlStore(Store):
         spans = [_span(row) for row in self._all("SELECT * FROM span ORDER BY machine, start")]
         return Contents(records, spans, self._since(), self.marks())
 
-    def swap_meta(self, new: Meta) -> bool:
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
         with self._transaction() as db:
             assignments = ", ".join(f"{column} = %s" for column in _META.split(", "))
             done = db.execute(
                 f"UPDATE meta SET {assignments} WHERE version = %s AND store_id = %s",
-                (*_values(new), new.version - 1, new.store_id),
+                (*_values(new), old.version, old.store_id),
             )
             return done.rowcount == 1
 
@@ -248,7 +248,8 @@ class PostgresqlStore(Store):
             if mark is not None:
                 db.execute(
                     "INSERT INTO mark VALUES (%s, %s, %s, %s) ON CONFLICT (delegator) DO UPDATE SET"
-                    " now_us = excluded.now_us, lead_us = excluded.lead_us, address = excluded.address",
+                    " now_us = excluded.now_us, lead_us = excluded.lead_us, address = excluded.address"
+                    " WHERE excluded.now_us > mark.now_us",
                     (mark.delegator, mark.now_us, mark.lead_us, mark.address),
                 )
             if not swaps:

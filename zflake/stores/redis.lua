@@ -62,7 +62,11 @@ end
 local meta = redis.call('HMGET', KEYS[1], 'version', 'incarnation')
 local known = meta[2] == life()
 if ARGV[1] ~= '' then
-  redis.call('HSET', marks, ARGV[1], ARGV[2])
+  -- A write of unknown outcome may come after the next one: a mark never goes back by one.
+  local mark = redis.call('HGET', marks, ARGV[1])
+  if not mark or string.sub(mark, 1, 20) < string.sub(ARGV[2], 1, 20) then
+    redis.call('HSET', marks, ARGV[1], ARGV[2])
+  end
 end
 local outcomes = {}
 for i = 3, #ARGV, 9 do

@@ -125,12 +125,12 @@ class RedisStore(Store):
             ]
             return Contents(records, spans, self._since(), self.marks())
 
-    def swap_meta(self, new: Meta) -> bool:
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
         with self._errors(), self._redis.pipeline() as pipe:
             pipe.watch(self._key("meta"))
             text = pipe.hget(self._key("meta"), "text")
-            old = None if text is None else meta_from_text(text, self.url)
-            if old is None or (old.store_id, old.version) != (new.store_id, new.version - 1):
+            now = None if text is None else meta_from_text(text, self.url)
+            if now is None or (now.store_id, now.version) != (old.store_id, old.version):
                 return False
             pipe.multi()
             self._put_meta(pipe, new)

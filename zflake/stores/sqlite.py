@@ -92,6 +92,12 @@ _UPDATE: Final = (
     " name = ?, host = ?, pid = ?, address = ? WHERE machine = ? AND gen = ?"
 )
 
+# A write of unknown outcome may come after the next one: a mark never goes back by one.
+_MARK: Final = (
+    "INSERT INTO mark VALUES (?, ?, ?, ?) ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us,"
+    " lead_us = excluded.lead_us, address = excluded.address WHERE excluded.now_us > now_us"
+)
+
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "close the other program that has it open",
     sqlite3.SQLITE_CANTOPEN: "let this user read and write the file and its folder",
@@ -178,13 +184,13 @@ class SqliteStore(Store):
             (since,) = self._db.execute("SELECT since FROM life").fetchone()
             return Contents([*map(_record, records)], [*map(_span, spans)], since, self.marks())
 
-    def swap_meta(self, new: Meta) -> bool:
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
         with self._transaction():
             cursor = self._db.execute(
                 "UPDATE meta SET layout = :layout, ttl = :ttl, first_machine = :first, last_machine = :last,"
                 " floor = :floor, version = :version, incarnation = :incarnation, moved = :moved"
-                " WHERE version = :version - 1 AND store_id = :store_id",
-                _values(new),
+                " WHERE version = :old_version AND store_id = :old_store_id",
+                _values(new) | {"old_version": old.version, "old_store_id": old.store_id},
             )
         if cursor.rowcount == 1:
             self._follow(new)
@@ -235,7 +241,7 @@ class SqliteStore(Store):
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         with self._transaction():
             if mark is not None:
-                self._db.execute("INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?)", astuple(mark))
+                self._db.execute(_MARK, astuple(mark))
             (version,) = self._db.execute("SELECT version FROM meta").fetchone() or (None,)
             return [swap.version == version and self._swap(swap.new) for swap in swaps]
 

@@ -79,7 +79,7 @@ def record_from_text(machine: int, text: str) -> Record:
 
 def mark_to_text(mark: Mark) -> str:
     """`now_us lead_us address`."""
-    return f"{mark.now_us} {mark.lead_us} {mark.address}"
+    return f"{pad(mark.now_us)} {mark.lead_us} {mark.address}"
 
 
 def mark_from_text(delegator: str, text: str) -> Mark:

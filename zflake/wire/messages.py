@@ -284,6 +284,7 @@ def store_result(answer: Grant | Released | Traced, now_us: int) -> dict[str, An
         "end": answer.end,
         "token": answer.token,
         "ttl": answer.ttl,
+        "store_id": answer.store_id,
         "layout": answer.layout.to_map(),
         "now_us": now_us,
     }
@@ -313,7 +314,8 @@ def lease_answer(method: Method, error: WireError | None, result: Any) -> Answer
     )
     if ttl == 0:
         raise ProtocolError(f"the answer to {method} has a ttl of 0: it could not be renewed in time")
-    return Grant(machine, gen, start, end, _token("token", result.get("token")), layout, ttl)
+    store_id = _text("store_id", result.get("store_id", ""))
+    return Grant(machine, gen, start, end, _token("token", result.get("token")), layout, ttl, store_id)
 
 
 # --- workers ---
