@@ -17,7 +17,7 @@ REST: Final = 70_000  # 60 s and 10 s, in ticks of the layout
 
 
 def as_of(gen: int, end: int | None = 5000, shown: bytes = B) -> Renew:
-    return Renew(2, shown, gen, D, end)
+    return Renew(2, shown, gen, D, end, META.store_id)
 
 
 KNOWN: Final = Record(2, fence=4000, gen=3, token=A, start=3000, tenancy_start=100)
@@ -36,7 +36,7 @@ def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) ->
 
 @pytest.mark.parametrize(
     "request_",
-    [as_of(2), as_of(1), as_of(3, shown=A), as_of(4, end=None), Renew(2, B, 9, A, 5000)],
+    [as_of(2), as_of(1), as_of(3, shown=A), as_of(4, end=None), Renew(2, B, 9, A, 5000, META.store_id)],
     ids=["older", "much older", "the holder of the record", "without an end", "a repeat"],
 )
 def test_what_an_honest_store_can_meet_is_no_witness(request_: Renew) -> None:
@@ -103,3 +103,12 @@ def test_below_the_floor_nobody_is_granted_anything() -> None:
     renewal = lessor.renew(meta, 9000, Renew(2, A, 3, B, 4000), record=KNOWN)
     assert isinstance(renewal, Refusal)
     assert renewal.reason is Refused.TOO_EARLY
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Renew(2, B, 9, D, 5000, "another"), Renew(2, B, 9, D, 5000), Renew(1024, B, 9, D, 5000, META.store_id)],
+    ids=["of another store", "of none", "of no machine"],
+)
+def test_who_was_granted_nothing_here_bears_no_witness(request_: Renew) -> None:
+    assert lessor.witnessed(META, 1000, 1000, request_, record=Record(request_.machine)) is None

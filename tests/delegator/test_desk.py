@@ -544,7 +544,7 @@ def forgetful() -> tuple[Desk, Renew]:
     restored.initialise(META, before)
     set_back = Desk(restored)
     set_back.now = d.now + 1
-    return set_back, Renew(later.machine, later.token, later.gen, token(4), later.end)
+    return set_back, Renew(later.machine, later.token, later.gen, token(4), later.end, META.store_id)
 
 
 def test_a_witness_is_told_lost_and_nothing_is_granted_below_the_floor(
@@ -590,7 +590,7 @@ def test_a_store_that_was_emptied_in_use_grants_nothing() -> None:
     held = d.granted(acquire(1))
     d.store.close()
     d.now += TTL // 2
-    unavailable(d.one(Renew(held.machine, held.token, held.gen, token(2), held.end)))
+    unavailable(d.one(Renew(held.machine, held.token, held.gen, token(2), held.end, META.store_id)))
 
 
 # --- provenance ---

@@ -139,6 +139,8 @@ class Checker:
         self._taken_out: dict[int, int] = {}  # until when machines were not leased
         self._life = 0
         self._ceiling_us = -(1 << 62)  # what the timeline may show at true time 0, at most
+        self.wall_us: Callable[[], int] = lambda: -(1 << 62)
+        """What the latest of all wall clocks shows."""
         self._walls_us = self._ceiling_us  # what any wall clock may have shown then
         self._used_us = -(1 << 62)  # of the timeline, by what is durable
         self._returned: Counter[int] = Counter()
@@ -393,7 +395,7 @@ class Checker:
                 for rectangle in rectangles:
                     if rectangle.granted_end <= meta.floor:
                         rectangle.forgotten = False
-        top_us = self._walls_us + self._drift_us()
+        top_us = max(self._walls_us + self._drift_us(), self.wall_us())
         top = max(self._ceiling_tick(meta), (top_us - meta.layout.epoch_us) // meta.layout.tick_us + 1)
         rest = max(-(-REST_MS // meta.layout.tick_ms), self.most_ttl) + -(-MARGIN_MS // meta.layout.tick_ms)
         most = max(top, self._latest_end) + rest + 2

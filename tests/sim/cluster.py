@@ -73,8 +73,11 @@ class Cluster:
             machines=weather.machines,
             new=True,
         )
+        self.checker.wall_us = lambda: max(host.wall_us() for host in self.hosts)
         for number in range(weather.delegators):
             self._start_delegator(number)
+        # Before that nobody was running, and to listen for others took only time.
+        self.disk.shared = weather.delegators > 1
         for _ in range(weather.workers):
             self._start_worker()
         self.clients = [Client(self, n) for n in range(weather.clients)]
@@ -238,6 +241,8 @@ class Cluster:
     def _wish(self, act: str, **changes: object) -> None:
         """An operator restarts a delegator with another setting."""
         number = self.world.rng.randrange(self.weather.delegators)
+        if self.disk.contents().records == []:
+            return  # a store that was emptied is made anew as the first one was
         self._fault(act, f"d{number}", str(changes))
         ttl_ms, machines = changes.get("ttl_ms"), changes.get("machines")
         wishes = Wishes(
@@ -259,7 +264,8 @@ class Cluster:
         assert loss is not None
         self._fault(loss, "disk")
         unnoticed = loss == "rollback unnoticed"
-        if not unnoticed or self.world.rng.random() < 0.5:
+        # Of a store that was emptied a delegator that runs takes no notice but to grant nothing any more.
+        if loss == "emptied" or self.world.rng.random() < 0.5:
             self._stop_delegators()
         if loss == "emptied":
             self.disk.restore(Disk(self.disk.stored, self.disk.settled, self.disk.used).snapshot())
@@ -469,7 +475,7 @@ class Cluster:
             client.die()
         for worker in leaving:
             worker.leave()
-        world.run(world.now_us + 2_500_000)
+        world.run(world.now_us + 6_000_000)  # a delegator may still be listening for others
         if not self.weather.loss and self.disk.meta() is not None:
             self.checker.traced(self.disk.contents().spans, self.disk.trace)
         kept = [w.name for w in leaving if w.releasing is not None and w.released_at_us is None]

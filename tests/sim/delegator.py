@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.sim.disk import Connection, Crashed
 from tests.sim.world import Process
 from zflake.core.lease import Acquire, Answer, Mark, Refusal, Refused, Request
-from zflake.core.timeline import tick_of
+from zflake.core.timeline import Marks, tick_of
 from zflake.delegator import setup
 from zflake.delegator.broker import Broker
 from zflake.delegator.desk import BATCH, STALE_US, LeaseDesk
@@ -39,10 +40,18 @@ class Delegator(Process):
         self.address = f"tcp://10.0.0.{number + 1}:7410"
         self.store = Connection(cluster.world, self, cluster.disk, self.now_us)
         host, checker = self.host, cluster.checker
+        self.marks = Marks(self.name)
+        running_us = setup.listen(self.store, self.name, self._sleep)
+        marks = self.store.marks()
         wall_us = host.wall_us()
-        checker.cold_start(wall_us)
+        if running_us is None:
+            checker.cold_start(wall_us)
         self.timeline = setup.start_timeline(
-            self.store, accept_clock=accept_clock, wall_us=wall_us, local_us=host.local_us()
+            marks,
+            accept_clock=accept_clock,
+            wall_us=wall_us,
+            local_us=host.local_us(),
+            running_us=running_us,
         )
         checker.started(self.now_us(), accepted=accept_clock)
         meta = setup.settle_meta(self.store, wishes, self.now_us())
@@ -58,6 +67,7 @@ class Delegator(Process):
             local_us=host.local_us,
             ring=lambda: None,
             mark=self._mark,
+            follow=self._follow,
             pick=cluster.world.rng.randrange,
         )
         self.directory = Directory(self.store.held(self.now()))
@@ -116,12 +126,24 @@ class Delegator(Process):
     def _mark(self) -> Mark:
         return Mark(self.name, self.now_us())
 
+    def _follow(self, marks: Sequence[Mark]) -> None:
+        moved_us = self.marks.read(marks)
+        if moved_us is not None:
+            self.timeline.raise_to(moved_us, self.host.local_us())
+
+    def _sleep(self, seconds: float) -> None:
+        self.world.elapse(int(seconds * 1e6))
+        if self.dead:
+            raise Crashed
+
     def _every_second(self) -> None:
         self.world.after(MARK_US, self, self._every_second)
         if not self._settling:  # the desk has one thread
             self._settling = True
             try:
-                self.desk._write_mark()
+                self.desk._keep_house()
+                if (held := self.desk.collect_held()) is not None:
+                    self.directory.replace(held)
             except Crashed:
                 return
             self._settling = False

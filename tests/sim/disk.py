@@ -35,7 +35,7 @@ class Disk(MemoryStore):
     ) -> None:
         super().__init__()
         self.life = "life 0"
-        self.losses = 0
+        self.shared = False
         self.stored = stored
         self.settled = settled
         self.used = used
@@ -52,13 +52,14 @@ class Disk(MemoryStore):
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Be what a snapshot was."""
-        self.losses += 1
         vars(self).update({name: _copied(value) for name, value in snapshot.items()})
 
     def apply(self, swaps: Sequence[Swap], mark: Mark | None, used_us: int | None = None) -> list[bool]:
         """Swap at once, and say what was written, by a delegator whose now was `used_us`."""
         before = [MemoryStore.by_machine(self, swap.new.machine) for swap in swaps]
-        done = MemoryStore.swap(self, swaps, mark)
+        known = self._meta is not None and self._meta.incarnation == self.life
+        done = MemoryStore.swap(self, swaps if known else (), mark)
+        done = done if known else [False] * len(swaps)
         if used_us is not None:
             self.used(used_us)
         for old, swap, ok in zip(before, swaps, done, strict=True):
@@ -86,6 +87,10 @@ class Connection(MemoryStore):
         self._process = process
         self._disk = disk
         self._clock = clock
+
+    @property
+    def exclusive(self) -> bool:  # type: ignore[override]
+        return not self._disk.shared
 
     def incarnation(self) -> str:
         return self._disk.life
@@ -120,17 +125,16 @@ class Connection(MemoryStore):
         return super().held(now)
 
     def marks(self) -> Sequence[Mark]:
-        if self._disk.out:
-            self._reach()
+        self._reach()
         return super().marks()
 
     def set_marks(self, now_us: int) -> None:
         self._reach()
         super().set_marks(now_us)
 
-    def swap_meta(self, new: Meta) -> bool:
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
         self._reach()
-        if not super().swap_meta(new):
+        if not super().swap_meta(old, new):
             return False
         self._disk.settled(new)
         return True
@@ -155,7 +159,7 @@ class Connection(MemoryStore):
             if kind == 1:
                 disk.apply(swaps, mark, used_us)
             elif kind == 2:
-                world.after(int(rng.random() * 3_000_000), None, self._late, swaps, disk.losses)
+                world.after(int(rng.random() * 3_000_000), None, self._late, swaps, mark)
             raise StoreError("it is unknown whether that was written")
         done = disk.apply(swaps, mark, used_us)
         if disk.slow and rng.random() < disk.slow:
@@ -165,10 +169,8 @@ class Connection(MemoryStore):
     def close(self) -> None:
         """What is durable stays."""
 
-    def _late(self, swaps: Sequence[Swap], losses: int) -> None:
-        if losses != self._disk.losses:
-            return  # it was on its way to a store that is no more
-        done = self._disk.apply(swaps, None)
+    def _late(self, swaps: Sequence[Swap], mark: Mark | None) -> None:
+        done = self._disk.apply(swaps, mark)
         if self._world.tracing:
             self._process.note(f"a swap of unknown outcome comes through late: {done}")
 

@@ -17,6 +17,7 @@ from zflake.errors import StoreError
 from zflake.stores import Store, open_store
 from zflake.stores.contract import Contents
 
+_numbers: Iterator[int] = itertools.count()
 # A further engine is one more line: from a folder of its own and the servers to the URL of an empty store.
 ENGINES: Final[dict[str, Callable[[Path, Servers], str]]] = {
     "memory": lambda _, __: "memory:",
@@ -25,7 +26,6 @@ ENGINES: Final[dict[str, Callable[[Path, Servers], str]]] = {
     "etcd": lambda _, servers: f"{servers.etcd.url}{next(_numbers)}?unchecked=yes",
     "postgresql": lambda _, servers: servers.postgres.url_of_new_database(),
 }
-_numbers = itertools.count()
 
 META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
 FURTHEST: Final = (1 << 62) - 1  # the last tick of the longest time field

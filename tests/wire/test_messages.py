@@ -79,7 +79,7 @@ layouts = st.sampled_from(list(PRESETS.values()))
 
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Acquire, tokens, st.builds(Holder, names, names, numbers, addresses)),
-    st.builds(Renew, numbers, tokens, numbers, tokens, st.none() | numbers),
+    st.builds(Renew, numbers, tokens, numbers, tokens, st.none() | numbers, st.none() | names),
     st.builds(Release, numbers, tokens, st.none() | tokens, st.none() | numbers),
 )
 
@@ -250,7 +250,7 @@ def test_every_lease_method_has_its_check() -> None:
 
 
 ACQUIRE: Final = [A, "worker-1", "host-1", 4711, ADDRESS]
-RENEW: Final = [5, A, 1, B, 9]
+RENEW: Final = [5, A, 1, B, 9, "here"]
 RELEASE: Final = [5, A, None, None]
 TRACE: Final = [5, 9]
 
@@ -265,6 +265,7 @@ FIELDS: Final = [
     (check_renew, RENEW, 2, [*NO_NUMBER, None]),
     (check_renew, RENEW, 3, [*NO_TOKEN, None]),
     (check_renew, RENEW, 4, NO_NUMBER),
+    (check_renew, RENEW, 5, [text for text in NO_TEXT if text is not None]),
     (check_trace, TRACE, 0, [*NO_NUMBER, None]),
     (check_trace, TRACE, 1, [*NO_NUMBER, None]),
     (check_release, RELEASE, 0, [*NO_NUMBER, None]),
@@ -288,7 +289,7 @@ def test_every_kind_of_wrong_value_in_every_place_is_refused(
     [
         (check_acquire, ACQUIRE),
         (check_renew, RENEW[:4]),
-        (check_renew, [*RENEW, None]),
+        (check_renew, RENEW),
         (check_release, RELEASE),
         (check_trace, TRACE),
     ],
@@ -296,14 +297,15 @@ def test_every_kind_of_wrong_value_in_every_place_is_refused(
 def test_a_param_too_few_or_too_many_is_refused(
     check: Callable[[list[Any]], Request], params: list[Any]
 ) -> None:
-    too_many = [*params, None] if params != RENEW[:4] else [*params, None, None]
-    too_few = params[:-1] if params != [*RENEW, None] else params[:-3]
+    too_many = [*params, None]
+    too_few = params[:-1]
     for wrong in ([], too_few, params[3:], too_many, [params]):
         refused(lambda wrong=wrong: check(wrong))  # type: ignore[misc]
 
 
 def test_a_renewal_may_leave_its_end_out() -> None:
-    assert check_renew(RENEW[:4]) == check_renew([*RENEW[:4], None]) == replace(check_renew(RENEW), end=None)
+    assert check_renew(RENEW[:4]) == check_renew([*RENEW[:4], None, None])
+    assert check_renew(RENEW[:4]) == replace(check_renew(RENEW), end=None, store_id=None)
 
 
 def test_the_longest_text_and_the_largest_number_are_taken() -> None:

@@ -48,6 +48,9 @@ def run(command: click.Command, prefix: str) -> NoReturn:
         # Whoever read our output has enough.  Nothing may be written any more, by the interpreter's exit either.
         sys.stdout = None
         sys.exit(FAILED)
+    except OSError as error:  # such as a full disk behind the output
+        _say(name, f"can't go on: {error.strerror or error}")
+        sys.exit(FAILED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from zflake.cli.ids import iso
 from zflake.core import lessor
 from zflake.core.layout import UNIX_EPOCH, Layout
+from zflake.core.lease import Meta
 from zflake.core.timeline import LEAD_US
 from zflake.delegator.setup import check_moved, listen
 from zflake.delegator.setup import rewind as rewind_store
@@ -159,20 +160,25 @@ def rewind(url: str) -> str:
         if mark_us <= wall_us + LEAD_US:
             return (
                 f"nothing to do: the last mark of {url} is {_iso(mark_us)}, which is not ahead of this clock"
+                + _floor_of(meta, wall_us)
             )
         ended = rewind_store(store, meta, wall_us)
         report = (
             f"set the time of {url} back from {_iso(mark_us)} to {_iso(wall_us)}; "
             f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
         )
-        now = (wall_us - meta.layout.epoch_us) // meta.layout.tick_us
-        if meta.floor > now:
-            report += (
-                f". Nothing is granted before {iso(meta.layout.time_of(meta.floor))}, the floor after a loss"
-            )
-        return report
+        return report + _floor_of(meta, wall_us)
     finally:
         store.close()
+
+
+def _floor_of(meta: Meta, wall_us: int) -> str:
+    if meta.floor <= (wall_us - meta.layout.epoch_us) // meta.layout.tick_us:
+        return ""
+    return (
+        f". Nothing is granted before {iso(meta.layout.time_of(meta.floor))} all the same: that floor was set when the"
+        " store may have forgotten leases, and stays. If it was set by a wrong clock, begin with a new store"
+    )
 
 
 def _iso(now_us: int) -> str:

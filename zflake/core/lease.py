@@ -50,6 +50,8 @@ class Renew:
     next: Token
     end: int | None = None
     """Where the holder's last window ends.  If the store knows less than that, it is a witness of a loss."""
+    store_id: str | None = None
+    """The store that granted the lease: of another one it bears no witness."""
 
 
 @dataclass(frozen=True, slots=True)

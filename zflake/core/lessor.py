@@ -136,7 +136,7 @@ def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer
 def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Record) -> Meta | None:
     """The meta to put in place where a renewal shows that the store has forgotten a grant; else None.
 
-    That is so where the holder's gen is above the record's, or the same with another token.  A window that
+    Only a holder of this very store's can: its renewal names it.  That is so where the holder's gen is above the record's, or the same with another token.  A window that
     ends below the floor was forgotten by a loss that is known already.  While the store rests from one, a
     witness lifts the floor no further than its own window demands; after that, this is a new loss.
 
@@ -145,7 +145,8 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     """
     newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)
     repeat = record.token is not None and record.token == request.next
-    if repeat or not newer or request.end is None or request.end <= meta.floor:
+    ours = request.store_id == meta.store_id and request.machine < meta.layout.machines
+    if repeat or not ours or not newer or request.end is None or request.end <= meta.floor:
         return None
     end = min(request.end, latest + ms_to_ticks(meta.layout, MAX_AHEAD_MS))
     if now < meta.floor:

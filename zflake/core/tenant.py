@@ -116,6 +116,7 @@ class Tenant:
         self._layout = layout
         self._token: Token = b""
         self._gen = 0
+        self._store_id: str | None = None
         self._next: Token | None = None  # drawn and not settled
         self._send_at_us = 0
         self.retry_us = RETRY_US
@@ -144,7 +145,7 @@ class Tenant:
             self._next = self._draw_token()
         if self.mint is None:
             return Acquire(self._next, self._holder)
-        return Renew(self.mint.machine, self._token, self._gen, self._next, self.mint.end)
+        return Renew(self.mint.machine, self._token, self._gen, self._next, self.mint.end, self._store_id)
 
     def receive(self, answer: Answer, local_us: int, now: int) -> bool:
         """Take an answer of the delegator's in; `now` is the timeline's tick.
@@ -207,6 +208,7 @@ class Tenant:
             self._forget(local_us + RETRY_US)
             raise ProtocolError(f"dropped the grant of machine {grant.machine}: {error}") from error
         self._token, self._gen, self._next = grant.token, grant.gen, None
+        self._store_id = grant.store_id or None
         self._move(Event.GRANT)
         third_us = grant.ttl * grant.layout.tick_ms * 1000 // 3
         self.retry_us = min(RETRY_US, third_us // 2)

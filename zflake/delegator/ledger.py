@@ -88,7 +88,9 @@ class Ledger:
         failures = 0
         for attempt in range(ROUNDS):
             try:
-                if attempt:  # a swap fails for good where meta has moved on
+                # A swap fails for good where meta has moved on; and where others may have moved it, a refusal
+                # by what it was would be wrong.
+                if attempt or not self._store.exclusive:
                     self.read_meta()
                 swaps = self._decide(requests, tried, settled)
                 if not swaps:

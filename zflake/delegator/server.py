@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import zmq
 
-from zflake.core.lease import Refusal
+from zflake.core.lease import Refusal, Renew
 from zflake.daemon import Alarm, Pulse
 from zflake.delegator.broker import TAG_BYTES, Broker
 from zflake.delegator.desk import LeaseDesk, Ticket
@@ -305,7 +305,13 @@ class Delegator:
                 return self._hear(prefix, msgid, method, params)
             if (check := STORE_REQUESTS.get(method)) is not None:
                 self.figures.requests[method] += 1
-                if self.desk.submit(Ticket(check(params), arrived_us, prefix, msgid)):
+                request = check(params)
+                store_id = request.store_id if isinstance(request, Renew) else None
+                if store_id is not None and store_id != self.desk.meta.store_id:
+                    return self._refuse(
+                        msgid, Code.OTHER_CLUSTER, "that lease was granted by another cluster's store"
+                    )
+                if self.desk.submit(Ticket(request, arrived_us, prefix, msgid)):
                     return None
                 return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
             return self._other(msgid, method, params)

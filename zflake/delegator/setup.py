@@ -12,7 +12,7 @@ from typing import Final
 from zflake.core import lessor
 from zflake.core.layout import DEFAULT, Layout
 from zflake.core.lease import Mark, Meta, Swap
-from zflake.core.timeline import Carrier, Marks, cold_start_us, tick_of
+from zflake.core.timeline import MAX_BACK_US, Carrier, Marks, cold_start_us, tick_of
 from zflake.delegator.ledger import VERSIONS
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
@@ -72,7 +72,9 @@ def start_timeline(
     if running_us is not None and accept_clock:
         raise ConfigError("--accept-clock: other delegators are running on this store; stop them first")
     if running_us is not None:
-        return Carrier(running_us, local_us)
+        # What was used of the timeline by others, too; a mark far ahead is of a clock that was wrong.
+        later = (mark.now_us for mark in marks if mark.now_us < running_us + MAX_BACK_US)
+        return Carrier(max(running_us, *later), local_us)
     if accept_clock:
         _log.warning("--accept-clock: the timeline begins at the wall clock, whatever it was before")
         return Carrier(wall_us, local_us)

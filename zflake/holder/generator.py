@@ -34,6 +34,8 @@ from zflake.wire.messages import check_name
 
 IDLE_S: Final = 600.0
 """After how long without an ID a lease is given back."""
+SLICE_NS: Final = 500_000_000
+"""The longest sleep without a look around."""
 NAP_US: Final = 20_000
 """What opens sooner is slept for; for anything later there may be news before."""
 
@@ -158,6 +160,8 @@ class LeasedGenerator(_Generator):
         layout: Layout | None = None,
     ) -> None:
         super().__init__()
+        if (patched := sys.modules.get("gevent.monkey")) and patched.is_module_patched("threading"):
+            raise ConfigError("the thread that renews the lease can't run under gevent: take a zflake.Client")
         texts = [endpoints] if isinstance(endpoints, str) else list(_iterable(endpoints))
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ConfigError("a generator takes a delegator's endpoint, or a list of at least one")
@@ -223,7 +227,10 @@ class LeasedGenerator(_Generator):
                     retry_after=opens_us / 1e6,
                 )
             wait_ns = give_up_ns - now_ns
-            session.news.wait(seen, (wait_ns if opens_us is None else min(wait_ns, opens_us * 1000)) / 1e9)
+            wait_ns = min(wait_ns, SLICE_NS if opens_us is None else min(opens_us * 1000, SLICE_NS))
+            session.news.wait(seen, wait_ns / 1e9)
+            if session.inherited:
+                give_up_ns = None  # a signal handler forked meanwhile: the child's time begins now
 
     def _current(self) -> Session:
         """The session to mint by, begun and started where there is none."""

@@ -27,12 +27,14 @@ from zflake.errors import LayoutError, ProtocolError
 from zflake.holder.clock import Clock, local_us
 from zflake.wire.codec import Response, decode_response, encode_request
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.messages import Method, check_hello, lease_answer, lease_call, now_of
+from zflake.wire.messages import Code, Method, check_hello, lease_answer, lease_call, now_of
 from zflake.wire.sockets import connected
 
 PING_US: Final = 250_000
 PATIENCE_US: Final = 10_000_000
 """For how long a lease without a window is kept for a cluster of which nobody answers, where others do."""
+MAX_PATIENCE_US: Final = 8_000_000
+"""How long an answer is waited for at most, where none came in time before."""
 QUIET_US: Final = 10_000_000
 """How often an outage that goes on is logged again."""
 
@@ -72,6 +74,9 @@ class LeaseKeeper:
         self._msgid = 0
         self._pending: Request | Method | None = None
         self._answer_by_us = 0
+        self._sent_us = 0
+        self._silences = 0  # how many requests in a row had no answer in time
+        self._trip_us = 0  # how long the last answer took
         self._greeted = False
         self._heard_us = 0  # when somebody of the lease's cluster answered last
         self._ping_at_us = 0
@@ -110,6 +115,7 @@ class LeaseKeeper:
         self._receive()
         if self._pending is not None and now_local_us >= self._answer_by_us:
             self.refusal = None
+            self._silences += 1
             self._complain(now_local_us, "%s does not answer", self._endpoint)
             self._connect_next()
         self._follow(before)
@@ -167,8 +173,18 @@ class LeaseKeeper:
         with contextlib.suppress(zmq.Again):  # the same as a lost message: it is sent again
             self.socket.send_multipart([b"", encode_request(self._msgid, method, params)], zmq.NOBLOCK)
         self._pending = what
-        self._answer_by_us = now_local_us + self.tenant.retry_us
+        self._sent_us = now_local_us
+        self._answer_by_us = now_local_us + self._patience_us()
         self._ping_at_us = now_local_us + PING_US
+
+    def _patience_us(self) -> int:
+        """How long to wait for an answer.
+
+        A short ttl leaves little time, and a connection takes several trips to make.  So who has heard nothing
+        from any endpoint waits twice as long at the next ones, and nobody waits less than the last trips took.
+        """
+        doubled = self.tenant.retry_us << min(8, self._silences // len(self._endpoints))
+        return max(min(doubled, MAX_PATIENCE_US), min(3 * self._trip_us, MAX_PATIENCE_US))
 
     def _receive(self) -> None:
         while True:
@@ -186,6 +202,7 @@ class LeaseKeeper:
 
     def _take(self, response: Response, received_us: int) -> None:
         pending, self._pending = self._pending, None
+        self._silences, self._trip_us = 0, received_us - self._sent_us
         if pending is Method.HELLO:
             self._greet(response, received_us)
         # Only what a delegator says is the timeline.
@@ -234,6 +251,9 @@ class LeaseKeeper:
         self._connect_next()
 
     def _settle(self, request: Request, response: Response, received_us: int) -> None:
+        if response.error is not None and response.error.code == Code.OTHER_CLUSTER:
+            # It came back with another store, and this socket has not noticed: hear who it is now.
+            self._greeted = False
         method, _ = lease_call(request)
         answer = lease_answer(method, response.error, response.result)
         if isinstance(request, Release) and isinstance(answer, Released):

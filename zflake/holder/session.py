@@ -226,7 +226,8 @@ class Session:
         if self._idle_us is None:
             return False
         last = None if self.ticks is None else self.ticks.last
-        if last != self._used_tick or self.news.wanted:
+        # Who waits for a first lease is not idle, and nor is who was given one and has not taken from it yet.
+        if last != self._used_tick or self.news.wanted or not self._held:
             self._used_tick = last
             self._used_us = local_us()
         return local_us() - self._used_us >= self._idle_us

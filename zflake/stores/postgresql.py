@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -138,13 +139,13 @@ class PostgresqlStore(Store):
         row = self._one(f"SELECT {_META} FROM meta")
         if row is None:
             return None
-        store_id, layout, *numbers, schema = row
+        store_id, layout, *rest, schema = row
         if schema != SCHEMA:
             advice = (
                 "upgrade zflake" if schema > SCHEMA else "it is older than the first release: name another"
             )
             raise StoreError(f"{self.url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
-        return Meta(store_id, Layout.from_map(json.loads(layout)), *numbers, schema)
+        return replace(Meta(store_id, Layout.from_map(json.loads(layout)), *rest), schema=schema)
 
     def incarnation(self) -> str:
         with self._errors():

@@ -142,6 +142,7 @@ class SqliteStore(Store):
         # By the range's first machine: from where on to look for never-used ones.  None becomes unused again.
         self._unused_from: dict[int, int] = {}
         with ExitStack() as held, self._errors():
+            self._file.check_kind()
             if read_only:
                 self._db = self._look_at(held)
             else:
@@ -343,6 +344,7 @@ class SqliteStore(Store):
         """Judge by the marker whether the file is what it was."""
         (self._commits,) = db.execute("SELECT commits FROM life").fetchone()
         (incarnation,) = db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
+        self._met: str | None = incarnation  # what meta says
         self.had_data = marker is not None and marker.commits > 0
         if marker is not None and marker.incarnation == incarnation and marker.commits <= self._commits:
             self._incarnation = marker.incarnation
@@ -394,13 +396,19 @@ class SqliteStore(Store):
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._errors():
-            self._file.check()
+            incarnation = self._met or self._incarnation
+            self._file.check(incarnation)
             try:
                 self._db.execute("BEGIN IMMEDIATE")
+                # A restore through SQLite itself, as its shell does, comes by the log.  A COMMIT that failed may
+                # have happened: there may be more commits than were counted.
+                row = self._db.execute("SELECT commits, (SELECT incarnation FROM meta) FROM life").fetchone()
+                if row is None or row[0] < self._commits or row[1] != self._met:
+                    raise self._file.renounced()
                 yield
-                # Not what was counted last: a COMMIT that failed may have happened.
                 sql = "UPDATE life SET commits = commits + 1 RETURNING commits"
                 (commits,) = self._db.execute(sql).fetchone()
+                (self._met,) = self._db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
                 self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):

@@ -46,14 +46,13 @@ class DatabaseFile:
         self._marker: int | None = None
         self._status: os.stat_result | None = None
         self._checkpointed = 0
+        self._incarnation = ""  # of the main file
         self._overwritten = False
 
     def lock(self, held: ExitStack) -> None:
         """Take the lock until `held` is closed; `StoreError` where another process has it."""
         path = Path(f"{self.path}.lock")
         try:
-            if self.path.is_dir():
-                raise StoreError(f"{self._url} is a folder; name a file in it")
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,26 +73,30 @@ class DatabaseFile:
 
     # --- is it still the file that was opened? ---
 
-    def checkpointed(self) -> int:
-        """How many commits the main file holds, its log aside; -1 where it is empty."""
+    def main_file(self) -> tuple[int, str]:
+        """How many commits the main file holds, its log aside, and of which incarnation.
+
+        -1 where it is empty; no incarnation where it has no meta yet.
+        """
         db = sqlite3.connect(f"{self.uri}?mode=ro&immutable=1", uri=True)
         try:
             if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'life'").fetchone() is None:
-                return -1
+                return -1, ""
             (commits,) = db.execute("SELECT commits FROM life").fetchone()
-            return int(commits)
+            (incarnation,) = db.execute("SELECT incarnation FROM meta").fetchone() or ("",)
+            return int(commits), str(incarnation)
         finally:
             db.close()
 
     def opened(self) -> None:
         """Note which file was opened, and what its main file holds."""
         self._status = self.path.stat()
-        self._checkpointed = self.checkpointed()
+        self._checkpointed, self._incarnation = self.main_file()
 
-    def check(self) -> None:
-        """Raise `StoreError` unless the path still names the open file, and nobody has put an older one into it.
+    def check(self, incarnation: str) -> None:
+        """Raise `StoreError` unless the path still names the open file, and nobody has put another one into it.
 
-        Whoever opens the path next must find what is written now.
+        Whoever opens the path next must find what is written now, in this incarnation.
         """
         try:
             status = self.path.stat()
@@ -108,20 +111,36 @@ class DatabaseFile:
         if (status.st_mtime_ns, status.st_size) != (before.st_mtime_ns, before.st_size):
             # A checkpoint, be it ours or a backup program's, only ever adds commits to the main file.
             try:
-                checkpointed = self.checkpointed()
+                checkpointed, of = self.main_file()
             except sqlite3.Error as error:
                 raise StoreError(f"{self._url} was written to by another program: {error}") from error
-            self._overwritten = self._overwritten or checkpointed < self._checkpointed
-            if not self._overwritten:
-                self._status, self._checkpointed = status, checkpointed
+            if checkpointed < self._checkpointed or of not in (self._incarnation, incarnation):
+                self._overwritten = True
+            else:
+                self._status, self._checkpointed, self._incarnation = status, checkpointed, of
         if self._overwritten:
-            self.renounce()
-            raise StoreError(
-                f"{self._url} was overwritten with an older one while in use: stop this process; the next one"
-                " will wait until all that may be forgotten has ended"
-            )
+            raise self.renounced()
+
+    def renounced(self) -> StoreError:
+        """Take nothing any more, and see that whoever opens the database next knows; gives what to raise."""
+        self._overwritten = True
+        with contextlib.suppress(OSError):
+            self._close_marker()
+            self.marker_path.write_text("overwritten\n", "ascii")
+        return StoreError(
+            f"{self._url} was overwritten with an older one, or another, while in use: stop this process; the"
+            " next one will wait until all that may be forgotten has ended"
+        )
 
     # --- the marker ---
+
+    def check_kind(self) -> None:
+        """Raise `StoreError` where database or marker are there and no files: to open a pipe waits for ever."""
+        if self.path.is_dir():
+            raise StoreError(f"{self._url} is a folder; name a file in it")
+        for path in (self.path, self.marker_path):
+            if path.exists() and not path.is_file():
+                raise StoreError(f"{self._url}: {path} is no file; move it away, or name another store")
 
     def read_marker(self) -> Progress | None:
         """What the marker says; None where there is none.
@@ -137,7 +156,7 @@ class DatabaseFile:
         try:
             incarnation, *numbers = text.split()
             commits, checkpointed = map(int, numbers)
-            if self.path.exists() and self.checkpointed() >= checkpointed:
+            if self.path.exists() and self.main_file()[0] >= checkpointed:
                 return Progress(incarnation, commits, checkpointed)
         except (ValueError, sqlite3.Error):
             pass
@@ -169,12 +188,6 @@ class DatabaseFile:
             # In one place and of one length: a reader after a crash finds the old line or the new one.
             line = f"{incarnation:<32} {commits:020} {self._checkpointed:020}\n"
             os.pwrite(self._marker, line.encode("ascii"), 0)
-
-    def renounce(self) -> None:
-        """Make sure that whoever opens the database next knows that it may have forgotten something."""
-        with contextlib.suppress(OSError):
-            self._close_marker()
-            self.marker_path.write_text("overwritten\n", "ascii")
 
     def _close_marker(self) -> None:
         if self._marker is not None:

@@ -202,8 +202,8 @@ def lease_call(request: Request) -> tuple[Method, list[Any]]:
     match request:
         case Acquire(next=token, holder=holder):
             return Method.LEASE_ACQUIRE, [token, holder.name, holder.host, holder.pid, holder.address]
-        case Renew(machine=machine, token=shown, gen=gen, next=token, end=end):
-            return Method.LEASE_RENEW, [machine, shown, gen, token, end]
+        case Renew(machine=machine, token=shown, gen=gen, next=token, end=end, store_id=store_id):
+            return Method.LEASE_RENEW, [machine, shown, gen, token, end, store_id]
         case Release(machine=machine, token=shown, next=pending, last=last):
             return Method.LEASE_RELEASE, [machine, shown, pending, last]
 
@@ -219,15 +219,18 @@ def check_acquire(params: list[Any]) -> Acquire:
 
 def check_renew(params: list[Any]) -> Renew:
     """The request of a `lease.renew`; raises `ProtocolError` where it is not right."""
-    # Who leaves `end` out renews as ever, and bears no witness.
-    params = [*params, None] if len(params) == 4 else params  # noqa: PLR2004
-    machine, token, gen, pending, end = _take(params, "machine", "token", "gen", "next", "end")
+    # Who leaves the last two out renews as ever, and bears no witness.
+    params = [*params, None, None] if len(params) == 4 else params  # noqa: PLR2004
+    machine, token, gen, pending, end, store_id = _take(
+        params, "machine", "token", "gen", "next", "end", "store_id"
+    )
     return Renew(
         _number("machine", machine),
         _token("token", token),
         _number("gen", gen),
         _token("next", pending),
         None if end is None else _number("end", end),
+        None if store_id is None else _text("store_id", store_id),
     )
 
 
