@@ -34,7 +34,7 @@ def free_port() -> int:
 
 def find_program(name: str, *wheel: str) -> str:
     """The path of a server's program; skips the test loudly where there is none, fails it under CI."""
-    found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     for package_path in wheel:
         package, _, inside = package_path.partition("/")
         spec = find_spec(package)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -282,3 +284,46 @@ def test_there_is_nothing_to_look_at_where_there_is_no_store(path: Path) -> None
     path.touch()
     with pytest.raises(StoreError, match="empty"):
         SqliteStore(path, read_only=True)
+
+
+def test_a_restore_through_sqlite_itself_is_noticed_before_anything_is_written(path: Path) -> None:
+    store = opened(path)
+    commit(store)
+    backup = path.with_name("backup.db")
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as target:
+        source.backup(target)
+    commit(store, 5)
+    with closing(sqlite3.connect(backup)) as source, closing(sqlite3.connect(path)) as target:
+        source.backup(target)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="overwritten"):
+            store.swap([], Mark("here", 10**6))
+    store.close()
+    assert not is_known(path)
+
+
+def test_another_store_copied_over_the_open_one_is_noticed_however_far_it_has_come(path: Path) -> None:
+    other = path.with_name("other.db")
+    store = opened(other)
+    commit(store, 50)
+    store.close()
+    store = opened(path)
+    commit(store, 3)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    commit(store)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copyfile(other, path)
+    with pytest.raises(StoreError, match="overwritten"):
+        commit(store)
+    store.close()
+    assert not is_known(path)
+
+
+@pytest.mark.parametrize("which", ["store.db", "store.db.marker"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_at(path: Path, which: str) -> None:
+    os.mkfifo(path.with_name(which))
+    for read_only in (False, True):
+        with pytest.raises(StoreError, match="is no file"):
+            SqliteStore(path, read_only=read_only)

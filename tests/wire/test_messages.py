@@ -39,11 +39,11 @@ from zflake.errors import (
 )
 from zflake.wire.codec import WireError, decode_request, decode_response, encode_request, encode_result
 from zflake.wire.messages import (
-    STORE_REQUESTS,
     LOAD,
     MAX_COUNT,
     MAX_TEXT,
     MAX_TIMEOUT_MS,
+    STORE_REQUESTS,
     Code,
     Method,
     check_acquire,
@@ -58,8 +58,8 @@ from zflake.wire.messages import (
     exception_of,
     lease_answer,
     lease_call,
-    store_result,
     now_of,
+    store_result,
 )
 
 thorough = settings(deadline=None, max_examples=200)

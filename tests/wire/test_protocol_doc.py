@@ -42,8 +42,8 @@ from zflake.wire.codec import (
 )
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.messages import (
-    STORE_REQUESTS,
     LOAD,
+    STORE_REQUESTS,
     Code,
     Method,
     check_beat,

@@ -274,6 +274,13 @@ class SqliteStore(Store):
         with self._errors():
             self._held.close()
 
+    def _check_commits(self) -> None:
+        """Raise `StoreError` where there are fewer commits than there were: SQLite's own restore goes by the log."""
+        row = self._db.execute("SELECT commits, (SELECT incarnation FROM meta) FROM life").fetchone()
+        # More there may be: a COMMIT that failed may have happened.
+        if row is None or row[0] < self._commits or row[1] != self._met:
+            raise self._file.renounced()
+
     def _swap(self, new: Record) -> bool:
         if new.gen == 1:
             done = self._db.execute(f"{_INSERT} ON CONFLICT DO NOTHING", _row(new))
@@ -400,11 +407,7 @@ class SqliteStore(Store):
             self._file.check(incarnation)
             try:
                 self._db.execute("BEGIN IMMEDIATE")
-                # A restore through SQLite itself, as its shell does, comes by the log.  A COMMIT that failed may
-                # have happened: there may be more commits than were counted.
-                row = self._db.execute("SELECT commits, (SELECT incarnation FROM meta) FROM life").fetchone()
-                if row is None or row[0] < self._commits or row[1] != self._met:
-                    raise self._file.renounced()
+                self._check_commits()
                 yield
                 sql = "UPDATE life SET commits = commits + 1 RETURNING commits"
                 (commits,) = self._db.execute(sql).fetchone()
