@@ -280,7 +280,9 @@ class Cluster:
             self.disk.had_data = self.weather.marked
         else:
             self.disk.restore(self._snapshot)
-            if not unnoticed:
+            if unnoticed:
+                self.disk.losses += 1
+            else:
                 self.disk.life = "life 1"
         records: dict[int, Record] = {record.machine: record for record in self.disk.contents().records}
         self.checker.store_lost(records, self.disk.meta(), noticed=not unnoticed)

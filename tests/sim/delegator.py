@@ -257,7 +257,7 @@ def _show(what: Any) -> str:
     fields = []
     for name in what.__slots__:
         value = getattr(what, name)
-        if name in ("layout", "holder", "ttl"):
+        if name in ("layout", "holder", "ttl", "store_id"):
             continue
         fields.append(f"{name}={value.hex()[:6] if isinstance(value, bytes) else value}")
     return f"{type(what).__name__}({', '.join(fields)})"

@@ -328,10 +328,11 @@ class Explorer:
         if w.lost != 2 or not isinstance(request, Renew):
             return w
         record = self._records.things[w.records[request.machine]]
+        request = replace(request, store_id=META.store_id)  # what every holder here was granted by
         meta = lessor.witnessed(self._meta(w), now, w.t + max(OFFSETS), request, record=record)
         if meta is None:
             return w
-        return w._replace(floor=meta.floor, version=meta.version)
+        return w._replace(floor=meta.floor, version=w.version + 1)
 
     def _swap(self, w: World, asked: Asked, swap: Swap, now: int) -> tuple[World, Answer]:
         """The swap happens; gives the answer off the record."""

@@ -176,11 +176,11 @@ def _rest_in_no_time(daemons: Daemons, clocks: Clocks) -> None:
         assert not resting.leases("renewed") + resting.leases("acquired")
         resting.kill()
     delegators.append(restart(REST_S + 5))
+    until(lambda: worker.said("going over to the one"), "the worker to give its lease up")
     with Load([worker]) as after:
         after.go_on("after the rest")
     stores = [[d.log_path for d in of_store] for of_store in (delegators[:1], delegators[1:])]
     assert check_stores(stores, runs_of(load.runs + after.runs)).violations == []
-    assert load.lost() == [worker.name] or worker.said("going over to the one")
 
 
 def _refusals(delegator: Daemon) -> int:
