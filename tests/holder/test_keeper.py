@@ -15,6 +15,7 @@ from zflake.core.lease import Holder
 from zflake.core.tenant import RETRY_US, State
 from zflake.errors import LayoutError
 from zflake.holder import clock, keeper
+from zflake.holder.keeper import MAX_PATIENCE_US as PATIENCE_MOST_US
 from zflake.holder.keeper import PATIENCE_US, LeaseKeeper
 from zflake.wire.codec import encode_error, encode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
@@ -504,6 +505,51 @@ def _binds(script: Scripts, desk: Desk, address: str) -> bool:
     except zmq.ZMQError:  # the system has not let go of the port yet
         return False
     return True
+
+
+# --- patience ---
+
+
+def test_who_hears_nothing_waits_longer_each_round_and_no_longer_once_he_heard(scene: Scene) -> None:
+    keeper = scene.keeper("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
+    waits = []
+    for _ in range(10):
+        keeper.service(scene.local())
+        waits.append(keeper._answer_by_us - keeper._sent_us)
+        scene.time_out(keeper)
+    # Both endpoints once, then both with twice as much.
+    assert waits == [RETRY_US << i // 2 for i in range(6)] + [PATIENCE_MOST_US] * 4
+    _, script = scene.desk()
+    other = scene.keeper(script)
+    other._silences = 5
+    scene.held(other)
+    assert other._silences == 0
+
+
+def test_nobody_gives_an_answer_less_time_than_the_last_one_took(scene: Scene) -> None:
+    _, script = scene.desk()
+    keeper = scene.keeper(script)
+    scene.held(keeper)
+    keeper._trip_us = 1_500_000
+    assert keeper._patience_us() >= 3 * keeper._trip_us
+    keeper._trip_us = 60_000_000
+    assert keeper._patience_us() == PATIENCE_MOST_US
+
+
+# --- another store behind the same address ---
+
+
+def test_a_renewal_that_another_store_answers_makes_it_ask_who_that_is(scene: Scene) -> None:
+    desk, script = scene.desk()
+    keeper = scene.keeper(script)
+    scene.held(keeper)
+    desk.store_id = "there"
+    desk.refuse = ("other_cluster", None)
+    asked = len(script.asked)
+    scene.due(keeper)
+    scene.until(keeper, lambda: "hello" in [method for method, _ in script.asked[asked:]], hurry=True)
+    assert keeper.mint is not None
+    assert keeper.tenant.state is State.HELD
 
 
 # --- release ---
