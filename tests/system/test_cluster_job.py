@@ -21,17 +21,18 @@ WINDOWS: Final = {5: [(1_000, 3_000), (3_000, 3_700)], 9: [(1_500, 3_500)]}
 
 @pytest.mark.timeout(120)
 def test_the_cluster_job_ends_with_every_id_distinct_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    ids = 200_000
+    part = 100_000
     first = cluster_job.run(
         tmp_path,
-        ids,
-        part=ids // 2,
+        10 * part,
+        part=part,
         parts=1,
         rate=15_000,
         faults=["delegator killed between a commit and its answer", "store moved away and back"],
     )
     assert not first.violations, str(first)
-    assert ids // 2 <= first.state.ids < ids
+    assert part <= first.state.ids < 10 * part
+    ids = first.state.ids + part  # how far it came by then depends on how long the faults took
     again = cluster_job.run(tmp_path, ids, part=ids, rate=15_000, faults=["disk full for a while"])
     assert not again.violations, str(again)
     assert again.state.ids == sum(again.by_machine.values()) >= ids
