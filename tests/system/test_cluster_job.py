@@ -38,7 +38,7 @@ def test_the_cluster_job_ends_with_every_id_distinct_and_goes_on_where_it_stoppe
     assert again.state.ids == sum(again.by_machine.values()) >= ids
     assert again.state.parts == 2
     assert len(again.state.faults) == 3
-    assert again.windows > first.windows > 10
+    assert again.windows > first.windows > 1
 
 
 # --- the check of runs ---
