@@ -13,8 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -79,11 +80,6 @@ class Server:
         """Whom to run as where this is root; None for nobody else."""
         return None
 
-    @property
-    def pid(self) -> int:
-        assert self._popen is not None
-        return self._popen.pid
-
     def start(self) -> None:
         user = self.user() if os.geteuid() == 0 else None
         with (self.folder / "log").open("ab") as log:
@@ -96,16 +92,12 @@ class Server:
                 user=user,
                 preexec_fn=die_with_parent,
             )
-        deadline = time.monotonic() + START_S
+        deadline, tick = time.monotonic() + START_S, threading.Event()
         while not self.is_up():
             log_text = (self.folder / "log").read_text(errors="replace")[-2000:]
             assert self._popen.poll() is None, f"{self.command()[0]} ended:\n{log_text}"
             assert time.monotonic() < deadline, f"{self.command()[0]} does not come up:\n{log_text}"
-            time.sleep(0.02)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._popen is not None
-        self._popen.send_signal(number)
+            tick.wait(0.02)
 
     def kill(self) -> None:
         if self._popen is not None:
@@ -266,9 +258,3 @@ class Postgres(Server):
     def _as_user(self, command: Sequence[str]) -> None:
         user = self.user() if os.geteuid() == 0 else None
         subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
-
-
-def started(make: Callable[[], Server]) -> Server:
-    server = make()
-    server.start()
-    return server

@@ -6,6 +6,7 @@ import dis
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -20,6 +21,7 @@ from tests.conftest import serving
 from zflake.core.layout import Layout
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.setup import Wishes
+from zflake.holder.generator import LeasedGenerator, StaticGenerator
 from zflake.wire.endpoint import parse_endpoint
 
 ANY: Final = parse_endpoint("tcp://127.0.0.1:*", to_bind=True)
@@ -135,3 +137,24 @@ def in_child(fork: Callable[[], int], work: Callable[[], list[int]]) -> list[int
         numbers = [int(text) for text in pipe.read().split()]
     assert os.waitpid(pid, 0)[1] == 0
     return numbers
+
+
+def storm(calls: Calls, ids: LeasedGenerator | StaticGenerator, *, times: int) -> int:
+    """Mint while a signal handler that mints as well comes every 50 us, until it came `times` times; gives how often."""
+    handled = 0
+
+    def handler(*_: Any) -> None:
+        nonlocal handled
+        calls.make(ids.next_id if handled % 2 == 0 else lambda: ids.next_ids(5))
+        handled += 1
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 50e-6, 50e-6)
+    try:
+        deadline = time.monotonic() + 10
+        while handled < times and time.monotonic() < deadline:
+            calls.make(ids.next_id)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return handled

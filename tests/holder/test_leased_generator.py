@@ -9,7 +9,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any, Final
 import pytest
 
 from tests.conftest import Connect, Scripts, until
-from tests.holder.conftest import Calls, delegator, in_child, interrupt
+from tests.holder.conftest import Calls, delegator, in_child, interrupt, storm
 from zflake import (
     Closed,
     ConfigError,
@@ -520,22 +519,7 @@ def test_a_handler_may_mint_at_every_step_of_close(shared: str) -> None:
 def test_a_storm_of_handlers_neither_repeats_nor_blocks(ids: LeasedGenerator) -> None:
     calls = Calls()
     calls.make(ids.next_id)  # or each handler would wait for the lease inside the one before
-    handled = [0]
-
-    def handler(*_: Any) -> None:
-        calls.make(ids.next_id if handled[0] % 2 == 0 else lambda: ids.next_ids(5))
-        handled[0] += 1
-
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 50e-6, 50e-6)
-    try:
-        deadline = time.monotonic() + 10
-        while handled[0] < 3_000 and time.monotonic() < deadline:
-            calls.make(ids.next_id)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert handled[0] >= 3_000
+    assert storm(calls, ids, times=3_000) >= 3_000
     calls.check()
 
 

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import os
 import pickle
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.holder.conftest import Calls, in_child, interrupt
+from tests.holder.conftest import Calls, in_child, interrupt, storm
 from zflake import Closed, ConfigError, Field, Layout, LayoutError, StaticGenerator, layouts
 from zflake.holder import clock, generator, static
 
@@ -294,25 +293,7 @@ def test_a_call_that_an_exception_ends_anywhere_loses_ids_and_no_more(hands: Han
 
 def test_a_storm_of_handlers_neither_repeats_nor_blocks(ids: StaticGenerator) -> None:
     calls = Calls()
-    handled = [0]
-
-    def handler(*_: Any) -> None:
-        if handled[0] % 2 == 0:
-            calls.make(ids.next_id)
-        else:
-            calls.make(lambda: ids.next_ids(5))
-        handled[0] += 1
-
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 50e-6, 50e-6)
-    try:
-        deadline = time.monotonic() + 10
-        while handled[0] < 3_000 and time.monotonic() < deadline:
-            calls.make(ids.next_id)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert handled[0] >= 3_000
+    assert storm(calls, ids, times=3_000) >= 3_000
     calls.check()
 
 

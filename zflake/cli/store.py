@@ -44,7 +44,7 @@ def facts_of(url: str) -> dict[str, Any]:
             "held": sum(record.token is not None and record.fence > now for record in records),
             "highest_fence": iso(layout.time_of(highest)) if records else None,
             "floor": iso(layout.time_of(meta.floor)) if meta.floor else None,
-            "granting_in_ms": max(0, meta.floor - now) * layout.tick_ms,
+            "granting_in_ms": lessor.resting_ms(meta, now),
             "marks": {mark.delegator: _iso(mark.now_us) for mark in marks},
             "is_as_it_was": store.incarnation() == meta.incarnation,
             "spans": len(list(contents.spans)),

@@ -14,6 +14,8 @@ from zflake.core.layout import Layout
 
 TOKEN_BYTES: Final = 16
 SCHEMA: Final = 2
+VERSIONS: Final = 1 << 48
+"""Out of how many numbers the version of a meta is drawn that begins a new life."""
 
 Token: TypeAlias = bytes
 

@@ -182,6 +182,16 @@ def ms_to_ticks(layout: Layout, ms: int) -> int:
     return -(-ms // layout.tick_ms)
 
 
+def resting_ms(meta: Meta, now: int) -> int:
+    """For how long nothing is granted yet, in milliseconds."""
+    return ticks_to_ms(meta, meta.floor - now)
+
+
+def resting_s(meta: Meta, now: int) -> int:
+    """The same in seconds, rounded up, for people."""
+    return -(-resting_ms(meta, now) // 1000)
+
+
 def ticks_to_ms(meta: Meta, ticks: int) -> int:
     """How long to wait for `ticks` to pass, in milliseconds, rounded up."""
     return max(0, ticks) * meta.layout.tick_ms

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from zflake.core import lessor
 from zflake.core.lease import (
+    VERSIONS,
     Acquire,
     Answer,
     Grant,
@@ -41,8 +42,6 @@ ROUNDS: Final = 8
 FAILURES: Final = 2
 """After how many failures of the store a batch is given up."""
 RETRY_MS: Final = 500
-VERSIONS: Final = 1 << 48
-"""Out of how many numbers the version of a meta is drawn that begins a new life."""
 
 _log = logging.getLogger("zflake.lease")
 
@@ -166,7 +165,7 @@ class Ledger:
                     request.machine,
                     request.gen,
                     record.gen,
-                    self._rest_s(new),
+                    lessor.resting_s(new, self._now()),
                 )
 
     def read_meta(self) -> None:
@@ -202,8 +201,5 @@ class Ledger:
             "%s is not what it was (it was restarted, restored or failed over): it may have lost leases that still "
             "run. Nothing is granted for %d s",
             self._store.url,
-            self._rest_s(new),
+            lessor.resting_s(new, self._now()),
         )
-
-    def _rest_s(self, meta: Meta) -> int:
-        return -(-lessor.ticks_to_ms(meta, meta.floor - self._now()) // 1000)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from zflake.core import lessor
 from zflake.core.lease import Record
 from zflake.delegator.broker import Broker
 from zflake.delegator.desk import LeaseDesk
@@ -79,7 +80,7 @@ class Report:
             "store": self.store_url,
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
             "machines": [meta.first_machine, meta.last_machine],
-            "granting_in_ms": max(0, meta.floor - now) * meta.layout.tick_ms,
+            "granting_in_ms": lessor.resting_ms(meta, now),
             "lead_ms": self.timepiece.lead_us // 1000,
             "delegators": list(self._delegators()),
             "leases": list(self._leases(now)),

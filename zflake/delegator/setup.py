@@ -11,9 +11,8 @@ from typing import Final
 
 from zflake.core import lessor
 from zflake.core.layout import DEFAULT, Layout
-from zflake.core.lease import Mark, Meta, Swap
+from zflake.core.lease import VERSIONS, Mark, Meta, Swap
 from zflake.core.timeline import MAX_BACK_US, Carrier, Marks, cold_start_us, tick_of
-from zflake.delegator.ledger import VERSIONS
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
@@ -126,7 +125,7 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
             "%s is not what it was when it was last used (restored, replaced or moved here): it may have lost "
             "leases that still run. Nothing is granted for %d s",
             store.url,
-            _rest_s(wished, now_us),
+            lessor.resting_s(wished, tick_of(wished.layout, now_us)),
         )
     if (wished.ttl, first, last) != (meta.ttl, meta.first_machine, meta.last_machine):
         _log.warning("the store's settings changed: ttl %d ticks, machines %d to %d", wished.ttl, first, last)
@@ -208,7 +207,7 @@ def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
         _log.warning(
             "%s is gone, and a new one is in its place: nothing is granted for %d s%s",
             store.url,
-            _rest_s(meta, now_us),
+            lessor.resting_s(meta, tick_of(meta.layout, now_us)),
             ". --new does nothing: there was a store here, as the marker beside it says"
             if wishes.new
             else "",
@@ -218,17 +217,13 @@ def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
             "%s was empty. In case it replaces one that was lost, nothing is granted for %d s; "
             "where there was no such store, stop, delete this one, and start with --new",
             store.url,
-            _rest_s(meta, now_us),
+            lessor.resting_s(meta, tick_of(meta.layout, now_us)),
         )
     return meta
 
 
 def _latest(store: Store, layout: Layout, now_us: int) -> int:
     return lessor.latest_tick(layout, tick_of(layout, now_us), [mark.now_us for mark in store.marks()])
-
-
-def _rest_s(meta: Meta, now_us: int) -> int:
-    return -(-lessor.ticks_to_ms(meta, meta.floor - tick_of(meta.layout, now_us)) // 1000)
 
 
 def _check_layout(store: Store, layout: Layout, wishes: Wishes) -> None:

@@ -16,7 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.core.lease import SCHEMA, Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.errors import StoreError
+
+
+def check_schema(url: str, schema: int, otherwise: str) -> None:
+    """Raise `StoreError` for a store of another schema than `SCHEMA`; `otherwise` is what to do about an older one."""
+    if schema != SCHEMA:
+        advice = "upgrade zflake" if schema > SCHEMA else f"it is older than the first release: {otherwise}"
+        raise StoreError(f"{url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
 
 
 @dataclass(frozen=True, slots=True)

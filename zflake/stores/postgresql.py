@@ -15,9 +15,10 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from zflake.core.layout import Layout
-from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store
+from zflake.stores.contract import Contents, Store, check_schema
+from zflake.stores.text import holder_from_text, holder_to_text
 
 try:
     import psycopg
@@ -140,11 +141,7 @@ class PostgresqlStore(Store):
         if row is None:
             return None
         store_id, layout, *rest, schema = row
-        if schema != SCHEMA:
-            advice = (
-                "upgrade zflake" if schema > SCHEMA else "it is older than the first release: name another"
-            )
-            raise StoreError(f"{self.url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
+        check_schema(self.url, schema, "name another")
         return replace(Meta(store_id, Layout.from_map(json.loads(layout)), *rest), schema=schema)
 
     def incarnation(self) -> str:
@@ -164,7 +161,7 @@ class PostgresqlStore(Store):
             cursor.executemany(_INSERT, [_row(record) for record in contents.records])
             cursor.executemany(
                 "INSERT INTO span VALUES (%s, %s, %s, %s)",
-                [(s.machine, s.start, s.end, _text(s.holder)) for s in contents.spans],
+                [(s.machine, s.start, s.end, holder_to_text(s.holder)) for s in contents.spans],
             )
             cursor.executemany(
                 "INSERT INTO mark VALUES (%s, %s, %s, %s)",
@@ -411,22 +408,18 @@ def _values(meta: Meta) -> tuple[Any, ...]:
 
 def _row(record: Record) -> dict[str, Any]:
     names = ("machine", "fence", "gen", "token", "start", "tenancy_start", "span_start")
-    return {name: getattr(record, name) for name in names} | {"holder": _text(record.holder)}
+    return {name: getattr(record, name) for name in names} | {"holder": holder_to_text(record.holder)}
 
 
 def _record(row: tuple[Any, ...]) -> Record:
     machine, fence, gen, token, start, tenancy_start, span_start, holder = row
     shown = None if token is None else bytes(token)
-    return Record(machine, fence, gen, shown, start, tenancy_start, Holder(*json.loads(holder)), span_start)
+    return Record(machine, fence, gen, shown, start, tenancy_start, holder_from_text(holder), span_start)
 
 
 def _span(row: tuple[Any, ...]) -> Span:
     machine, start, stop, holder = row
-    return Span(machine, start, stop, Holder(*json.loads(holder)))
-
-
-def _text(holder: Holder) -> str:
-    return json.dumps([holder.name, holder.host, holder.pid, holder.address])
+    return Span(machine, start, stop, holder_from_text(holder))
 
 
 open_url = PostgresqlStore

@@ -19,7 +19,7 @@ from typing import Any, Final
 from zflake.core.layout import Layout
 from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store
+from zflake.stores.contract import Contents, Store, check_schema
 from zflake.stores.sqlite_file import DatabaseFile, Progress
 
 APPLICATION_ID: Final = 0x7A666C6B  # "zflk", in the header of the file
@@ -97,6 +97,8 @@ _MARK: Final = (
     "INSERT INTO mark VALUES (?, ?, ?, ?) ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us,"
     " lead_us = excluded.lead_us, address = excluded.address WHERE excluded.now_us > now_us"
 )
+
+_COUNT: Final = "UPDATE life SET commits = commits + 1 RETURNING commits, (SELECT incarnation FROM meta)"
 
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "close the other program that has it open",
@@ -374,11 +376,7 @@ class SqliteStore(Store):
                 f"{self.url} is an SQLite file of another program; nothing was changed; name another file"
             )
         (schema,) = db.execute("PRAGMA user_version").fetchone()
-        if schema != SCHEMA:
-            advice = (
-                "upgrade zflake" if schema > SCHEMA else "it is older than the first release: name a new file"
-            )
-            raise StoreError(f"{self.url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
+        check_schema(self.url, schema, "name a new file")
         (check,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if check == "ok" and tables < _SCHEMA.count("CREATE"):
             check = "tables are missing"
@@ -409,16 +407,14 @@ class SqliteStore(Store):
                 self._db.execute("BEGIN IMMEDIATE")
                 self._check_commits()
                 yield
-                sql = "UPDATE life SET commits = commits + 1 RETURNING commits"
-                (commits,) = self._db.execute(sql).fetchone()
-                (self._met,) = self._db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
+                came_to = self._db.execute(_COUNT).fetchone()
                 self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
-            self._commits = commits
-            self._file.write_marker(self._incarnation, commits)
+            self._commits, self._met = came_to
+            self._file.write_marker(self._incarnation, self._commits)
 
 
 def _create(db: sqlite3.Connection) -> None:

@@ -9,8 +9,9 @@ import json
 from typing import Any, Final
 
 from zflake.core.layout import Layout
-from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span
+from zflake.core.lease import Holder, Mark, Meta, Record, Span
 from zflake.errors import LayoutError, StoreError
+from zflake.stores.contract import check_schema
 
 WIDTH: Final = 20
 
@@ -42,11 +43,7 @@ def meta_from_text(text: str, url: str) -> Meta:
     try:
         values = json.loads(text)
         schema = values["zflake"]
-        if schema != SCHEMA:
-            advice = (
-                "upgrade zflake" if schema > SCHEMA else "it is older than the first release: name another"
-            )
-            raise StoreError(f"{url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
+        check_schema(url, schema, "name another")
         first, last = values["machines"]
         layout = Layout.from_map(values["layout"])
         rest = (values[key] for key in ("floor", "version", "incarnation", "moved"))
@@ -58,6 +55,12 @@ def meta_from_text(text: str, url: str) -> Meta:
 def holder_to_text(holder: Holder) -> str:
     """A holder as JSON."""
     return json.dumps([holder.name, holder.host, holder.pid, holder.address])
+
+
+def holder_from_text(text: str) -> Holder:
+    """The holder of what `holder_to_text` gave."""
+    parts: list[Any] = json.loads(text)
+    return Holder(*parts)
 
 
 def record_to_text(record: Record) -> str:
@@ -90,5 +93,4 @@ def mark_from_text(delegator: str, text: str) -> Mark:
 
 def span_of(machine: int, start: str, end: str, holder: str) -> Span:
     """A span of the texts of its parts."""
-    parts: list[Any] = json.loads(holder)
-    return Span(machine, int(start), int(end), Holder(*parts))
+    return Span(machine, int(start), int(end), holder_from_text(holder))
