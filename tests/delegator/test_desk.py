@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +35,7 @@ from zflake.core.lease import (
     Traced,
 )
 from zflake.delegator import desk as desk_module
-from zflake.delegator.desk import BATCH, STALE_US, LeaseDesk, Ticket
+from zflake.delegator.desk import BATCH, MARK_US, OVERDUE_US, QUIET_US, STALE_US, LeaseDesk, Ticket
 from zflake.delegator.ledger import FAILURES, ROUNDS, Settled
 from zflake.errors import StoreError
 from zflake.stores.memory import MemoryStore
@@ -89,16 +89,16 @@ class Faulty(MemoryStore):
             raise StoreError("the answer was lost")
         return done
 
-    def by_token(self, token: bytes) -> Record | None:
-        self._read()
-        return super().by_token(token)
+    def by_tokens(self, tokens: Sequence[bytes]) -> list[Record | None]:
+        self._read(tokens)
+        return super().by_tokens(tokens)
 
-    def by_machine(self, machine: int) -> Record:
-        self._read()
-        return super().by_machine(machine)
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        self._read(machines)
+        return super().by_machines(machines)
 
-    def _read(self) -> None:
-        if self.plan and self.plan[0] == "read":
+    def _read(self, wanted: Sequence[object]) -> None:
+        if wanted and self.plan and self.plan[0] == "read":
             self.plan.pop(0)
             raise StoreError("it can't be read")
 
@@ -140,8 +140,13 @@ def desk(*plan: str) -> Desk:
     return Desk(Faulty(*plan))
 
 
+def stored_at(store: MemoryStore, machine: int) -> Record:
+    """A machine's record, whatever the store fails at."""
+    return MemoryStore.by_machines(store, [machine])[0]
+
+
 def as_stored(store: MemoryStore, grant: Grant) -> None:
-    record = MemoryStore.by_machine(store, grant.machine)
+    record = stored_at(store, grant.machine)
     assert (record.start, record.fence, record.gen, record.token) == (
         grant.start,
         grant.end,
@@ -385,7 +390,7 @@ def test_windows_never_overlap_and_every_answer_is_as_stored_whatever_the_store_
             answer = settled.answer
             if isinstance(answer, Grant):
                 told = (answer.machine, answer.gen, answer.start, answer.end, answer.token)
-                stored = [*store.commits, MemoryStore.by_machine(store, answer.machine)]
+                stored = [*store.commits, stored_at(store, answer.machine)]
                 assert told in {(r.machine, r.gen, r.start, r.fence, r.token) for r in stored}
                 held[holder] = answer
                 del wanted[holder]
@@ -480,16 +485,69 @@ def test_stop_does_not_wait_for_ever_for_a_store_that_hangs(monkeypatch: pytest.
     assert d.desk.stop(5)
 
 
-def test_a_store_that_fails_does_not_end_the_thread() -> None:
+def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     d = desk("read", "read")
     d.desk.start()
     d.desk.submit(ticket(acquire(1), 1))
     ((_, settled),) = collected(d, 1)
     unavailable(settled.answer)
-    d.desk.submit(ticket(acquire(1), 2))
+    for number in (2, 3):
+        d.desk.submit(ticket(acquire(1), number))
+        ((_, settled),) = collected(d, 1)
+        unavailable(settled.answer)
+        assert isinstance(settled.answer, Refusal)
+        assert "it can't be read" in settled.answer.message
+        assert d.desk.outage == settled.answer
+    d.local_us += MARK_US
+    until(lambda: d.desk.outage is None)
+    assert "memory: can be used again, after 1.0 s" in caplog.text
+    d.desk.submit(ticket(acquire(1), 4))
     ((_, settled),) = collected(d, 1)
     assert isinstance(settled.answer, Grant)
     assert d.desk.stop(5)
+
+
+def test_a_store_that_does_not_answer_is_an_outage_before_it_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    d = desk()
+    free, asked = threading.Event(), threading.Event()
+    swap: Callable[..., list[bool]] = d.store.swap
+
+    def hang(*swaps: Any) -> list[bool]:
+        asked.set()
+        return swap(*swaps) if free.wait(10) else []
+
+    monkeypatch.setattr(d.store, "swap", hang)
+    d.desk.start()
+    d.desk.submit(ticket(acquire(1), 1))
+    assert asked.wait(10)
+    d.local_us += OVERDUE_US
+    assert d.desk.outage is None
+    d.local_us += 1
+    assert d.desk.outage is not None
+    assert "has not answered for a while" in d.desk.outage.message
+    free.set()
+    ((_, settled),) = collected(d, 1)
+    assert isinstance(settled.answer, Grant)
+    until(lambda: d.desk.outage is None)
+    assert d.desk.stop(5)
+
+
+def test_failures_that_go_on_are_logged_now_and_then_whatever_they_say(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    d = desk()
+    for number in range(7):
+        d.desk._complain(StoreError(f"reason {number}"))
+    d.local_us += QUIET_US
+    d.desk._complain(StoreError("reason 7"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "reason 0",
+        "reason 7 (6 more failures since the last line)",
+    ]
 
 
 def test_the_mark_is_written_with_each_commit_and_where_there_is_none(
@@ -547,23 +605,27 @@ def forgetful() -> tuple[Desk, Renew]:
     return set_back, Renew(later.machine, later.token, later.gen, token(4), later.end, META.store_id)
 
 
-def test_a_witness_is_told_lost_and_nothing_is_granted_below_the_floor(
+def test_a_witness_keeps_its_window_and_nothing_is_granted_below_the_floor(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     d, witness = forgetful()
     assert witness.end is not None
     (answer,) = d.settle(witness)
     assert isinstance(answer, Refusal)
-    assert answer.reason is Refused.LOST
+    assert answer.reason is Refused.TOO_EARLY
     meta = d.store.meta()
     assert meta is not None
     assert meta == d.desk.meta
     assert meta.floor == max(d.now, witness.end) + 1 + 70_000
+    assert answer.retry_after_ms == meta.floor - d.now
     assert "has lost leases" in caplog.text
     (refused,) = d.settle(acquire(9))
     assert isinstance(refused, Refusal)
     assert refused.reason is Refused.NO_FREE_MACHINE
     d.now = meta.floor
+    (answer,) = d.settle(witness)
+    assert isinstance(answer, Refusal)
+    assert answer.reason is Refused.LOST
     assert d.granted(acquire(9)).start >= meta.floor
 
 
@@ -583,6 +645,41 @@ def test_the_latest_clock_counts_for_the_floor() -> None:
     d.desk._ledger._latest = lambda: late
     d.settle(witness)
     assert d.desk.meta.floor == late + 1 + 70_000
+
+
+def test_a_store_that_goes_back_to_what_it_was_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    d = desk()
+    copy = d.store.contents()
+    first = d.granted(acquire(1))
+    d.store.swap_meta(META, replace(META, version=2, ttl=2 * TTL))
+    d.granted(acquire(2))
+    assert d.desk.meta.ttl == 2 * TTL
+    d.store._meta = None  # in the place of the store comes a copy that was made before
+    d.store.initialise(META, copy)
+    d.desk._ledger.read_meta()
+    floor = d.now + 1 + 70_000
+    assert d.desk.meta.floor == floor
+    assert d.desk.meta == d.store.meta()
+    assert "is not what it was" in caplog.text
+    (answer,) = d.settle(acquire(3))
+    assert isinstance(answer, Refusal)
+    # And again, to one whose floor is lower.
+    d.store._meta = None
+    d.store.initialise(replace(META, version=99), copy)
+    d.desk._ledger.read_meta()
+    assert d.desk.meta.floor == floor
+    d.now = floor
+    assert d.granted(acquire(4)).start >= max(floor, first.end)
+
+
+def test_a_floor_that_another_delegator_raised_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    d = desk()
+    d.store.swap_meta(META, replace(META, version=77, floor=d.now + 5_000))
+    d.desk._ledger.read_meta()
+    d.desk._ledger.read_meta()
+    assert [record.getMessage() for record in caplog.records] == [
+        "another delegator found that memory: may have lost leases that still run. Nothing is granted for 5 s"
+    ]
 
 
 def test_a_store_that_was_emptied_in_use_grants_nothing() -> None:

@@ -108,15 +108,15 @@ class Connection(MemoryStore):
 
     # Reads by key do not wait: what may happen meanwhile happens before the next call that does.
 
-    def by_machine(self, machine: int) -> Record:
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
         if self._disk.out:
             self._reach()
-        return super().by_machine(machine)
+        return super().by_machines(machines)
 
-    def by_token(self, token: Token) -> Record | None:
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
         if self._disk.out:
             self._reach()
-        return super().by_token(token)
+        return super().by_tokens(tokens)
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         self._reach()

@@ -252,7 +252,7 @@ MUTANTS: Final = (
                 "        incarnation=store.incarnation(),\n    )\n    if wished == meta:",
                 "    )\n    if wished == meta:",
             ),
-            Change(LEDGER, "if incarnation != meta.incarnation:", "if False:"),
+            Change(LEDGER, "if went_back or incarnation != meta.incarnation:", "if went_back:"),
             Change(DISK, "self._meta.incarnation == self.life", "True"),
         ),
     ),

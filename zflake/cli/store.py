@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -15,23 +16,21 @@ from zflake.core.timeline import LEAD_US
 from zflake.delegator.setup import check_moved, listen
 from zflake.delegator.setup import rewind as rewind_store
 from zflake.errors import StoreError
-from zflake.stores import open_store
+from zflake.stores import Store, open_store
 
 
 def facts_of(url: str) -> dict[str, Any]:
     """What a store says of itself.  Raises `StoreError` where it can't be read, or was never initialised."""
     store = open_store(url, read_only=True)
     try:
-        meta, contents = store.meta(), store.contents()
-        if meta is None:
-            raise StoreError(f"{url} holds no cluster yet")
+        meta, contents = _meta_of(store), store.contents()
         records, marks = list(contents.records), list(contents.marks)
         layout = meta.layout
         now_us = max([time.time_ns() // 1000, *(mark.now_us for mark in marks)])
         now = (now_us - layout.epoch_us) // layout.tick_us
         highest = max((record.fence for record in records), default=0)
         return {
-            "store": url,
+            "store": store.url,
             "store_id": meta.store_id,
             "schema": meta.schema,
             "version": meta.version,
@@ -44,6 +43,7 @@ def facts_of(url: str) -> dict[str, Any]:
             "held": sum(record.token is not None and record.fence > now for record in records),
             "highest_fence": iso(layout.time_of(highest)) if records else None,
             "floor": iso(layout.time_of(meta.floor)) if meta.floor else None,
+            "moved_to": meta.moved or None,
             "granting_in_ms": lessor.resting_ms(meta, now),
             "marks": {mark.delegator: _iso(mark.now_us) for mark in marks},
             "is_as_it_was": store.incarnation() == meta.incarnation,
@@ -70,7 +70,9 @@ def show_facts(facts: dict[str, Any]) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<9}  {value}")
-    if not facts["is_as_it_was"]:
+    if facts["moved_to"]:
+        print(f"This cluster was moved to {facts['moved_to']}: delegators are refused here.")
+    elif not facts["is_as_it_was"]:
         print(
             "This store is not what it was when it was last used: the next delegator will rest before it grants."
         )
@@ -83,24 +85,23 @@ def restore(backup: str, url: str) -> str:
     """
     source = open_store(backup, read_only=True)
     try:
-        meta, contents = source.meta(), source.contents()
-        if meta is None:
-            raise StoreError(f"{backup} holds no cluster")
+        meta, contents = _meta_of(source), source.contents()
         target = open_store(url)
         try:
             if target.meta() is not None:
                 raise StoreError(
-                    f"{url} is a cluster's store already: move it away first, or name another one"
+                    f"{target.url} is a cluster's store already: move it away first, or name another one"
                 )
-            # Of no incarnation that a store can have: whoever starts on it knows that it was restored.
-            target.initialise(replace(meta, incarnation=""), contents)
+            # Of no incarnation that a store can have: whoever starts on it knows that it was restored.  What
+            # was copied away since lives on there, and is waited for like all that a backup does not know.
+            target.initialise(replace(meta, incarnation="", moved=""), contents)
         finally:
             target.close()
     finally:
         source.close()
     rest = lessor.rest_until(meta.layout, 0, meta.ttl) - 1
     return (
-        f"restored {url} from {backup}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
+        f"restored {target.url} from {source.url}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
         f"grants nothing for the first {_seconds(meta.layout, rest)} s"
     )
 
@@ -112,35 +113,34 @@ def copy(url: str, to: str) -> str:
 
     Raises `StoreError` where a delegator still uses `url`, or `to` is a cluster's store already.
     """
-    open_store(url, read_only=True).close()  # nothing is made where there is nothing
+    _must_be_there(url)
     source = open_store(url)
     try:
-        meta = source.meta()
-        if meta is None:
-            raise StoreError(f"{url} holds no cluster")
+        meta = _meta_of(source)
         check_moved(source, meta)
         if listen(source, "") is not None:
-            raise StoreError(f"{url} is in use: its marks move. Stop all delegators first")
+            raise _in_use(source)
         target = open_store(to)
         try:
             if target.meta() is not None:
-                raise StoreError(f"{to} is a cluster's store already: name a new one")
+                raise StoreError(f"{target.url} is a cluster's store already: name a new one")
             moved = replace(meta, version=meta.version + 1, moved=target.url)
             if not source.swap_meta(meta, moved):
-                raise StoreError(f"{url} was written to meanwhile: stop all delegators first")
+                raise StoreError(f"{source.url} was written to meanwhile: stop all delegators first")
             try:
                 contents = source.contents()
                 target.initialise(replace(meta, incarnation=target.incarnation()), contents)
             except BaseException:
-                source.swap_meta(moved, replace(meta, version=moved.version + 1))
-                raise
+                if not _holds(target, meta):
+                    source.swap_meta(moved, replace(meta, version=moved.version + 1))
+                    raise
         finally:
             target.close()
     finally:
         source.close()
     return (
-        f"moved {len(list(contents.records))} machine IDs from {url} to {to}: start the delegators on that now; "
-        "the old store refuses them"
+        f"moved {len(list(contents.records))} machine IDs from {source.url} to {target.url}: start the delegators on "
+        "that now; the old store refuses them"
     )
 
 
@@ -149,27 +149,55 @@ def rewind(url: str) -> str:
 
     Raises `StoreError` where the store can't be used, or a delegator uses it.
     """
-    open_store(url, read_only=True).close()  # nothing is made where there is nothing
+    _must_be_there(url)
     store = open_store(url)
     try:
-        meta = store.meta()
-        if meta is None:
-            raise StoreError(f"{url} holds no cluster")
+        meta = _meta_of(store)
         wall_us = time.time_ns() // 1000
         mark_us = max((mark.now_us for mark in store.marks()), default=0)
         if mark_us <= wall_us + LEAD_US:
             return (
-                f"nothing to do: the last mark of {url} is {_iso(mark_us)}, which is not ahead of this clock"
+                f"nothing to do: the last mark of {store.url} is {_iso(mark_us)}, which is not ahead of this clock"
                 + _floor_of(meta, wall_us)
             )
+        if listen(store, "") is not None:
+            raise _in_use(store)
         ended = rewind_store(store, meta, wall_us)
         report = (
-            f"set the time of {url} back from {_iso(mark_us)} to {_iso(wall_us)}; "
+            f"set the time of {store.url} back from {_iso(mark_us)} to {_iso(wall_us)}; "
             f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
         )
         return report + _floor_of(meta, wall_us)
     finally:
         store.close()
+
+
+def _meta_of(store: Store) -> Meta:
+    meta = store.meta()
+    if meta is None:
+        raise StoreError(f"{store.url} holds no cluster")
+    return meta
+
+
+def _must_be_there(url: str) -> None:
+    """Raise `StoreError` where there is no store; to open one otherwise may make it."""
+    store = open_store(url, read_only=True)
+    try:
+        _meta_of(store)
+    finally:
+        store.close()
+
+
+def _in_use(store: Store) -> StoreError:
+    return StoreError(f"{store.url} is in use: its marks move. Stop all delegators first")
+
+
+def _holds(target: Store, meta: Meta) -> bool:
+    """Whether a copy that failed is there all the same: a write without an answer may have happened."""
+    with contextlib.suppress(StoreError):
+        found = target.meta()
+        return found is not None and found.store_id == meta.store_id
+    return False
 
 
 def _floor_of(meta: Meta, wall_us: int) -> str:

@@ -208,21 +208,28 @@ class Cluster:
     # --- children ---
 
     def _start_all(self) -> None:
-        new = self._fresh
+        first, *others = self._binds
+        self._start(first, new=self._fresh)
+        if self._fresh:
+            self._await_address(
+                first
+            )  # it makes the store; of several at once another might, and have it rest
+        for name in others:
+            self._start(name)
         for name in self._binds:
-            self._start(name, new=new)
-            new = False
-        deadline = time.monotonic() + START_S
-        for name in self._binds:
-            delegator = self._children[name]
-            while delegator.address is None:
-                self._tend(0.01)
-                if delegator.process.poll() is not None or time.monotonic() > deadline:
-                    self._tend(0.1)
-                    raise Unavailable(f"the {name} did not start")
-            self._binds[name] = delegator.address
+            self._await_address(name)
         for number in range(1, self._workers + 1):
             self._start(f"worker-{number}")
+
+    def _await_address(self, name: str) -> None:
+        delegator = self._children[name]
+        deadline = time.monotonic() + START_S
+        while delegator.address is None:
+            self._tend(0.01)
+            if delegator.process.poll() is not None or time.monotonic() > deadline:
+                self._tend(0.1)
+                raise Unavailable(f"the {name} did not start")
+        self._binds[name] = delegator.address
 
     def _start(self, name: str, *, new: bool = False) -> None:
         if name in self._binds:

@@ -2,10 +2,14 @@
 
 Requests that wait go to the ledger together.  Beside them it keeps house every second: writes the mark, reads
 what other delegators have changed, and bounds the provenance.
+
+While the store fails only the house-keeping tries it.  Requests are refused at once: each that waited for a
+store that does not answer would keep all others waiting.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -13,13 +17,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from zflake.core import lessor
-from zflake.core.lease import Acquire, Grant, Mark, Meta, Record, Released, Request, Trace
-from zflake.delegator.ledger import Ledger, Settled
+from zflake.core.lease import Acquire, Grant, Mark, Meta, Record, Refusal, Released, Request, Trace
+from zflake.delegator.ledger import Ledger, Settled, unavailable
 from zflake.errors import StoreError
 from zflake.stores.contract import Store
 
@@ -34,7 +38,7 @@ MARK_US: Final = 1_000_000
 HURRY_US: Final = 100_000
 """How often that is read at most when a worker comes that is not known here yet."""
 QUIET_US: Final = 10_000_000
-"""How often a failure of the store that goes on is logged again."""
+"""How often a failure of the store is logged, at most."""
 PRUNE_US: Final = 10_000_000
 """How often provenance is bounded, and so many spans at a time."""
 PRUNE: Final = 2_000
@@ -43,6 +47,8 @@ KEPT_MS: Final = 400 * 86_400_000
 """Provenance: this many spans, one for each unbroken tenancy, and for this long."""
 STALE_US: Final = 2_000_000
 """A request that sat for longer is dropped: whoever sent it has sent it again."""
+OVERDUE_US: Final = 1_500_000
+"""After how long a store that has not answered is taken for one that fails."""
 SHARE: Final = 20
 """Reading all leases takes one part in so many of the thread's time, at most."""
 
@@ -92,7 +98,10 @@ class LeaseDesk:
         self._house_at_us = local_us() + MARK_US
         self._prune_at_us = self._look_at_us = 0
         self._hurry = threading.Event()
-        self._complaint = ""
+        self._failure: StoreError | None = None
+        self._failing_since_us: int | None = None
+        self._busy_since_us: int | None = None
+        self._failures = 0  # those that were not logged
         self._quiet_until_us = 0
         # Renewals and releases come first: a rush of acquires must not cost anybody the lease that he has.
         self._waiting: queue.PriorityQueue[tuple[int, int, Ticket | None]] = queue.PriorityQueue()
@@ -115,6 +124,16 @@ class LeaseDesk:
         return self._ledger.settle(requests)
 
     # --- the router loop's side ---
+
+    @property
+    def outage(self) -> Refusal | None:
+        """What to answer at once while the store fails, or does not answer; None while all is well."""
+        if (failure := self._failure) is not None:
+            return unavailable(failure)
+        busy_since_us = self._busy_since_us
+        if busy_since_us is not None and self._local_us() - busy_since_us > OVERDUE_US:
+            return unavailable(StoreError(f"{self._store.url} has not answered for a while"))
+        return None
 
     def start(self) -> None:
         """Start the thread; from now on it alone uses the store."""
@@ -178,12 +197,30 @@ class LeaseDesk:
                 else:
                     fresh.append(ticket)
             if fresh:
-                settled = self.settle([ticket.request for ticket in fresh])
+                settled = self._settle_unless_out([ticket.request for ticket in fresh])
                 for ticket, outcome in zip(fresh, settled, strict=True):
                     _record_grant(ticket.request, outcome)
                 self._done.extend(zip(fresh, settled, strict=True))
                 self._ring()
-            self._keep_house()
+            with self._busy():
+                self._keep_house()
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._busy_since_us = self._local_us()
+        try:
+            yield
+        finally:
+            self._busy_since_us = None
+
+    def _settle_unless_out(self, requests: Sequence[Request | Trace]) -> list[Settled]:
+        if self._failure is not None:
+            return [Settled(unavailable(self._failure), None)] * len(requests)
+        with self._busy():
+            settled = self.settle(requests)
+        if self._ledger.failure is not None:
+            self._fail(self._ledger.failure)
+        return settled
 
     def _keep_house(self) -> None:
         now_us = self._local_us()
@@ -194,14 +231,36 @@ class LeaseDesk:
         try:
             if now_us >= self._house_at_us:
                 self._house_at_us = now_us + MARK_US
-                if self._mark is not None:
-                    self._store.swap([], self._mark())
-                self._ledger.read_meta()
+                self._try_store()
+            if self._failure is None:
                 self._prune(now_us)
-            if not self._store.exclusive:
-                self._look(now_us, hurried=hurried)
+                if not self._store.exclusive:
+                    self._look(now_us, hurried=hurried)
         except StoreError as error:
             self._complain(error)
+
+    def _try_store(self) -> None:
+        try:
+            if self._mark is not None:
+                self._store.swap([], self._mark())
+            self._ledger.read_meta()
+        except StoreError as error:
+            self._complain(error)
+            self._fail(error)
+        else:
+            self._recover()
+
+    def _fail(self, error: StoreError) -> None:
+        self._failure = error
+        if self._failing_since_us is None:
+            self._failing_since_us = self._local_us()
+
+    def _recover(self) -> None:
+        self._failure = None
+        if self._failing_since_us is not None:
+            failed_s = (self._local_us() - self._failing_since_us) / 1e6
+            _log.warning("%s can be used again, after %.1f s", self._store.url, failed_s)
+        self._failing_since_us = None
 
     def _look(self, now_us: int, *, hurried: bool) -> None:
         """Read what others have written: their marks, and the leases that they have granted."""
@@ -222,11 +281,15 @@ class LeaseDesk:
             self._store.prune(before, KEPT_SPANS, PRUNE)
 
     def _complain(self, error: StoreError) -> None:
-        """Log a failure of the store; one that goes on, every now and then."""
+        """Log a failure of the store; while they go on, one every now and then."""
         now_us = self._local_us()
-        if str(error) != self._complaint or now_us >= self._quiet_until_us:
-            self._complaint, self._quiet_until_us = str(error), now_us + QUIET_US
-            _log.error("%s", error)
+        if now_us < self._quiet_until_us:
+            self._failures += 1
+            return
+        self._quiet_until_us = now_us + QUIET_US
+        more = f" ({self._failures} more failures since the last line)" if self._failures else ""
+        self._failures = 0
+        _log.error("%s%s", error, more)
 
     def _next_batch(self) -> list[Ticket] | None:
         """What waits, up to `BATCH`; nothing where the house is to be kept first; None at the end."""

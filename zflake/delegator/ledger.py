@@ -27,6 +27,7 @@ from zflake.core.lease import (
     Record,
     Refusal,
     Refused,
+    Release,
     Released,
     Renew,
     Request,
@@ -51,6 +52,14 @@ class Settled(NamedTuple):
 
     answer: Answer | Traced
     record: Record | None
+
+
+def unavailable(failure: StoreError | None) -> Refusal:
+    """The answer to a request that the store did not settle; None: it lost its races."""
+    why = "others were faster every time" if failure is None else str(failure)
+    return Refusal(
+        Refused.UNAVAILABLE, f"the store did not settle the request ({why}); send it again", RETRY_MS
+    )
 
 
 class Ledger:
@@ -79,12 +88,16 @@ class Ledger:
         self._mark = mark
         self._pick = pick
         self._complain = complain
+        self._past: set[int] = set()  # the versions that meta had before
+        self.failure: StoreError | None = None
+        """Why the last batch was given up; None where it was settled."""
 
     def settle(self, requests: Sequence[Request | Trace]) -> list[Settled]:
         """Settle requests together; one that the store does not settle is `unavailable`."""
         settled: dict[int, Settled] = {}
         tried: dict[int, Record] = {}
         failures = 0
+        self.failure = None
         for attempt in range(ROUNDS):
             try:
                 # A swap fails for good where meta has moved on; and where others may have moved it, a refusal
@@ -102,11 +115,9 @@ class Ledger:
                 self._complain(error)
                 failures += 1
                 if failures == FAILURES:
+                    self.failure = error
                     break
-        unsettled = Settled(
-            Refusal(Refused.UNAVAILABLE, "the store did not settle the request; send it again", RETRY_MS),
-            None,
-        )
+        unsettled = Settled(unavailable(self.failure), None)
         return [settled.get(i, unsettled) for i in range(len(requests))]
 
     def _decide(
@@ -114,18 +125,21 @@ class Ledger:
     ) -> dict[int, Swap]:
         """Settle what the store answers already; gives the swaps to try for the others."""
         now = self._now()
+        open_ = {i: request for i, request in enumerate(requests) if i not in settled}
+        tokens = [request.next for request in open_.values() if isinstance(request, Acquire)]
+        machines = [request.machine for request in open_.values() if isinstance(request, Renew | Release)]
+        repeats = dict(zip(tokens, self._store.by_tokens(tokens), strict=True))
+        records = dict(zip(machines, self._store.by_machines(machines), strict=True))
         swaps: dict[int, Swap] = {}
         lowest: Sequence[Record] | None = None
         taken: set[int] = set()
-        for i, request in enumerate(requests):
-            if i in settled:
-                continue
+        for i, request in open_.items():
             record: Record | None
             if isinstance(request, Trace):
                 settled[i] = Settled(self._store.trace(request.machine, request.tick), None)
                 continue
             if isinstance(request, Acquire):
-                record = self._store.by_token(request.next)
+                record = repeats[request.next]
                 if record is None and lowest is None:
                     meta = self.meta
                     lowest = self._store.lowest(meta.first_machine, meta.last_machine, lessor.OFFER)
@@ -134,11 +148,11 @@ class Ledger:
                     self.meta, now, request, repeat=record, lowest=free, pick=self._pick
                 )
             elif isinstance(request, Renew):
-                record = self._store.by_machine(request.machine)
+                record = records[request.machine]
                 self._hear_witness(request, record)
                 decision = lessor.renew(self.meta, now, request, record=record)
             else:
-                record = self._store.by_machine(request.machine)
+                record = records[request.machine]
                 if record == tried.get(i):
                     # No token is left by which a release would know itself; its record is its own all the same.
                     settled[i] = Settled(Released(record.machine, record.fence), record)
@@ -156,6 +170,8 @@ class Ledger:
         while new := lessor.witnessed(self.meta, self._now(), self._latest(), request, record=record):
             new = replace(new, version=self._pick(VERSIONS))
             swapped = self._store.swap_meta(self.meta, new)
+            if swapped:
+                self._adopt(new)
             self.read_meta()
             if swapped:
                 _log.warning(
@@ -175,28 +191,46 @@ class Ledger:
         """
         meta = self._store.meta()
         if meta is None or meta.store_id != self.meta.store_id:
-            raise StoreError(f"{self._store.url} was emptied or replaced while in use")
+            raise StoreError(
+                f"{self._store.url} was emptied or replaced while in use: nothing is granted any more. Bring it back as it"
+                " was, or restart all delegators, without --new: it then rests until every lost window has ended"
+            )
         if meta.moved:
             raise StoreError(
                 f"{self._store.url} was moved to {meta.moved}: stop this delegator and start on that"
             )
-        self.meta = meta
         incarnation = self._store.incarnation()
-        if incarnation != meta.incarnation:
-            self._rest(incarnation)
+        # A meta that was left behind, or a lower floor: an older copy of the data has taken the place of the data.
+        went_back = meta.version in self._past or meta.floor < self.meta.floor
+        if went_back or incarnation != meta.incarnation:
+            self._rest(meta, incarnation)
+            return
+        if meta.floor > self.meta.floor and (rest_s := lessor.resting_s(meta, self._now())):
+            _log.warning(
+                "another delegator found that %s may have lost leases that still run. Nothing is granted for %d s",
+                self._store.url,
+                rest_s,
+            )
+        self._adopt(meta)
 
-    def _rest(self, incarnation: str) -> None:
+    def _adopt(self, meta: Meta) -> None:
+        if meta.version != self.meta.version:
+            self._past.add(self.meta.version)
+        self.meta = meta
+
+    def _rest(self, meta: Meta, incarnation: str) -> None:
         marks = self._store.marks()
-        latest = lessor.latest_tick(self.meta.layout, self._latest(), [mark.now_us for mark in marks])
+        latest = lessor.latest_tick(meta.layout, self._latest(), [mark.now_us for mark in marks])
+        floor = lessor.floor_after_loss(meta, latest, max(meta.ttl, self.meta.ttl))
         new = replace(
-            self.meta,
+            meta,
             version=self._pick(VERSIONS),
             incarnation=incarnation,
-            floor=lessor.floor_after_loss(self.meta, latest, self.meta.ttl),
+            floor=max(floor, self.meta.floor),
         )
-        if not self._store.swap_meta(self.meta, new):
+        if not self._store.swap_meta(meta, new):
             raise StoreError(f"{self._store.url} is not what it was, and others are writing to it")
-        self.meta = new
+        self._adopt(new)
         _log.warning(
             "%s is not what it was (it was restarted, restored or failed over): it may have lost leases that still "
             "run. Nothing is granted for %d s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -46,6 +46,8 @@ class Report:
     directory: Directory
     broker: Broker
     figures: Figures
+    leases_at: Callable[[], int]
+    """Up to which tick the leases are known here."""
 
     def ping(self) -> dict[str, Any]:
         """The timeline's now."""
@@ -69,7 +71,7 @@ class Report:
     def workers(self) -> dict[str, Any]:
         """The directory."""
         now = self.timepiece.tick()
-        there = self.directory.workers(now, local_us())
+        there = self.directory.workers(self.leases_at(), local_us())
         workers = [self._lease(record, now) for record, _ in there if record.holder.address]
         return {"workers": workers, **self.ping()}
 
@@ -110,8 +112,9 @@ class Report:
                 }
 
     def _leases(self, now: int) -> Iterator[dict[str, Any]]:
-        present = {record.machine: there for record, there in self.directory.workers(now, local_us())}
-        for record in self.directory.held(now):
+        known_at = self.leases_at()
+        present = {record.machine: there for record, there in self.directory.workers(known_at, local_us())}
+        for record in self.directory.held(known_at):
             there = present.get(record.machine)
             worker = None
             if there is not None:
@@ -126,5 +129,5 @@ class Report:
             "host": record.holder.host,
             "pid": record.holder.pid,
             "gen": record.gen,
-            "ends_in_ms": (record.fence - now) * self.desk.meta.layout.tick_ms,
+            "ends_in_ms": max(0, record.fence - now) * self.desk.meta.layout.tick_ms,
         }

@@ -154,11 +154,13 @@ class Delegator:
             directory=self.directory,
             broker=self.broker,
             figures=self.figures,
+            leases_at=self._leases_at,
         )
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         alarm.register(self._poller)
         self._draining = False
+        self._known_at = self.timepiece.tick()
         self._sweep_at_us = 0
         self._leaving: dict[bytes, int] = {}
         self._brokered_at_us = 0
@@ -221,7 +223,7 @@ class Delegator:
         if now_local_us < self._sweep_at_us:
             return
         self._sweep_at_us = now_local_us + SWEEP_US
-        for identity in self.directory.sweep(self.timepiece.tick(), now_local_us):
+        for identity in self.directory.sweep(self._leases_at(), now_local_us):
             self.broker.lose(identity, now_local_us)
         for identity, until_us in list(self._leaving.items()):
             if until_us <= now_local_us:  # it had the time to answer what it had
@@ -229,6 +231,15 @@ class Delegator:
                 if not self.directory.is_present(identity):
                     self.broker.lose(identity, now_local_us)
         self.broker.sweep(now_local_us)
+
+    def _leases_at(self) -> int:
+        """Up to which tick the leases are known here.
+
+        While the store fails, workers may renew through another delegator: who beats is there.
+        """
+        if self.desk.outage is None:
+            self._known_at = self.timepiece.tick()
+        return self._known_at
 
     def _flush(self) -> None:
         """Send what the broker has left to be sent."""
@@ -311,6 +322,8 @@ class Delegator:
                     return self._refuse(
                         msgid, Code.OTHER_CLUSTER, "that lease was granted by another cluster's store"
                     )
+                if (outage := self.desk.outage) is not None:
+                    return self._refuse(msgid, Code.UNAVAILABLE, outage.message, outage.retry_after_ms)
                 if self.desk.submit(Ticket(request, arrived_us, prefix, msgid)):
                     return None
                 return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", 1000)
@@ -340,7 +353,7 @@ class Delegator:
         self.figures.requests[method] += 1
         if method == Method.WORKER_READY:
             machine, token = check_ready(params)
-            if not self.directory.arrive(identity, machine, token, self.timepiece.tick(), now_us):
+            if not self.directory.arrive(identity, machine, token, self._leases_at(), now_us):
                 self.desk.hurry()
                 return self._refuse(
                     msgid, Code.NOT_READY, f"that is not the token of machine {machine}'s lease"

@@ -70,7 +70,7 @@ class LeaseKeeper:
         self._context = context
         self._endpoints = endpoints
         self._layout = layout
-        self._turn = -1
+        self._turn = secrets.randbelow(len(endpoints))  # each delegator gets its share
         self._msgid = 0
         self._pending: Request | Method | None = None
         self._answer_by_us = 0
@@ -82,7 +82,7 @@ class LeaseKeeper:
         self._ping_at_us = 0
         self._hold_until_us = 0
         self._quiet_until_us = 0
-        self._connect_next()
+        self._connect()
 
     @property
     def mint(self) -> Mint | None:
@@ -151,9 +151,11 @@ class LeaseKeeper:
         return self._endpoints[self._turn]
 
     def _connect_next(self) -> None:
-        if self._turn >= 0:
-            self.socket.close(linger=0)
+        self.socket.close(linger=0)
         self._turn = (self._turn + 1) % len(self._endpoints)
+        self._connect()
+
+    def _connect(self) -> None:
         # One message is under way at a time: let it wait for the peer.
         self.socket: zmq.Socket[bytes] = connected(self._context, zmq.DEALER, self._endpoint, queue=True)
         self._pending = None

@@ -1,8 +1,13 @@
 """Stores: where a delegator's records are durable.  They load and swap; they decide nothing.
 
-contract.py  what every store does
-memory.py    the reference implementation, which forgets
-sqlite.py    one file on one machine, the default; sqlite_file.py: whether it is what it was
+contract.py    what every store does
+memory.py      the reference implementation, which forgets
+sqlite.py      one file on one machine, the default; sqlite_file.py: whether it is what it was
+postgresql.py  tables in a PostgreSQL
+etcd.py        keys in an etcd cluster
+redis.py       keys in a Redis; redis.lua: the script that writes them
+text.py        meta, records and spans as text, for those with keys and values
+url.py         the URLs of those that are servers
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Final
 
 from zflake.errors import ConfigError
 from zflake.stores.contract import Store
+from zflake.stores.url import parse_url
 
 __all__ = ["Store", "check_url", "open_store"]
 
@@ -55,10 +61,12 @@ def check_url(url: str) -> None:
     if url == MEMORY:
         return
     if scheme not in ENGINES:
-        raise ConfigError(f"no store engine for {url!r}: take {FORMS}")
+        raise ConfigError(f"no store engine for {scheme[:20]!r}: take {FORMS}")
     if scheme == "sqlite":
         from zflake.stores.sqlite import path_of  # noqa: PLC0415
 
         path_of(url)
     elif not url.startswith(f"{scheme}://"):
-        raise ConfigError(f"no server in {url!r}: take {FORMS}")
+        raise ConfigError(f"no server in the {scheme}: URL: take {FORMS}")
+    else:
+        parse_url(url)

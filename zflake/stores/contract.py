@@ -12,12 +12,13 @@ A store is used by one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zflake.core.lease import SCHEMA, Mark, Meta, Record, Span, Swap, Token, Traced
-from zflake.errors import StoreError
+from zflake.errors import LayoutError, StoreError
 
 
 def check_schema(url: str, schema: int, otherwise: str) -> None:
@@ -25,6 +26,17 @@ def check_schema(url: str, schema: int, otherwise: str) -> None:
     if schema != SCHEMA:
         advice = "upgrade zflake" if schema > SCHEMA else f"it is older than the first release: {otherwise}"
         raise StoreError(f"{url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
+
+
+@contextlib.contextmanager
+def reading(url: str, advice: str) -> Iterator[None]:
+    """Raise `StoreError` where what was read is not what zflake writes; `advice` is what to do."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, LayoutError) as error:
+        raise StoreError(
+            f"{url} holds something that is not zflake's; nothing was changed: {advice}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +89,20 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def by_machine(self, machine: int) -> Record:
-        """The record of a machine ID."""
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        """The record of each of these machine IDs, in as few round trips as can be."""
 
     @abstractmethod
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        """For each of these tokens the record whose token it is; None where there is none."""
+
+    def by_machine(self, machine: int) -> Record:
+        """The record of one machine ID."""
+        return self.by_machines([machine])[0]
+
     def by_token(self, token: Token) -> Record | None:
         """The record whose token this is."""
+        return self.by_tokens([token])[0]
 
     @abstractmethod
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
@@ -115,11 +135,14 @@ class Store(ABC):
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         """Try all swaps in one commit, each for itself, in order; write the delegator's `mark` with them.
 
+        Where there is no meta (any more) nothing is written at all.
+
         The span `[span_start, fence)` of a record with a token is put in place of one with the same start;
         where the record has none, the machine's spans are cut at its fence.
 
-        True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable
-        now.  Where the store can change its incarnation while it is used, meta must be of the present one.  False for each that lost the race, or whose token is another machine's; that one wrote nothing.
+        True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable now.
+        Where the store can change its incarnation while it is used, meta must be of the present one.  False for
+        each that lost the race, or whose token is another machine's; that one wrote nothing.
         """
 
     @abstractmethod

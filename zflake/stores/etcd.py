@@ -13,22 +13,26 @@ etcd's leases are not used: they end by a clock.
     PREFIX/mark/DELEGATOR             a mark
     PREFIX/since                      from where on the spans are complete
 
-A cluster that was restored goes on with another cluster ID, or with a revision that was there before: either
-is another incarnation.
+    PREFIX/filling                    is there while the prefix is filled for the first time
+
+A cluster that was restored from a snapshot has another cluster ID, or its revision goes back, or, since its log
+begins anew, it has more revisions than before in proportion to its log: each is another incarnation.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import os
 import secrets
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, Final, NamedTuple, TypeAlias
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store
+from zflake.stores.contract import Contents, Store, reading
 from zflake.stores.text import (
     holder_to_text,
     mark_from_text,
@@ -40,6 +44,7 @@ from zflake.stores.text import (
     record_to_text,
     span_of,
 )
+from zflake.stores.url import parse_url
 
 try:
     import requests
@@ -49,13 +54,26 @@ except ImportError as error:
     raise ConfigError("etcd:// needs the etcd3gw package: pip install 'zflake[etcd]'") from error
 
 TIMEOUT_S: Final = 2.0
+"""How long an answer is waited for; where there are other endpoints to ask, half of that."""
 PORT: Final = 2379
 BATCH: Final = 60
 """Swaps in a transaction: etcd takes 128 operations, nested ones counted with their parents."""
 CHUNK: Final = 100
+"""Reads in a transaction."""
+SLACK: Final = 2
+LOOKS: Final = 3
+PAGE: Final = 1000
+"""Pairs in an answer."""
+OPTIONS: Final = ("unchecked", "tls", "ca")
+FORM: Final = "etcd://[user:password@]host1[:port],host2,host3/prefix, and ?tls=yes&ca=FILE where it has TLS"
+QUOTA: Final = 2 * 1024**3
+"""Bytes that a member stores at most, where it does not say: etcd's default."""
+FULL: Final = 0.8
 LOSES_COMMITS: Final = ("3.5.0", "3.5.1", "3.5.2")
 
 Op: TypeAlias = dict[str, Any]
+
+_log = logging.getLogger("zflake.store")
 
 
 class Pair(NamedTuple):
@@ -79,19 +97,27 @@ class EtcdStore(Store):
     exclusive = False
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query))
-        login, _, hosts = parts.netloc.rpartition("@")
-        self._prefix = parts.path.rstrip("/") + "/"
-        self.url = f"etcd://{hosts}{parts.path}"
-        unchecked = options.pop("unchecked", "no") == "yes" or read_only
-        tls, ca = options.pop("tls", "no") == "yes", options.pop("ca", None)
-        if options or not hosts or self._prefix == "/":
-            raise ConfigError(
-                f"{self.url}: write etcd://host1,host2,host3/prefix, and ?tls=yes&ca=FILE where it has TLS"
+        where = parse_url(url, OPTIONS)
+        self.url = where.shown
+        self._prefix = where.path.rstrip("/") + "/"
+        unchecked, tls, ca = where.flag("unchecked"), where.flag("tls"), where.options.get("ca")
+        if not where.hosts or self._prefix == "/" or (ca is not None and not tls):
+            raise ConfigError(f"{self.url}: write {FORM}")
+        if ca is not None and not os.access(ca, os.R_OK):
+            raise ConfigError(f"{self.url}: can't read the file of ?ca=")
+        self._login = None if where.user is None else (where.user, where.password or "")
+        timeout_s = TIMEOUT_S / min(2, len(where.hosts))
+        self._clients = [
+            Etcd3Client(
+                host=host,
+                port=port or PORT,
+                protocol="https" if tls else "http",
+                timeout=timeout_s,
+                session=_session(ca),
+                api_path="/v3/",
             )
-        self._login = [unquote(part) for part in login.partition(":")[::2]] if login else None
-        self._clients = [self._client(host, tls=tls, ca=ca) for host in hosts.split(",")]
+            for host, port in where.hosts
+        ]
         self._turn = 0
         self._unused_from: dict[int, int] = {}
         # As last read: by machine, the record and its key's revision; that of meta; that of the own mark.
@@ -100,12 +126,13 @@ class EtcdStore(Store):
         self._mark_seen: tuple[Mark, int] | None = None
         self._revision = 0
         self._cluster = ""
-        self._lives: tuple[str, str] | None = (
-            None  # meta's incarnation when it was found outdated, and the new one
-        )
+        self._vetted = False
+        # Where the cluster was found to be another one or to have gone back: the revision that it had then, and
+        # the incarnation since, for as long as meta was not written anew.
+        self._life: tuple[int, str] | None = None
         try:
-            if not unchecked:
-                self._check_server()
+            if not read_only:
+                self._check_server(unchecked=unchecked)
             self._check_data()
         except BaseException:
             self.close()
@@ -116,41 +143,62 @@ class EtcdStore(Store):
         if pair is None:
             self._meta_seen = None
             return None
-        meta = meta_from_text(pair.value, self.url)
+        with self._reading():
+            meta = meta_from_text(pair.value, self.url)
         self._meta_seen = meta, pair.revision
         return meta
 
     def incarnation(self) -> str:
-        meta = self.meta()
+        if self._meta_seen is None:
+            self.meta()
+        meta, revision = self._meta_seen or (None, 0)
         known = "" if meta is None else meta.incarnation
-        if self._lives is not None and self._lives[0] == known:
-            return self._lives[1]
-        self._lives = None
-        if known.partition(" ")[0] != self._cluster:
-            self._begin_life(known)
-        return self._lives[1] if self._lives else known
+        if self._life is not None and revision > self._life[0]:
+            self._life = None
+        if self._life is None and not self._is_life(known):
+            self._begin_life()
+        return known if self._life is None else self._life[1]
+
+    def _is_life(self, known: str) -> bool:
+        """Whether the cluster is still what meta's incarnation says."""
+        cluster, _, excess = (known or "? ? 0").split(" ")
+        if cluster != self._cluster:
+            return False
+        self._vetted = self._vetted or self._excess() <= int(excess) + SLACK
+        return self._vetted
+
+    def _excess(self) -> int:
+        """How many more revisions there are than entries in the log: that does not grow, but by a restore."""
+        looks = [self._ask("/maintenance/status", {}) for _ in range(LOOKS)]
+        # Both are one node's own; but they are read one after the other.
+        return min(int(look["header"]["revision"]) - int(look.get("raftAppliedIndex", 0)) for look in looks)
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
-        fresh = [_created("version", self._key("meta"), 0)]
-        ops = [self._put("meta", meta_to_text(meta)), self._put("since", pad(contents.since))]
+        fresh = _created("version", self._key("meta"), 0)
+        # What a copy left that was broken off goes first.
+        leftovers = map(self._delete_all, ("machine/", "token/", "fence/", "span/", "end/"))
+        done, revision = self._txn([fresh], [self._put("filling", ""), *leftovers])
+        mine = _compare("mod_revision", self._key("filling"), revision)
+        ops = [self._put("since", pad(contents.since))]
         for record in contents.records:
             ops += [self._put(key, value) for key, value in _keys_of(record).items()]
         for span in contents.spans:
             ops += [self._put(key, value) for key, value in _keys_of_span(span).items()]
         for mark in contents.marks:
             ops.append(self._put(f"mark/{mark.delegator}", mark_to_text(mark)))
-        # Meta comes last: what a copy left half done is not a store yet.
-        first, rest = ops[:1], iter(ops[1:])
-        while chunk := list(islice(rest, CHUNK)):
-            if not self._txn(fresh, chunk)[0]:
-                raise StoreError(f"{self.url} is initialised already")
-        if not self._txn(fresh, first)[0]:
-            raise StoreError(f"{self.url} is initialised already")
+        # Meta comes last: what is half filled is not a store yet.
+        chunks = [ops[i : i + CHUNK] for i in range(0, len(ops), CHUNK)]
+        last = [self._put("meta", meta_to_text(meta)), self._delete("filling")]
+        for chunk in [*chunks, last]:
+            done = done and self._txn([fresh, mine], chunk)[0]
+        if not done:
+            raise StoreError(f"{self.url} is initialised already, or just now by somebody else")
 
     def contents(self) -> Contents:
-        records = [record_from_text(_number(pair.key), pair.value) for pair in self._range("machine/")]
-        spans = [_span(pair) for pair in self._range("span/")]
-        return Contents(records, spans, self._since(), self.marks())
+        with self._reading():
+            records = [record_from_text(_number(pair.key), pair.value) for pair in self._range("machine/")]
+            spans = [_span(pair) for pair in self._range("span/")]
+            return Contents(records, spans, self._since(), self.marks())
 
     def swap_meta(self, old: Meta, new: Meta) -> bool:
         if self.meta() is None or self._meta_seen is None:
@@ -161,14 +209,17 @@ class EtcdStore(Store):
         unchanged = _compare("mod_revision", self._key("meta"), revision)
         return self._txn([unchanged], [self._put("meta", meta_to_text(new))])[0]
 
-    def by_machine(self, machine: int) -> Record:
-        pair = self._get(f"machine/{pad(machine)}")
-        return Record(machine) if pair is None else self._take(pair)
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        pairs = self._get_all([f"machine/{pad(machine)}" for machine in machines])
+        return [
+            Record(m) if pair is None else self._take(pair) for m, pair in zip(machines, pairs, strict=True)
+        ]
 
-    def by_token(self, token: Token) -> Record | None:
-        pair = self._get(f"token/{token.hex()}")
-        record = None if pair is None else self.by_machine(int(pair.value))
-        return record if record is not None and record.token == token else None
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        pairs = self._get_all([f"token/{token.hex()}" for token in tokens])
+        records = self.by_machines([int(pair.value) for pair in pairs if pair is not None])
+        found = {record.token: record for record in records}
+        return [found.get(token) for token in tokens]
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         unused: list[Record] = []
@@ -186,15 +237,14 @@ class EtcdStore(Store):
 
     def held(self, now: int) -> Sequence[Record]:
         keys = self._range(f"fence/{pad(now + 1)}", "fence0", keys_only=True)
-        if len(keys) > CHUNK:
-            records = [self._take(pair) for pair in self._range("machine/")]
-        else:
-            records = [self.by_machine(_number(pair.key)) for pair in keys]
-        held = [record for record in records if record.token is not None and record.fence > now]
-        return sorted(held, key=lambda record: record.machine)
+        records = self.by_machines(sorted(_number(pair.key) for pair in keys))
+        return [record for record in records if record.token is not None and record.fence > now]
 
     def marks(self) -> Sequence[Mark]:
-        return [mark_from_text(pair.key.removeprefix("mark/"), pair.value) for pair in self._range("mark/")]
+        with self._reading():
+            return [
+                mark_from_text(pair.key.removeprefix("mark/"), pair.value) for pair in self._range("mark/")
+            ]
 
     def forget_marks(self, before_us: int) -> None:
         gone = [mark for mark in self.marks() if mark.now_us < before_us]
@@ -218,21 +268,23 @@ class EtcdStore(Store):
         below = self._range(
             f"span/{pad(machine)}/", f"span/{pad(machine)}/{pad(tick + 1)}", limit=1, descending=True
         )
-        span = _span(below[0]) if below else None
-        return Traced(span if span is not None and tick < span.end else None, self._since())
+        with self._reading():
+            span = _span(below[0]) if below else None
+            return Traced(span if span is not None and tick < span.end else None, self._since())
 
     def prune(self, before: int, keep: int, limit: int) -> int:
         count = self._count("end/")
-        limit = min(limit, 40)
         oldest = self._range("end/", limit=limit, keys_only=True)
         forgotten = []
         for i, pair in enumerate(oldest):
             _, end, machine, start = pair.key.split("/")
             if i < count - keep or int(end) <= before:
                 forgotten.append((int(end), pair.key, f"span/{machine}/{start}"))
-        if forgotten:
-            ops = [self._delete(key) for _, *keys in forgotten for key in keys]
-            since = max(self._since(), forgotten[-1][0])
+        since = self._since()
+        for i in range(0, len(forgotten), CHUNK // 2):
+            chunk = forgotten[i : i + CHUNK // 2]
+            since = max(since, chunk[-1][0])
+            ops = [self._delete(key) for _, *keys in chunk for key in keys]
             self._txn([], [*ops, self._put("since", pad(since))])
         return len(forgotten)
 
@@ -283,10 +335,11 @@ class EtcdStore(Store):
             if self._meta_seen is None or any(s.version != self._meta_seen[0].version for s in swaps):
                 self.meta()
             meta, revision = self._meta_seen or (None, 0)
-            if meta is not None and self._lives is not None and self.incarnation() != meta.incarnation:
+            if meta is not None and self._life is not None and self.incarnation() != meta.incarnation:
                 meta = None
             compares.append(_compare("mod_revision", self._key("meta"), revision))
         if mark is not None:
+            compares.append(_created("version", self._key("meta"), 0) | {"result": "GREATER"})
             key = f"mark/{mark.delegator}"
             if self._mark_seen is None or self._mark_seen[0].delegator != mark.delegator:
                 pair = self._get(key)
@@ -347,27 +400,20 @@ class EtcdStore(Store):
         while len(records) < limit:
             pairs = self._range(at, "fence0", limit=CHUNK, keys_only=True)
             machines = [number for pair in pairs if first <= (number := _number(pair.key)) <= last]
-            records += self._by_machines(machines[: limit - len(records)])
+            records += self.by_machines(machines[: limit - len(records)])
             if len(pairs) < CHUNK:
                 break
             at = pairs[-1].key + "\0"
         return sorted(records, key=lambda record: (record.fence, record.machine))
 
-    def _by_machines(self, machines: Sequence[int]) -> list[Record]:
-        records = []
-        for i in range(0, len(machines), CHUNK):
-            ops = [
-                {"request_range": {"key": _b64(self._key(f"machine/{pad(m)}"))}}
-                for m in machines[i : i + CHUNK]
-            ]
-            for response in self._txn_all([], ops)[2]:
-                records += [self._take(self._pair(kv)) for kv in response["response_range"].get("kvs", ())]
-        return records
-
     def _take(self, pair: Pair) -> Record:
-        record = record_from_text(_number(pair.key), pair.value)
+        with self._reading():
+            record = record_from_text(_number(pair.key), pair.value)
         self._seen[record.machine] = record, pair.revision
         return record
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        return reading(self.url, "name another prefix")
 
     def _since(self) -> int:
         pair = self._get("since")
@@ -384,9 +430,22 @@ class EtcdStore(Store):
     def _delete(self, key: str) -> Op:
         return {"request_delete_range": {"key": _b64(self._key(key))}}
 
+    def _delete_all(self, first: str) -> Op:
+        key = self._key(first)
+        return {"request_delete_range": {"key": _b64(key), "range_end": _b64(_behind(key))}}
+
     def _get(self, key: str) -> Pair | None:
-        pairs = self._range(key, "")
-        return pairs[0] if pairs else None
+        return self._get_all([key])[0]
+
+    def _get_all(self, keys: Sequence[str]) -> list[Pair | None]:
+        """The pair of each key, `CHUNK` in a round trip."""
+        found: dict[str, Pair] = {}
+        for i in range(0, len(keys), CHUNK):
+            ops = [{"request_range": {"key": _b64(self._key(key))}} for key in keys[i : i + CHUNK]]
+            for response in self._ask("/kv/txn", {"success": ops})["responses"]:
+                pairs = map(self._pair, response["response_range"].get("kvs", ()))
+                found |= {pair.key: pair for pair in pairs}
+        return [found.get(key) for key in keys]
 
     def _range(
         self,
@@ -397,14 +456,23 @@ class EtcdStore(Store):
         descending: bool = False,
         keys_only: bool = False,
     ) -> list[Pair]:
-        """The pairs from `first` to before `end`; all that begin with `first` without an `end`, one with an empty."""
-        request: Op = {"key": _b64(self._key(first)), "limit": limit, "keys_only": keys_only}
-        if end != "":
-            request["range_end"] = _b64(self._key(end) if end else _behind(self._key(first)))
+        """The pairs from `first` to before `end`; without an `end` all that begin with `first`.
+
+        Of `descending` ones there are no more than `PAGE`.
+        """
+        request: Op = {"keys_only": keys_only}
+        request["range_end"] = _b64(self._key(end) if end else _behind(self._key(first)))
         if descending:
             request |= {"sort_order": "DESCEND", "sort_target": "KEY"}
-        answer = self._ask("/kv/range", request)
-        return [self._pair(kv) for kv in answer.get("kvs", ())]
+        pairs: list[Pair] = []
+        more = True
+        while more and (not limit or len(pairs) < limit):
+            request["key"] = _b64(self._key(pairs[-1].key + "\0" if pairs else first))
+            request["limit"] = min(PAGE, limit - len(pairs)) if limit else PAGE
+            answer = self._ask("/kv/range", request)
+            pairs += map(self._pair, answer.get("kvs", ()))
+            more = answer.get("more", False)
+        return pairs
 
     def _count(self, first: str) -> int:
         key = self._key(first)
@@ -412,10 +480,8 @@ class EtcdStore(Store):
         return int(self._ask("/kv/range", request).get("count", 0))
 
     def _pair(self, kv: Op) -> Pair:
-        key = b64decode(kv["key"]).decode()
-        return Pair(
-            key.removeprefix(self._prefix), b64decode(kv.get("value", "")).decode(), int(kv["mod_revision"])
-        )
+        key = _text(kv["key"])
+        return Pair(key.removeprefix(self._prefix), _text(kv.get("value", "")), int(kv["mod_revision"]))
 
     def _txn(self, compares: list[Op], ops: list[Op]) -> tuple[bool, int]:
         done, revision, _ = self._txn_all(compares, ops)
@@ -427,73 +493,84 @@ class EtcdStore(Store):
 
     def _ask(self, path: str, request: Op, *, write: bool = False) -> Op:
         """What one of the endpoints answers.  A write that fails is not repeated: it may have happened."""
-        for attempt in range(len(self._clients)):
-            client = self._clients[self._turn]
+        for attempt in range(1, len(self._clients) + 1):
             try:
-                return self._note(client.post(client.get_url(path), json=request))
+                answer = self._post(self._clients[self._turn], path, request)
+            except StoreError:
+                self._vetted = False  # whatever comes back may have been restored
+                self._turn = (self._turn + 1) % len(self._clients)
+                if write or attempt == len(self._clients):
+                    raise
+                continue
+            # What a node says of itself may be older than what the cluster has agreed upon.
+            return self._note(answer) if path.startswith("/kv/") else answer
+        raise AssertionError("there is an endpoint")
+
+    def _post(self, client: Etcd3Client, path: str, request: Op) -> Op:
+        try:
+            if self._login is not None and "Authorization" not in client.session.headers:
+                self._authenticate(client)
+            try:
+                answer: Op = client.post(client.get_url(path), json=request)
             except exceptions.Etcd3Exception as error:
-                reason = " ".join((getattr(error, "detail_text", None) or str(error)).split())
-                if self._login and "auth" in reason and attempt == 0:
-                    self._authenticate(client)
-                    continue
-                self._turn = (self._turn + 1) % len(self._clients)
-                if write or attempt == len(self._clients) - 1:
-                    raise StoreError(f"{self.url}: {client.host}:{client.port}: {reason[:300]}") from error
-            except (requests.RequestException, ValueError, KeyError) as error:
-                self._turn = (self._turn + 1) % len(self._clients)
-                if write or attempt == len(self._clients) - 1:
-                    raise StoreError(
-                        f"can't reach {self.url}: {client.host}:{client.port}: {error}"
-                    ) from error
-        raise StoreError(f"{self.url} refuses the password")
-
-    def _note(self, answer: Op) -> Op:
-        header = answer.get("header", {})
-        revision = int(header.get("revision", self._revision))
-        self._cluster = header.get("cluster_id", self._cluster)
-        if revision < self._revision:
-            self._seen.clear()
-            self._mark_seen = None
-            self._begin_life(self._meta_seen[0].incarnation if self._meta_seen else "")
-            self._meta_seen = None
-        self._revision = revision
+                if self._login is None or "auth" not in _reason(error):
+                    raise
+                self._authenticate(client)  # the token has run out, and nothing was done
+                answer = client.post(client.get_url(path), json=request)
+        except (exceptions.ConnectionFailedError, exceptions.ConnectionTimeoutError) as error:
+            raise StoreError(f"can't reach {self.url}: {_where(client)}: {_plain(error)}") from error
+        except exceptions.Etcd3Exception as error:
+            reason = _reason(error)
+            if self._login is None and "user name is empty" in reason:
+                reason = "it wants a user and a password: etcd://user:password@..."
+            raise StoreError(f"{self.url}: {_where(client)}: {reason}") from error
+        except (requests.RequestException, ValueError, KeyError) as error:
+            raise StoreError(f"{self.url}: {_where(client)} does not speak as etcd does") from error
         return answer
-
-    def _begin_life(self, known: str) -> None:
-        self._lives = known, f"{self._cluster} {secrets.token_hex(8)}"
-
-    def _client(self, host: str, *, tls: bool, ca: str | None) -> Etcd3Client:
-        parts = urlsplit(f"//{host}")
-        session = requests.Session()
-        session.trust_env = False  # no proxy stands before a store
-        if ca is not None:
-            session.verify = ca
-        return Etcd3Client(
-            host=parts.hostname or "",
-            port=parts.port or PORT,
-            protocol="https" if tls else "http",
-            timeout=TIMEOUT_S,
-            session=session,
-            api_path="/v3/",
-        )
 
     def _authenticate(self, client: Etcd3Client) -> None:
         assert self._login is not None
         name, password = self._login
+        client.session.headers.pop("Authorization", None)
         try:
             answer = client.post(
                 client.get_url("/auth/authenticate"), json={"name": name, "password": password}
             )
         except exceptions.Etcd3Exception as error:
+            if "password" not in _reason(error):
+                raise
             raise StoreError(f"{self.url} refuses the password of {name}") from error
         client.session.headers["Authorization"] = answer["token"]
 
-    def _check_server(self) -> None:
+    def _note(self, answer: Op) -> Op:
+        """See by an answer whether the cluster is what it was."""
+        header = answer.get("header", {})
+        revision, cluster = int(header.get("revision", self._revision)), header.get("cluster_id", "")
+        is_other = revision < self._revision or self._cluster not in ("", cluster)
+        self._revision, self._cluster = revision, cluster
+        if is_other:
+            self._seen.clear()
+            self._mark_seen = self._meta_seen = None
+            self._begin_life()
+        return answer
+
+    def _begin_life(self) -> None:
+        self._life = self._revision, f"{self._cluster} {secrets.token_hex(8)} {self._excess()}"
+        self._vetted = True
+
+    def _check_server(self, *, unchecked: bool) -> None:
         status = self._ask("/maintenance/status", {})
-        if status["version"] in LOSES_COMMITS:
+        if status["version"] in LOSES_COMMITS and not unchecked:
             raise StoreError(
                 f"{self.url} is etcd {status['version']}, which loses commits when it is killed: take another version,"
                 " or the risk with ?unchecked=yes in the URL"
+            )
+        size, quota = int(status.get("dbSize", 0)), int(status.get("dbSizeQuota", 0)) or QUOTA
+        if size > FULL * quota:
+            _log.warning(
+                "%s takes %.1f of %.1f GB: past its quota etcd writes no more. Compact and defragment it; see that it"
+                " runs with --auto-compaction-retention",
+                *(self.url, size / 1e9, quota / 1e9),
             )
         alarms = self._ask("/maintenance/alarm", {"action": "GET"}).get("alarms", ())
         if alarms:
@@ -503,16 +580,51 @@ class EtcdStore(Store):
             )
 
     def _check_data(self) -> None:
-        pairs = self._range("", limit=1, keys_only=True)
-        if pairs and self.meta() is None:
-            raise StoreError(
-                f"{self.url} holds something that is not zflake's under {self._prefix}; nothing was changed:"
-                " name another prefix"
-            )
+        if self.meta() is not None or self._get("filling") is not None:
+            return
+        others = [*self._range("", "mark/", limit=1), *self._range("mark0", _LAST, limit=1)]
+        if others:
+            with self._reading():
+                raise ValueError(others[0].key)
+        self.had_data = bool(self.marks())
+
+
+_LAST: Final = "\U0010ffff"
+
+
+def _session(ca: str | None) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False  # no proxy stands before a store
+    if ca is not None:
+        session.verify = ca
+    return session
+
+
+def _reason(error: exceptions.Etcd3Exception) -> str:
+    """What etcd says, in one line."""
+    detail = getattr(error, "detail_text", None) or str(error)
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        detail = json.loads(detail)["error"]
+    return " ".join(str(detail).split())[:300]
+
+
+def _plain(error: BaseException) -> str:
+    """Why there is no connection, without the layers that the libraries wrap it in."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return (error.strerror if isinstance(error, OSError) else None) or "it does not answer"
+
+
+def _where(client: Etcd3Client) -> str:
+    return f"[{client.host}]:{client.port}" if ":" in client.host else f"{client.host}:{client.port}"
 
 
 def _b64(text: str) -> str:
     return b64encode(text.encode()).decode()
+
+
+def _text(encoded: str) -> str:
+    return b64decode(encoded).decode(errors="backslashreplace")
 
 
 def _behind(prefix: str) -> str:

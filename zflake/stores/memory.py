@@ -51,16 +51,16 @@ class MemoryStore(Store):
         self._meta = new
         return True
 
-    def by_machine(self, machine: int) -> Record:
-        return self._records.get(machine) or Record(machine)
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        return [self._records.get(machine) or Record(machine) for machine in machines]
 
-    def by_token(self, token: Token) -> Record | None:
-        machine = self._tokens.get(token)
-        return None if machine is None else self._records[machine]
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        machines = map(self._tokens.get, tokens)
+        return [None if machine is None else self._records[machine] for machine in machines]
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         # The plain statement of the contract; only the real engines need an index.
-        machines = (self.by_machine(machine) for machine in range(first, last + 1))
+        machines = self.by_machines(range(first, last + 1))
         return nsmallest(limit, machines, key=lambda record: (record.fence, record.machine))
 
     def held(self, now: int) -> Sequence[Record]:
@@ -76,14 +76,14 @@ class MemoryStore(Store):
         self._marks = {name: replace(mark, now_us=now_us) for name, mark in self._marks.items()}
 
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
-        if mark is not None:
+        if mark is not None and self._meta is not None:
             before = self._marks.get(mark.delegator, mark)
             self._marks[mark.delegator] = max(mark, before, key=lambda m: m.now_us)
         return [self._swap(swap) for swap in swaps]
 
     def _swap(self, swap: Swap) -> bool:
         new = swap.new
-        old = self.by_machine(new.machine)
+        old = self._records.get(new.machine) or Record(new.machine)
         if self._meta is None or self._meta.version != swap.version or old.gen != new.gen - 1:
             return False
         if new.token is not None and self._tokens.get(new.token, new.machine) != new.machine:

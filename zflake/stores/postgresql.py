@@ -2,23 +2,26 @@
 
 A commit returns once it is in the log on disk (`synchronous_commit=on`, `fsync=on`), so a crash loses nothing.
 A standby that was promoted, and a database restored to a point in time, may lack the last commits: they are on
-another timeline of PostgreSQL's, which is the incarnation.
+another timeline of PostgreSQL's.  What was dumped and loaded again was written by another transaction of it, or
+is another database.  All of these together are the incarnation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlencode
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, check_schema
+from zflake.stores.contract import Contents, Store, check_schema, reading
 from zflake.stores.text import holder_from_text, holder_to_text
+from zflake.stores.url import parse_url
 
 try:
     import psycopg
@@ -27,7 +30,11 @@ except ImportError as error:
     raise ConfigError("postgresql:// needs the psycopg package: pip install 'zflake[postgresql]'") from error
 
 TIMEOUT_S: Final = 2
+FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
+TAKEN: Final = {"connect_timeout", "options"}
 MIN_VERSION: Final = 120_000
+
+T = TypeVar("T")
 
 _TABLES: Final = """
 CREATE TABLE meta (
@@ -67,6 +74,8 @@ CREATE TABLE mark (
     lead_us   bigint NOT NULL,
     address   text   NOT NULL
 );
+CREATE TABLE life (one int PRIMARY KEY);
+INSERT INTO life VALUES (1);
 CREATE INDEX machine_by_fence ON machine (fence, machine);
 CREATE INDEX span_by_stop ON span (stop);
 """
@@ -74,6 +83,19 @@ _META: Final = (
     "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema"
 )
 _COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, span_start, holder"
+
+_SPAN: Final = "machine, start, stop, holder"
+_MARK: Final = "delegator, now_us, lead_us, address"
+_TABLES_OF: Final = {
+    "meta": f"{_META}, since",
+    "machine": _COLUMNS,
+    "span": _SPAN,
+    "mark": _MARK,
+    "life": "one",
+}
+# By which transaction the row was written that is never written again.
+_LIFE: Final = "(SELECT xmin::text FROM life)"
+_NEEDED: Final = {(table, name) for table, names in _TABLES_OF.items() for name in names.split(", ")}
 
 _INSERT: Final = f"""
 INSERT INTO machine ({_COLUMNS})
@@ -103,6 +125,30 @@ SELECT machine FROM done
 """
 
 
+class Connection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that is given up where the server does not answer in time.
+
+    The server's own time-out does not run while its process, or its machine, stands still.
+    """
+
+    def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's, for `TIMEOUT_S` at most."""
+        return super().wait(self._in_time(gen), *args, **kwargs)
+
+    def _in_time(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        until = time.monotonic() + TIMEOUT_S
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > until:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"no answer within {TIMEOUT_S} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            return end.value
+
+
 class PostgresqlStore(Store):
     """Records in tables: `postgresql://[user[:password]@]host[:port]/database[?schema=zflake&...]`.
 
@@ -115,14 +161,22 @@ class PostgresqlStore(Store):
     exclusive = False
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query))
-        self._schema = options.pop("schema", "zflake")
-        self._unchecked = options.pop("unchecked", "no") == "yes" or read_only
-        self.url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
-        self._where = urlunsplit(parts._replace(query=urlencode(options)))
+        where = parse_url(url)
+        self.url = where.named("schema")
+        self._unchecked = where.flag("unchecked") or read_only
+        self._schema = where.options.get("schema", "zflake")
+        others = {name: value for name, value in where.options.items() if name not in ("schema", "unchecked")}
+        self._where = url.partition("?")[0] + ("?" + urlencode(others, quote_via=quote) if others else "")
+        try:
+            named = psycopg.conninfo.conninfo_to_dict(self._where)
+        except psycopg.ProgrammingError as error:
+            raise ConfigError(f"{self.url}: an option that PostgreSQL does not know; write {FORM}") from error
+        if not named.get("dbname"):
+            raise ConfigError(f"{self.url}: write {FORM}")
+        if taken := TAKEN.intersection(others):
+            raise ConfigError(f"{self.url}: zflake sets {', '.join(sorted(taken))} by itself")
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
-        self._incarnation = ""
+        self._server = self._life = ""
         self._unused_from: dict[int, int] = {}
         try:
             with self._errors():
@@ -137,17 +191,23 @@ class PostgresqlStore(Store):
     def meta(self) -> Meta | None:
         if not self._has_tables:
             return None
-        row = self._one(f"SELECT {_META} FROM meta")
-        if row is None:
-            return None
-        store_id, layout, *rest, schema = row
+        try:
+            metas = self._read(self._meta_of, f"SELECT {_META}, {_LIFE} FROM meta")
+        except StoreError as error:
+            if isinstance(error.__cause__, errors.UndefinedTable):
+                return None  # they were dropped since
+            raise
+        return metas[0] if metas else None
+
+    def _meta_of(self, row: tuple[Any, ...]) -> Meta:
+        store_id, layout, *rest, schema, self._life = row
         check_schema(self.url, schema, "name another")
         return replace(Meta(store_id, Layout.from_map(json.loads(layout)), *rest), schema=schema)
 
     def incarnation(self) -> str:
-        with self._errors():
-            assert self._db is not None
-        return self._incarnation
+        if not self._life:
+            (self._life,) = self._read(_first, f"SELECT {_LIFE}")
+        return f"{self._server}/{self._life}"
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         with self._transaction() as db:
@@ -170,8 +230,8 @@ class PostgresqlStore(Store):
             db.execute("UPDATE meta SET since = %s", (contents.since,))
 
     def contents(self) -> Contents:
-        records = [_record(row) for row in self._all(f"SELECT {_COLUMNS} FROM machine ORDER BY machine")]
-        spans = [_span(row) for row in self._all("SELECT * FROM span ORDER BY machine, start")]
+        records = self._read(_record, f"SELECT {_COLUMNS} FROM machine ORDER BY machine")
+        spans = self._read(_span, f"SELECT {_SPAN} FROM span ORDER BY machine, start")
         return Contents(records, spans, self._since(), self.marks())
 
     def swap_meta(self, old: Meta, new: Meta) -> bool:
@@ -183,38 +243,38 @@ class PostgresqlStore(Store):
             )
             return done.rowcount == 1
 
-    def by_machine(self, machine: int) -> Record:
-        row = self._one(f"SELECT {_COLUMNS} FROM machine WHERE machine = %s", machine)
-        return Record(machine) if row is None else _record(row)
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        found = {record.machine: record for record in self._find("machine", machines)}
+        return [found.get(machine) or Record(machine) for machine in machines]
 
-    def by_token(self, token: Token) -> Record | None:
-        row = self._one(f"SELECT {_COLUMNS} FROM machine WHERE token = %s", token)
-        return None if row is None else _record(row)
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        found = {record.token: record for record in self._find("token", tokens)}
+        return [found.get(token) for token in tokens]
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         begin = self._unused_from.get(first, first)
         # The walk stops at the limit.
-        unused = self._all(
+        unused = self._read(
+            _first,
             "SELECT n FROM generate_series(%s::bigint, %s::bigint) AS n"
             " WHERE NOT EXISTS (SELECT 1 FROM machine WHERE machine = n) LIMIT %s",
             *(begin, last, limit),
         )
         if limit > 0:
-            self._unused_from[first] = unused[0][0] if unused else max(begin, last + 1)
-        used = self._all(
+            self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
+        used = self._read(
+            _record,
             f"SELECT {_COLUMNS} FROM machine WHERE machine BETWEEN %s AND %s ORDER BY fence, machine LIMIT %s",
             *(first, last, limit - len(unused)),
         )
-        return [*(Record(n) for (n,) in unused), *map(_record, used)]
+        return [*map(Record, unused), *used]
 
     def held(self, now: int) -> Sequence[Record]:
-        rows = self._all(
-            f"SELECT {_COLUMNS} FROM machine WHERE fence > %s AND token IS NOT NULL ORDER BY machine", now
-        )
-        return [_record(row) for row in rows]
+        held = f"SELECT {_COLUMNS} FROM machine WHERE fence > %s AND token IS NOT NULL ORDER BY machine"
+        return self._read(_record, held, now)
 
     def marks(self) -> Sequence[Mark]:
-        return [Mark(*row) for row in self._all("SELECT * FROM mark ORDER BY delegator")]
+        return self._read(_mark, f"SELECT {_MARK} FROM mark ORDER BY delegator")
 
     def forget_marks(self, before_us: int) -> None:
         with self._transaction() as db:
@@ -245,16 +305,17 @@ class PostgresqlStore(Store):
         with self._transaction() as db:
             if mark is not None:
                 db.execute(
-                    "INSERT INTO mark VALUES (%s, %s, %s, %s) ON CONFLICT (delegator) DO UPDATE SET"
+                    "INSERT INTO mark SELECT %s, %s, %s, %s WHERE EXISTS (SELECT 1 FROM meta) ON CONFLICT (delegator) DO UPDATE SET"
                     " now_us = excluded.now_us, lead_us = excluded.lead_us, address = excluded.address"
                     " WHERE excluded.now_us > mark.now_us",
                     (mark.delegator, mark.now_us, mark.lead_us, mark.address),
                 )
             if not swaps:
                 return []
-            row = db.execute("SELECT version, incarnation FROM meta FOR SHARE").fetchone()
-            version, incarnation = row or (None, None)
-            valid = [s for s in swaps if s.version == version and incarnation == self._incarnation]
+            row = db.execute(f"SELECT version, incarnation, {_LIFE} FROM meta FOR SHARE").fetchone()
+            version, incarnation, life = row or (None, None, None)
+            known = incarnation == f"{self._server}/{life}"
+            valid = [s for s in swaps if known and s.version == version]
             # By machine, so that two delegators never wait for each other.
             outcomes = {}
             with db.pipeline():
@@ -266,23 +327,25 @@ class PostgresqlStore(Store):
             return [id(s) in outcomes and outcomes[id(s)].rowcount == 1 for s in swaps]
 
     def trace(self, machine: int, tick: int) -> Traced:
-        row = self._one(
-            "SELECT * FROM span WHERE machine = %s AND start <= %s ORDER BY start DESC LIMIT 1", machine, tick
+        below = self._read(
+            _span,
+            f"SELECT {_SPAN} FROM span WHERE machine = %s AND start <= %s ORDER BY start DESC LIMIT 1",
+            *(machine, tick),
         )
-        span = None if row is None else _span(row)
-        return Traced(span if span is not None and tick < span.end else None, self._since())
+        span = below[0] if below and tick < below[0].end else None
+        return Traced(span, self._since())
 
     def prune(self, before: int, keep: int, limit: int) -> int:
-        ((count,),) = self._all("SELECT count(*) FROM span")
-        oldest = self._all("SELECT machine, start, stop FROM span ORDER BY stop LIMIT %s", limit)
-        forgotten = [row for i, row in enumerate(oldest) if i < count - keep or row[2] <= before]
+        (count,) = self._read(_first, "SELECT count(*) FROM span")
+        oldest = self._read(_span, f"SELECT {_SPAN} FROM span ORDER BY stop LIMIT %s", limit)
+        forgotten = [span for i, span in enumerate(oldest) if i < count - keep or span.end <= before]
         if forgotten:
             with self._transaction() as db:
-                keys = [(machine, start, stop) for machine, start, stop in forgotten]
+                keys = [(span.machine, span.start, span.end) for span in forgotten]
                 db.cursor().executemany(
                     "DELETE FROM span WHERE machine = %s AND start = %s AND stop = %s", keys
                 )
-                db.execute("UPDATE meta SET since = greatest(since, %s)", (forgotten[-1][2],))
+                db.execute("UPDATE meta SET since = greatest(since, %s)", (forgotten[-1].end,))
         return len(forgotten)
 
     def close(self) -> None:
@@ -293,17 +356,18 @@ class PostgresqlStore(Store):
 
     # --- inside ---
 
+    def _find(self, column: str, values: Sequence[Any]) -> list[Record]:
+        if not values:
+            return []
+        return self._read(_record, f"SELECT {_COLUMNS} FROM machine WHERE {column} = ANY(%s)", list(values))
+
     def _since(self) -> int:
-        row = self._one("SELECT since FROM meta")
-        return 0 if row is None else int(row[0])
+        return max(self._read(_first, "SELECT since FROM meta"), default=0)
 
-    def _one(self, text: str, *values: Any) -> tuple[Any, ...] | None:
+    def _read(self, make: Callable[[tuple[Any, ...]], T], text: str, *values: Any) -> list[T]:
+        """What `make` makes of each row."""
         with self._errors():
-            return self._db.execute(text, values).fetchone()
-
-    def _all(self, text: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._errors():
-            return self._db.execute(text, values).fetchall()
+            return [make(row) for row in self._db.execute(text, values)]
 
     @property
     def _db(self) -> psycopg.Connection[tuple[Any, ...]]:
@@ -313,7 +377,7 @@ class PostgresqlStore(Store):
         return self._connection
 
     def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
-        db: psycopg.Connection[tuple[Any, ...]] = psycopg.connect(
+        db: psycopg.Connection[tuple[Any, ...]] = Connection.connect(
             self._where,
             autocommit=True,
             connect_timeout=TIMEOUT_S,
@@ -326,10 +390,10 @@ class PostgresqlStore(Store):
         try:
             self._check_server(db)
             row = db.execute(
-                "SELECT system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8) FROM pg_control_system()"
+                "SELECT system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), oid"
+                " FROM pg_control_system(), pg_database WHERE datname = current_database()"
             ).fetchone()
-            assert row is not None
-            self._incarnation = f"{row[0]}/{row[1]}"
+            self._server = "/".join(map(str, row or ()))
             db.execute(sql.SQL("SET search_path TO {}").format(sql.Identifier(self._schema)))
         except BaseException:
             db.close()
@@ -363,11 +427,9 @@ class PostgresqlStore(Store):
         ).fetchall()
         if not rows:
             return False
-        needed = {"meta", "machine", "span", "mark"}
-        if {table for table, _ in rows} & needed != needed or ("meta", "store_id") not in rows:
-            raise StoreError(
-                f"{self.url} has a schema {self._schema} that is not zflake's; nothing was changed: name another ?schema="
-            )
+        if not _NEEDED.issubset(rows):
+            with reading(self.url, "name another ?schema="):
+                raise ValueError(self._schema)
         return True
 
     def _create(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
@@ -387,17 +449,18 @@ class PostgresqlStore(Store):
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except psycopg.Error as error:
-            if self._connection is not None and self._connection.broken:
-                self._connection = None
-            reason = " ".join(str(error).split())
-            if self._connection is None and isinstance(error, psycopg.OperationalError):
-                raise StoreError(f"can't reach {self.url}: {reason}") from error
-            raise StoreError(f"{self.url}: {reason}") from error
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.url}: {error}") from error
+        with reading(self.url, "name another ?schema="):
+            try:
+                yield
+            except psycopg.Error as error:
+                if self._connection is not None and self._connection.broken:
+                    self._connection = None
+                reason = " ".join(str(error).split())
+                if self._connection is None and isinstance(error, psycopg.OperationalError):
+                    raise StoreError(f"can't reach {self.url}: {reason}") from error
+                raise StoreError(f"{self.url}: {reason}") from error
+            except OSError as error:
+                raise StoreError(f"{self.url}: {error}") from error
 
 
 def _values(meta: Meta) -> tuple[Any, ...]:
@@ -415,6 +478,14 @@ def _record(row: tuple[Any, ...]) -> Record:
     machine, fence, gen, token, start, tenancy_start, span_start, holder = row
     shown = None if token is None else bytes(token)
     return Record(machine, fence, gen, shown, start, tenancy_start, holder_from_text(holder), span_start)
+
+
+def _mark(row: tuple[Any, ...]) -> Mark:
+    return Mark(*row)
+
+
+def _first(row: tuple[Any, ...]) -> Any:
+    return row[0]
 
 
 def _span(row: tuple[Any, ...]) -> Span:

@@ -11,7 +11,8 @@
 --   marks       hash: delegator -> "now_us lead_us address"
 --
 -- KEYS[1] names the meta and ends in "meta"; what stands before that is the prefix of all keys.
--- ARGV: mark's name or "", mark, then for each swap:
+-- ARGV: nothing, to be told which life this is; or
+--       mark's name or "", mark, then for each swap:
 --       meta's version, machine, gen before, gen, fence, token or "-", span_start, rest, holder
 -- Answers with one 0 or 1 for each swap.
 
@@ -19,11 +20,27 @@ local prefix = string.sub(KEYS[1], 1, -5)
 local machines, tokens, fences = prefix .. 'machines', prefix .. 'tokens', prefix .. 'fences'
 local ends, marks = prefix .. 'ends', prefix .. 'marks'
 
+local meta = redis.call('HMGET', KEYS[1], 'version', 'incarnation')
+
+-- Which life of the data this is: the server's run ID, and the replication ID that it was promoted from.  Its
+-- own replication ID is left out, since it changes with the first replica, too; and that a server forgets where
+-- it was promoted from, as it does an hour after its last replica has gone, is no other life.
 local function life()
   local server, replication = redis.call('INFO', 'server'), redis.call('INFO', 'replication')
+  local run, from = string.match(server, 'run_id:(%x+)'), string.match(replication, 'master_replid2:(%x+)')
   local role = string.match(replication, 'role:(%a+)')
-  return string.match(server, 'run_id:(%x+)') .. ' ' .. string.match(replication, 'master_replid:(%x+)')
-    .. (role == 'master' and '' or ' ' .. role)
+  if role ~= 'master' then
+    return run .. ' ' .. from .. ' ' .. role
+  end
+  if meta[2] and string.match(meta[2], '^%x+ %x+$') and string.sub(meta[2], 1, #run + 1) == run .. ' '
+      and string.match(from, '^0+$') then
+    return meta[2]
+  end
+  return run .. ' ' .. from
+end
+
+if #ARGV == 0 then
+  return life()
 end
 
 -- The span of a machine that begins at `start`, or all those that reach above `fence`.
@@ -59,9 +76,8 @@ local function note(machine, fence, token, span_start, holder)
   end
 end
 
-local meta = redis.call('HMGET', KEYS[1], 'version', 'incarnation')
 local known = meta[2] == life()
-if ARGV[1] ~= '' then
+if ARGV[1] ~= '' and meta[1] then
   -- A write of unknown outcome may come after the next one: a mark never goes back by one.
   local mark = redis.call('HGET', marks, ARGV[1])
   if not mark or string.sub(mark, 1, 20) < string.sub(ARGV[2], 1, 20) then

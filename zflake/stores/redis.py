@@ -2,7 +2,7 @@
 
 Everything that counts is written by one script, redis.lua, which has the keys on top.  Redis acknowledges a
 write that a replica lacks, so a failover, like a restart, may forget: the script writes only while the server
-is the one that meta knows (its run and replication IDs are the incarnation).
+is the one that meta knows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from zflake.core.lease import Mark, Meta, Record, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store
+from zflake.stores.contract import Contents, Store, reading
 from zflake.stores.text import (
     holder_to_text,
     mark_from_text,
@@ -27,6 +26,7 @@ from zflake.stores.text import (
     record_to_text,
     span_of,
 )
+from zflake.stores.url import parse_url
 
 try:
     import redis
@@ -36,13 +36,18 @@ except ImportError as error:
     raise ConfigError("redis:// needs the redis package: pip install 'zflake[redis]'") from error
 
 TIMEOUT_S: Final = 2.0
+PORT: Final = 6379
 CHUNK: Final = 256
+OPTIONS: Final = ("prefix", "unchecked", "ca")
+FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
 NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 SCRIPT: Final = files("zflake.stores").joinpath("redis.lua").read_text("utf-8")
 
 
 class RedisStore(Store):
     """Records in a Redis, under a prefix: `redis://[user:password@]host[:port][/db][?prefix=zflake:]`.
+
+    With TLS it is `rediss://`, and `?ca=FILE` where the server's certificate is of an authority of your own.
 
     A server that is a replica, does not write every change to disk before it answers, or may evict keys is
     refused, unless the URL says `unchecked=yes`.
@@ -53,22 +58,30 @@ class RedisStore(Store):
     exclusive = False
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query))
-        self._prefix = options.pop("prefix", "zflake:")
-        unchecked = options.pop("unchecked", "no") == "yes"
-        self.url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        try:
-            self._redis: Any = redis.Redis.from_url(
-                urlunsplit(parts._replace(query=urlencode(options))),
-                decode_responses=True,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                single_connection_client=True,
-                retry=Retry(NoBackoff(), 0),  # an unknown outcome is for the caller to resolve
-            )
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{self.url}: {error}") from error
+        where = parse_url(url, OPTIONS)
+        self.url = where.named("prefix")
+        self._prefix = where.options.get("prefix", "zflake:")
+        unchecked, tls = where.flag("unchecked"), url.startswith("rediss:")
+        db = where.path.removeprefix("/") or "0"
+        if len(where.hosts) != 1 or not db.isdecimal() or ("ca" in where.options and not tls):
+            raise ConfigError(f"{self.url}: write {FORM}")
+        ((host, port),) = where.hosts
+        secured: dict[str, Any] = {"ssl_ca_certs": where.options.get("ca")} if tls else {}
+        pool = redis.ConnectionPool(
+            redis.SSLConnection if tls else redis.Connection,
+            host=host,
+            port=port or PORT,
+            db=int(db),
+            username=where.user,
+            password=where.password,
+            decode_responses=True,
+            encoding_errors="backslashreplace",
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),  # an unknown outcome is for the caller to resolve
+            **secured,
+        )
+        self._redis: Any = redis.Redis(connection_pool=pool)
         self._unused_from: dict[int, int] = {}
         try:
             with self._errors():
@@ -83,13 +96,11 @@ class RedisStore(Store):
     def meta(self) -> Meta | None:
         with self._errors():
             text = self._redis.hget(self._key("meta"), "text")
-        return None if text is None else meta_from_text(text, self.url)
+            return None if text is None else meta_from_text(text, self.url)
 
     def incarnation(self) -> str:
         with self._errors():
-            server, replication = self._redis.info("server"), self._redis.info("replication")
-        role = replication["role"]
-        return f"{server['run_id']} {replication['master_replid']}" + (f" {role}" if role != "master" else "")
+            return str(self._script(keys=[self._key("meta")]))
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         with self._errors(), self._redis.pipeline() as pipe:
@@ -140,14 +151,22 @@ class RedisStore(Store):
                 return False
             return True
 
-    def by_machine(self, machine: int) -> Record:
-        return self._records([pad(machine)])[0]
-
-    def by_token(self, token: Token) -> Record | None:
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        if not machines:
+            return []
         with self._errors():
-            machine = self._redis.hget(self._key("tokens"), token.hex())
-        record = None if machine is None else self.by_machine(int(machine))
-        return record if record is not None and record.token == token else None
+            texts = self._redis.hmget(self._key("machines"), list(map(pad, machines)))
+            pairs = zip(machines, texts, strict=True)
+            return [Record(m) if text is None else record_from_text(m, text) for m, text in pairs]
+
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        if not tokens:
+            return []
+        with self._errors():
+            machines = self._redis.hmget(self._key("tokens"), [token.hex() for token in tokens])
+        records = self.by_machines([int(machine) for machine in machines if machine is not None])
+        found = {record.token: record for record in records}
+        return [found.get(token) for token in tokens]
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         unused: list[Record] = []
@@ -155,7 +174,7 @@ class RedisStore(Store):
         if limit > 0:
             while begin <= last and len(unused) < limit:
                 numbers = range(begin, min(begin + CHUNK, last + 1))
-                unused += [r for r in self._records([pad(n) for n in numbers]) if r.gen == 0]
+                unused += [r for r in self.by_machines(numbers) if r.gen == 0]
                 if not unused:
                     self._unused_from[first] = numbers.stop
                 begin = numbers.stop
@@ -165,10 +184,8 @@ class RedisStore(Store):
         while len(used) < limit - len(unused):
             with self._errors():
                 members = self._redis.zrangebylex(self._key("fences"), "-", "+", at, CHUNK)
-            machines = [
-                machine for member in members if first <= int(machine := member.split(" ")[1]) <= last
-            ]
-            used += self._records(machines)
+            machines = [int(member.split(" ")[1]) for member in members]
+            used += self.by_machines([machine for machine in machines if first <= machine <= last])
             at += CHUNK
             if len(members) < CHUNK:
                 break
@@ -178,7 +195,7 @@ class RedisStore(Store):
     def held(self, now: int) -> Sequence[Record]:
         with self._errors():
             members = self._redis.zrangebylex(self._key("fences"), f"[{pad(now + 1)}", "+")
-        records = self._records(sorted(member.split(" ")[1] for member in members))
+        records = self.by_machines(sorted(int(member.split(" ")[1]) for member in members))
         return [record for record in records if record.token is not None and record.fence > now]
 
     def marks(self) -> Sequence[Mark]:
@@ -214,7 +231,7 @@ class RedisStore(Store):
                 self._key(f"spans:{pad(machine)}"), f"({pad(tick)}!", "-", 0, 1
             )
             since = self._since()
-        span = span_of(machine, *below[0].split(" ", 2)) if below else None
+            span = span_of(machine, *below[0].split(" ", 2)) if below else None
         return Traced(span if span is not None and tick < span.end else None, since)
 
     def prune(self, before: int, keep: int, limit: int) -> int:
@@ -237,7 +254,7 @@ class RedisStore(Store):
 
     def close(self) -> None:
         with contextlib.suppress(redis.RedisError):
-            self._redis.close()
+            self._redis.connection_pool.disconnect()
 
     # --- inside ---
 
@@ -248,14 +265,6 @@ class RedisStore(Store):
         # The script compares two of them; the text has them all.
         fields = {"text": meta_to_text(meta), "version": meta.version, "incarnation": meta.incarnation}
         pipe.hset(self._key("meta"), mapping=fields)
-
-    def _records(self, machines: Sequence[str]) -> list[Record]:
-        if not machines:
-            return []
-        with self._errors():
-            texts = self._redis.hmget(self._key("machines"), machines)
-        pairs = zip(map(int, machines), texts, strict=True)
-        return [Record(m) if text is None else record_from_text(m, text) for m, text in pairs]
 
     def _since(self) -> int:
         return int(self._redis.get(self._key("since")) or 0)
@@ -279,31 +288,28 @@ class RedisStore(Store):
 
     def _check_data(self) -> None:
         if self.meta() is None:
-            names = [self._key(name) for name in ("machines", "tokens", "fences", "ends", "marks")]
-            if self._redis.exists(self._key("meta"), *names):
-                raise StoreError(
-                    f"{self.url} holds something that is not zflake's under {self._prefix}; nothing was changed:"
-                    " name another ?prefix="
-                )
+            names = [self._key(name) for name in ("meta", "machines", "tokens", "fences", "ends")]
+            if self._redis.exists(*names):
+                raise ValueError(self._prefix)
+            self.had_data = bool(self.marks())
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.AuthenticationError as error:
-            raise StoreError(f"{self.url} refuses the password: {error}") from error
-        except redis.TimeoutError as error:
-            raise StoreError(f"{self.url} does not answer within {TIMEOUT_S:g} s") from error
-        except redis.ConnectionError as error:
-            raise StoreError(f"can't reach {self.url}: {error}; is it running?") from error
-        except redis.ResponseError as error:
-            if str(error).startswith("WRONGTYPE"):
-                raise StoreError(
-                    f"{self.url} holds something that is not zflake's under {self._prefix}; name another ?prefix="
-                ) from error
-            raise StoreError(f"{self.url}: {error}") from error
-        except (redis.RedisError, OSError, ValueError) as error:
-            raise StoreError(f"{self.url}: {error}") from error
+        with reading(self.url, "name another ?prefix="):
+            try:
+                yield
+            except redis.AuthenticationError as error:
+                raise StoreError(f"{self.url} refuses the password: {error}") from error
+            except redis.TimeoutError as error:
+                raise StoreError(f"{self.url} does not answer within {TIMEOUT_S:g} s") from error
+            except redis.ConnectionError as error:
+                raise StoreError(f"can't reach {self.url}: {error}; is it running?") from error
+            except redis.ResponseError as error:
+                if str(error).startswith("WRONGTYPE"):
+                    raise ValueError(str(error)) from error
+                raise StoreError(f"{self.url}: {error}") from error
+            except (redis.RedisError, OSError) as error:
+                raise StoreError(f"{self.url}: {error}") from error
 
 
 open_url = RedisStore

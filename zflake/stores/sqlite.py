@@ -94,7 +94,7 @@ _UPDATE: Final = (
 
 # A write of unknown outcome may come after the next one: a mark never goes back by one.
 _MARK: Final = (
-    "INSERT INTO mark VALUES (?, ?, ?, ?) ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us,"
+    "INSERT INTO mark SELECT ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM meta) ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us,"
     " lead_us = excluded.lead_us, address = excluded.address WHERE excluded.now_us > now_us"
 )
 
@@ -120,7 +120,7 @@ def path_of(url: str) -> Path:
     path = url.removeprefix(prefix)
     if not url.startswith(prefix) or path in {"", ":memory:"} or path.endswith("/") or "\0" in path:
         raise ConfigError(
-            f"no file in {url!r}: write sqlite:///relative/path or sqlite:////absolute/path,"
+            "no file in the sqlite: URL: write sqlite:///relative/path or sqlite:////absolute/path,"
             " or memory: for a store that forgets"
         )
     return Path(path)
@@ -199,11 +199,11 @@ class SqliteStore(Store):
             self._follow(new)
         return cursor.rowcount == 1
 
-    def by_machine(self, machine: int) -> Record:
-        return self._one("machine = ?", machine) or Record(machine)
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        return [self._one("machine = ?", machine) or Record(machine) for machine in machines]
 
-    def by_token(self, token: Token) -> Record | None:
-        return self._one("token = ?", token)
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        return [self._one("token = ?", token) for token in tokens]
 
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         with self._errors():

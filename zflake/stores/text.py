@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Holder, Mark, Meta, Record, Span
-from zflake.errors import LayoutError, StoreError
 from zflake.stores.contract import check_schema
 
 WIDTH: Final = 20
@@ -39,17 +38,14 @@ def meta_to_text(meta: Meta) -> str:
 
 
 def meta_from_text(text: str, url: str) -> Meta:
-    """Meta of what `meta_to_text` gave; raises `StoreError` for anything else, and for another schema."""
-    try:
-        values = json.loads(text)
-        schema = values["zflake"]
-        check_schema(url, schema, "name another")
-        first, last = values["machines"]
-        layout = Layout.from_map(values["layout"])
-        rest = (values[key] for key in ("floor", "version", "incarnation", "moved"))
-        return Meta(values["store_id"], layout, values["ttl"], first, last, *rest)
-    except (KeyError, TypeError, ValueError, LayoutError) as error:
-        raise StoreError(f"{url} holds something that is not zflake's; nothing was changed") from error
+    """Meta of what `meta_to_text` gave; raises `StoreError` for a schema that can't be read."""
+    values = json.loads(text)
+    schema = values["zflake"]
+    check_schema(url, schema, "name another")
+    first, last = values["machines"]
+    layout = Layout.from_map(values["layout"])
+    rest = (values[key] for key in ("floor", "version", "incarnation", "moved"))
+    return Meta(values["store_id"], layout, values["ttl"], first, last, *rest)
 
 
 def holder_to_text(holder: Holder) -> str:

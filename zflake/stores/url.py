@@ -1,0 +1,90 @@
+"""The URLs of stores on a server: `scheme://[user[:password]@]host[:port][,host...][/path][?option=value&...]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qsl, unquote
+
+from zflake.errors import ConfigError
+
+_HOST: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\[\]:]+)(?::(\d+))?")
+_BAD_ESCAPE: Final = re.compile("%(?![0-9a-fA-F]{2})")
+MAX_PORT: Final = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUrl:
+    """A URL's parts.  Only `shown` may be shown: it has neither the login nor the options."""
+
+    shown: str
+    user: str | None
+    password: str | None
+    hosts: tuple[tuple[str, int | None], ...]
+    """Names or addresses, without the brackets of IPv6, and ports; none where the URL names no host."""
+    path: str
+    """With its first slash; empty where there is none."""
+    options: dict[str, str]
+
+    def named(self, option: str) -> str:
+        """What is shown where this option says which of several stores it is."""
+        value = self.options.get(option)
+        return self.shown if value is None else f"{self.shown}?{option}={value}"
+
+    def flag(self, name: str) -> bool:
+        """Whether an option that is `yes` or `no` is yes; raises `ConfigError` where it is neither."""
+        value = self.options.get(name, "no")
+        if value not in ("yes", "no"):
+            raise ConfigError(f"{self.shown}: {name} is yes or no")
+        return value == "yes"
+
+
+def parse_url(url: str, options: Collection[str] | None = None) -> StoreUrl:
+    """Read a URL; `options` are those that it may have (None: any).
+
+    Raises `ConfigError`, whose text shows neither the login nor the options.
+    """
+    scheme, _, rest = url.partition("://")
+    authority = re.match(r"[^/?#]*", rest)
+    assert authority is not None
+    login, at, hosts = authority[0].rpartition("@")
+    behind = rest[authority.end() :]
+    path, _, query = behind.partition("?")
+    shown = f"{scheme}://{hosts}{path}"
+    if "@" in login or "@" in behind or "#" in behind or _BAD_ESCAPE.search(login):
+        raise ConfigError(
+            f"can't read the {scheme}:// URL: in a user name, a password or an option"
+            " write @ as %40, / as %2F, ? as %3F, # as %23 and % as %25"
+        )
+    user, colon, password = login.partition(":")
+    return StoreUrl(
+        shown,
+        unquote(user) if at and user else None,
+        unquote(password) if colon else None,
+        tuple(_host(shown, host) for host in hosts.split(",")) if hosts else (),
+        path,
+        _options(shown, query, options),
+    )
+
+
+def _host(shown: str, text: str) -> tuple[str, int | None]:
+    match = _HOST.fullmatch(text)
+    if match is None or (match[2] is not None and not 0 < int(match[2]) <= MAX_PORT):
+        raise ConfigError(
+            f"{shown}: {text!r} is not a host or host:port (an IPv6 address stands in brackets)"
+        )
+    return match[1].strip("[]"), None if match[2] is None else int(match[2])
+
+
+def _options(shown: str, query: str, known: Collection[str] | None) -> dict[str, str]:
+    pairs = parse_qsl(query, keep_blank_values=True)
+    options = dict(pairs)
+    if len(options) < len(pairs) or not all(options.values()):
+        raise ConfigError(f"{shown}: each option stands once behind the ?, and has a value")
+    if known is not None and (unknown := set(options).difference(known)):
+        raise ConfigError(
+            f"{shown}: there is no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
+        )
+    return options
