@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import pytest
 import zmq
 
+from tests.servers import Servers
 from zflake.daemon import Alarm
 from zflake.wire.codec import Response, decode_request, decode_response, encode_request
 
@@ -155,6 +156,15 @@ class Script:
             if answer is not None:
                 self._router.send_multipart([*prefix, answer])
         self._router.close()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A server of each engine, started where a test first needs it; tests leave it as it was."""
+    servers = Servers(tmp_path_factory.mktemp("servers"))
+    yield servers
+    for server in servers.started:
+        server.kill()
 
 
 class Connect(Protocol):

@@ -6,6 +6,7 @@ A server on PATH is taken first, then one that a wheel brought.
 from __future__ import annotations
 
 import contextlib
+import ctypes  # here, since the child may be a user who can't read Python's files
 import itertools
 import os
 import shutil
@@ -13,12 +14,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import urllib.request
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NoReturn, TypeVar
 
 import pytest
 
@@ -33,6 +38,13 @@ def free_port() -> int:
         return port
 
 
+def not_tested(why: str) -> NoReturn:
+    """Skip a test loudly; fail it under CI."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(why)
+    pytest.skip(why)
+
+
 def find_program(name: str, *wheel: str) -> str:
     """The path of a server's program; skips the test loudly where there is none, fails it under CI."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
@@ -44,17 +56,30 @@ def find_program(name: str, *wheel: str) -> str:
                 candidates = sorted(Path(root).glob(f"{inside}/{name}"))
                 found = str(candidates[0]) if candidates else None
     if found is None:
-        lost = f"no {name} on PATH, and no wheel that brings one: what needs it is NOT TESTED"
-        if os.environ.get("CI") == "true":
-            pytest.fail(lost)
-        pytest.skip(lost)
+        not_tested(f"no {name} on PATH, and no wheel that brings one: what needs it is NOT TESTED")
     return found
+
+
+def await_true(condition: Callable[[], object], what: str) -> None:
+    """Poll until a server is as it should be, for `START_S` at most."""
+    deadline, tick = time.monotonic() + START_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {START_S:g} s"
+        tick.wait(0.02)
+
+
+def find_etcd(*versions: str) -> str:
+    """The path of an etcd of one of these versions, on PATH or from a wheel; skips the test loudly without one."""
+    beside = shutil.which("etcd", path=str(Path(sys.executable).parent))
+    for program in filter(None, (shutil.which("etcd"), beside)):
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+        if said.split()[2] in versions:
+            return program
+    pytest.skip(f"no etcd of {', '.join(versions)} on PATH or from a wheel: what needs it is NOT TESTED")
 
 
 def die_with_parent() -> None:
     """Run in the child: a server must not outlive a test that was killed."""
-    import ctypes
-
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -143,19 +168,85 @@ class Redis(Server):
     def is_up(self) -> bool:
         import redis
 
-        with contextlib.suppress(redis.RedisError), redis.Redis(port=self.port, socket_timeout=0.5) as client:
-            return bool(client.ping())
+        with contextlib.suppress(redis.RedisError):
+            return bool(self._ask("PING"))
         return False
+
+    def replica(self, folder: Path) -> Redis:
+        """Another server that follows this one, once it is started."""
+        return Redis(folder, *self.flags, "--replicaof", "127.0.0.1", str(self.port))
+
+    def await_copy(self) -> None:
+        """Wait until this replica has a whole copy of its master's data, on disk as well."""
+
+        def has_copy() -> bool:
+            facts: dict[str, Any] = self._ask("INFO")
+            busy = facts["loading"] or facts["aof_rewrite_in_progress"] or facts["aof_rewrite_scheduled"]
+            return facts["master_link_status"] == "up" and not busy
+
+        await_true(has_copy, "a copy of the master's data")
+
+    def cut_off(self) -> None:
+        """Have this replica miss what its master writes from now on."""
+        self._ask("REPLICAOF", "127.0.0.1", free_port())
+
+    def take_over(self, master: Redis) -> None:
+        """Promote this replica, and have it serve at the address of its master, which is dead."""
+        self._ask("REPLICAOF", "NO", "ONE")
+        self.kill()
+        self.port, self.flags = master.port, master.flags
+        self.start()
+
+    def _ask(self, *command: str | int) -> Any:
+        import redis
+
+        with redis.Redis(port=self.port, socket_timeout=2.0) as client:
+            return client.execute_command(*command)
 
 
 class Etcd(Server):
     """One etcd node; several with each other's peer addresses make a cluster."""
 
-    def __init__(self, folder: Path, name: str = "e0") -> None:
+    def __init__(
+        self, folder: Path, name: str = "e0", *, program: str | None = None, flags: Sequence[str] = ()
+    ) -> None:
         super().__init__(folder)
         self.name = name
+        self.program = program
+        self.flags = flags
         self.peer_port = free_port()
         self.cluster: Sequence[Etcd] = [self]
+
+    @classmethod
+    def new_cluster(cls, folder: Path, size: int = 3) -> list[Etcd]:
+        """Nodes of one cluster, not yet started; the URL of any names them all."""
+        nodes = [cls(folder / f"e{k}", f"e{k}") for k in range(size)]
+        for node in nodes:
+            node.cluster = nodes
+        return nodes
+
+    @staticmethod
+    def version() -> str:
+        said = subprocess.run([find_program("etcd"), "--version"], check=True, capture_output=True, text=True)
+        return said.stdout.split()[2]
+
+    @classmethod
+    def need_durable(cls) -> None:
+        """Skip what kills an etcd loudly where that loses commits when it is killed; fail it under CI."""
+        from zflake.stores.etcd import LOSES_COMMITS
+
+        if (version := cls.version()) in LOSES_COMMITS:
+            not_tested(f"etcd {version} loses commits when it is killed: what kills it is NOT TESTED")
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it is one of a majority."""
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1.0) as answer,
+        ):
+            return bool(b'"true"' in answer.read())
+        return False
 
     @property
     def url(self) -> str:
@@ -165,7 +256,7 @@ class Etcd(Server):
         client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.peer_port}"
         members = ",".join(f"{node.name}=http://127.0.0.1:{node.peer_port}" for node in self.cluster)
         return [
-            find_program("etcd"),
+            self.program or find_program("etcd"),
             *["--name", self.name, "--data-dir", str(self.folder / "data")],
             *["--listen-client-urls", client, "--advertise-client-urls", client],
             *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer],
@@ -178,6 +269,7 @@ class Etcd(Server):
                 "1h",
             ],
             *["--heartbeat-interval", "50", "--election-timeout", "500", "--log-level", "error"],
+            *self.flags,
         ]
 
 
@@ -185,14 +277,14 @@ class Postgres(Server):
     """A PostgreSQL with one database, `zflake`, and a superuser of that name without a password."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
+        if os.geteuid() == 0:
+            # Not among pytest's folders: each run of pytest that begins shuts them to others than root.
+            folder = Path(tempfile.mkdtemp(prefix="zflake-postgres-"))
+            shutil.chown(folder, "nobody")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         super().__init__(folder)
         self.flags = flags
         self.data = folder / "data"
-        if os.geteuid() == 0:
-            shutil.chown(folder, "nobody")
-            for parent in folder.parents:  # pytest's folders are root's own
-                if not parent.stat().st_mode & 0o001 and "pytest" in str(parent):
-                    parent.chmod(0o711)
         self._as_user(
             [
                 self._program("initdb"),
@@ -258,3 +350,31 @@ class Postgres(Server):
     def _as_user(self, command: Sequence[str]) -> None:
         user = self.user() if os.geteuid() == 0 else None
         subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
+
+
+T = TypeVar("T", bound=Server)
+
+
+class Servers:
+    """One server of each kind, shared by tests that leave it as it was."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.started: list[Server] = []
+
+    @cached_property
+    def redis(self) -> Redis:
+        return self._start(Redis(self._folder / "redis"))
+
+    @cached_property
+    def etcd(self) -> Etcd:
+        return self._start(Etcd(self._folder / "etcd"))
+
+    @cached_property
+    def postgres(self) -> Postgres:
+        return self._start(Postgres(self._folder / "postgres"))
+
+    def _start(self, server: T) -> T:
+        server.start()
+        self.started.append(server)
+        return server

@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from zflake.core.layout import PRESETS
-from zflake.core.lease import Mark, Meta, Record, Swap
+from zflake.core.lease import READER, SCHEMA, Mark, Meta, Record, Swap
 from zflake.core.lessor import MARGIN_MS, REST_MS
 from zflake.delegator.setup import DEFAULT_TTL_MS, Wishes, rewind, settle_meta, start_timeline
 from zflake.errors import ConfigError, StoreError
@@ -146,6 +146,34 @@ def test_a_race_for_the_settings_is_lost_with_a_word(
     monkeypatch.setattr(store, "swap_meta", lambda *_: False)
     with pytest.raises(StoreError, match="start again"):
         settle(store, ttl_ms=5_000)
+
+
+def test_who_loses_that_race_takes_what_it_came_to(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = settle(store, new=True)
+    swap_meta = store.swap_meta
+
+    def slower(old: Meta, new: Meta) -> bool:
+        monkeypatch.undo()
+        assert swap_meta(first, replace(first, version=first.version + 1, ttl=5_000))
+        return swap_meta(old, new)
+
+    monkeypatch.setattr(store, "swap_meta", slower)
+    meta = settle(store, ttl_ms=5_000, machines=(10, 20))
+    assert (meta.ttl, meta.first_machine, meta.last_machine) == (5_000, 10, 20)
+    assert meta.version == first.version + 2
+    assert meta == store.meta()
+
+
+def test_a_later_schema_stays_and_an_earlier_one_is_raised(store: MemoryStore) -> None:
+    first = settle(store, new=True)
+    assert (first.schema, first.reader) == (SCHEMA, READER)
+    later = replace(first, schema=SCHEMA + 3, version=first.version + 1)
+    assert store.swap_meta(first, later)
+    assert settle(store) == later
+    assert store.swap_meta(later, replace(first, schema=SCHEMA - 1, reader=READER - 1))
+    assert settle(store) == replace(first, version=first.version + 1)
 
 
 # --- the layout stays ---

@@ -249,8 +249,8 @@ MUTANTS: Final = (
         (
             Change(
                 SETUP,
-                "        incarnation=store.incarnation(),\n    )\n    if wished == meta:",
-                "    )\n    if wished == meta:",
+                "        incarnation=store.incarnation(),\n        schema=max",
+                "        schema=max",
             ),
             Change(LEDGER, "if went_back or incarnation != meta.incarnation:", "if went_back:"),
             Change(DISK, "self._meta.incarnation == self.life", "True"),

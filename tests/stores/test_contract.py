@@ -10,9 +10,9 @@ from typing import Final
 
 import pytest
 
-from tests.stores.conftest import Servers
+from tests.servers import Servers
 from zflake.core.layout import PRESETS, Layout
-from zflake.core.lease import Holder, Mark, Meta, Record, Span, Swap, Traced
+from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Traced
 from zflake.errors import StoreError
 from zflake.stores import Store, open_store
 from zflake.stores.contract import Contents
@@ -438,3 +438,30 @@ def test_old_marks_are_forgotten(store: Store) -> None:
         store.swap([], Mark(name, now_us))
     store.forget_marks(200)
     assert marked(store) == [("b", 200), ("c", 300)]
+
+
+# --- schemas ---
+
+
+def test_a_later_schema_that_this_one_can_read_is_used_and_kept(empty: Store) -> None:
+    """Old and new delegators run side by side for as long as an upgrade takes."""
+    later = replace(META, schema=SCHEMA + 5, incarnation=empty.incarnation())
+    empty.initialise(later)
+    assert empty.meta() == later
+    assert write(empty, Record(1, fence=10, gen=1, token=token(1))) == [True]
+    assert empty.swap_meta(later, replace(later, version=2, ttl=7))
+    assert empty.meta() == replace(later, version=2, ttl=7)
+
+
+@pytest.mark.parametrize("empty", [name for name in ENGINES if name != "memory"], indirect=True)
+def test_a_schema_that_asks_for_a_later_zflake_is_refused(empty: Store) -> None:
+    empty.initialise(replace(META, schema=SCHEMA + 5, reader=SCHEMA + 1, incarnation=empty.incarnation()))
+    with pytest.raises(
+        StoreError, match=f"knows schema {SCHEMA + 1}; this one knows {SCHEMA}: upgrade zflake"
+    ):
+        empty.meta()
+
+
+def test_no_mark_is_written_where_there_is_no_meta(empty: Store) -> None:
+    empty.swap([], Mark("here", 5))
+    assert list(empty.marks()) == []

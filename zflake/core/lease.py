@@ -13,7 +13,12 @@ from typing import Final, TypeAlias
 from zflake.core.layout import Layout
 
 TOKEN_BYTES: Final = 16
-SCHEMA: Final = 2
+SCHEMA: Final = 3
+"""Of what this zflake writes into a store."""
+READER: Final = 3
+"""The oldest schema whose zflake may use what this one writes.  It rises with whatever that would misread or lose."""
+OLDEST: Final = 3
+"""The oldest schema that this zflake reads."""
 VERSIONS: Final = 1 << 48
 """Out of how many numbers the version of a meta is drawn that begins a new life."""
 
@@ -105,6 +110,9 @@ class Meta:
     moved: str = ""
     """Where this cluster was moved to: nothing is granted from here any more.  Empty where it was not."""
     schema: int = SCHEMA
+    """The latest that was written into this store; it is raised by the first delegator that has a later one."""
+    reader: int = READER
+    """The oldest schema whose zflake may use this store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,18 @@ from typing import Final
 
 from zflake.core import lessor
 from zflake.core.layout import DEFAULT, Layout
-from zflake.core.lease import VERSIONS, Mark, Meta, Swap
+from zflake.core.lease import READER, SCHEMA, VERSIONS, Mark, Meta, Swap
 from zflake.core.timeline import MAX_BACK_US, Carrier, Marks, cold_start_us, tick_of
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Store
 
 DEFAULT_TTL_MS: Final = 30_000
 MIN_TTL_MS: Final = 1_000
+TRIES: Final = 8
 LISTEN_S: Final = 3.0
 """A delegator that runs moves its mark every second."""
-LISTEN_STEP_S: Final = 0.25
+LISTEN_STEP_S: Final = 0.05
+"""By so much, and a round trip, who joins may be behind those that run."""
 FORGET_MARKS_US: Final = 86_400_000_000
 """How old the mark of a delegator that has gone may get."""
 
@@ -102,6 +104,16 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
     check_moved(store, meta)
     if wishes.new:
         _log.warning("--new does nothing: %s has been initialised before", store.url)
+    for _ in range(TRIES):
+        if (settled := _change(store, meta, wishes, now_us)) is not None:
+            return settled
+        # Another delegator has changed it, which may come to the same.
+        meta = store.meta() or meta
+    raise StoreError(f"{store.url}: others keep changing the store's settings; start again")
+
+
+def _change(store: Store, meta: Meta, wishes: Wishes, now_us: int) -> Meta | None:
+    """Meta as it is to be, written where it is not so yet; None where somebody else was faster."""
     _check_layout(store, meta.layout, wishes)
     first, last = _machines(meta.layout, wishes) or (meta.first_machine, meta.last_machine)
     wished = replace(
@@ -110,6 +122,8 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
         first_machine=first,
         last_machine=last,
         incarnation=store.incarnation(),
+        schema=max(meta.schema, SCHEMA),
+        reader=max(meta.reader, READER),
     )
     if wished == meta:
         return meta
@@ -119,7 +133,7 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
         floor = lessor.floor_after_loss(meta, _latest(store, meta.layout, now_us), wished.ttl)
         wished = replace(wished, floor=floor, version=secrets.randbelow(VERSIONS))
     if not store.swap_meta(meta, wished):
-        raise StoreError(f"{store.url}: another delegator changed the store's settings; start again")
+        return None
     if lost:
         _log.warning(
             "%s is not what it was when it was last used (restored, replaced or moved here): it may have lost "

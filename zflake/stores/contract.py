@@ -16,16 +16,24 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
-from zflake.core.lease import SCHEMA, Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.core.lease import OLDEST, SCHEMA, Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import LayoutError, StoreError
 
+T = TypeVar("T")
 
-def check_schema(url: str, schema: int, otherwise: str) -> None:
-    """Raise `StoreError` for a store of another schema than `SCHEMA`; `otherwise` is what to do about an older one."""
-    if schema != SCHEMA:
-        advice = "upgrade zflake" if schema > SCHEMA else f"it is older than the first release: {otherwise}"
-        raise StoreError(f"{url} has schema {schema}, this zflake reads schema {SCHEMA}; {advice}")
+
+def check_schema(url: str, schema: int, reader: int, otherwise: str) -> None:
+    """Raise `StoreError` for a store that this zflake can't use; `otherwise` is what to do about an older one."""
+    if reader > SCHEMA:
+        raise StoreError(
+            f"{url} has schema {schema}, which asks for a zflake that knows schema {reader}; this one knows"
+            f" {SCHEMA}: upgrade zflake"
+        )
+    if schema < OLDEST:
+        raise StoreError(f"{url} has schema {schema}, which is older than the first release: {otherwise}")
 
 
 @contextlib.contextmanager
@@ -37,6 +45,13 @@ def reading(url: str, advice: str) -> Iterator[None]:
         raise StoreError(
             f"{url} holds something that is not zflake's; nothing was changed: {advice}"
         ) from error
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """So many at a time."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 @dataclass(frozen=True, slots=True)

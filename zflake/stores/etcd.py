@@ -32,7 +32,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, reading
+from zflake.stores.contract import Contents, Store, batched, reading
 from zflake.stores.text import (
     holder_to_text,
     mark_from_text,
@@ -176,21 +176,23 @@ class EtcdStore(Store):
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         fresh = _created("version", self._key("meta"), 0)
         # What a copy left that was broken off goes first.
-        leftovers = map(self._delete_all, ("machine/", "token/", "fence/", "span/", "end/"))
-        done, revision = self._txn([fresh], [self._put("filling", ""), *leftovers])
-        mine = _compare("mod_revision", self._key("filling"), revision)
-        ops = [self._put("since", pad(contents.since))]
+        begin = [*map(self._delete_all, ("machine/", "token/", "fence/", "span/", "end/"))]
+        begin.append(self._put("since", pad(contents.since)))
+        begin += [self._put(f"mark/{mark.delegator}", mark_to_text(mark)) for mark in contents.marks]
+        data: list[Op] = []
         for record in contents.records:
-            ops += [self._put(key, value) for key, value in _keys_of(record).items()]
+            data += [self._put(key, value) for key, value in _keys_of(record).items()]
         for span in contents.spans:
-            ops += [self._put(key, value) for key, value in _keys_of_span(span).items()]
-        for mark in contents.marks:
-            ops.append(self._put(f"mark/{mark.delegator}", mark_to_text(mark)))
+            data += [self._put(key, value) for key, value in _keys_of_span(span).items()]
         # Meta comes last: what is half filled is not a store yet.
-        chunks = [ops[i : i + CHUNK] for i in range(0, len(ops), CHUNK)]
-        last = [self._put("meta", meta_to_text(meta)), self._delete("filling")]
-        for chunk in [*chunks, last]:
-            done = done and self._txn([fresh, mine], chunk)[0]
+        end = [self._put("meta", meta_to_text(meta)), self._delete("filling")]
+        if not data:
+            done, _ = self._txn([fresh], [*begin, *end])
+        else:
+            done, revision = self._txn([fresh], [self._put("filling", ""), *begin])
+            mine = _compare("mod_revision", self._key("filling"), revision)
+            for chunk in [*batched(data, CHUNK), end]:
+                done = done and self._txn([fresh, mine], chunk)[0]
         if not done:
             raise StoreError(f"{self.url} is initialised already, or just now by somebody else")
 

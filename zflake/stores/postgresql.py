@@ -12,14 +12,13 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, check_schema, reading
+from zflake.stores.contract import Contents, Store, batched, check_schema, reading
 from zflake.stores.text import holder_from_text, holder_to_text
 from zflake.stores.url import parse_url
 
@@ -30,6 +29,7 @@ except ImportError as error:
     raise ConfigError("postgresql:// needs the psycopg package: pip install 'zflake[postgresql]'") from error
 
 TIMEOUT_S: Final = 2
+CHUNK: Final = 1000
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
 TAKEN: Final = {"connect_timeout", "options"}
 MIN_VERSION: Final = 120_000
@@ -40,6 +40,7 @@ _TABLES: Final = """
 CREATE TABLE meta (
     one           int    PRIMARY KEY CHECK (one = 1),
     schema        int    NOT NULL,
+    reader        int    NOT NULL,
     store_id      text   NOT NULL,
     layout        text   NOT NULL,
     ttl           bigint NOT NULL,
@@ -80,7 +81,7 @@ CREATE INDEX machine_by_fence ON machine (fence, machine);
 CREATE INDEX span_by_stop ON span (stop);
 """
 _META: Final = (
-    "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema"
+    "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema, reader"
 )
 _COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, span_start, holder"
 
@@ -200,9 +201,10 @@ class PostgresqlStore(Store):
         return metas[0] if metas else None
 
     def _meta_of(self, row: tuple[Any, ...]) -> Meta:
-        store_id, layout, *rest, schema, self._life = row
-        check_schema(self.url, schema, "name another")
-        return replace(Meta(store_id, Layout.from_map(json.loads(layout)), *rest), schema=schema)
+        store_id, layout, *rest, self._life = row
+        schema, reader = rest[-2:]
+        check_schema(self.url, schema, reader, "name another")
+        return Meta(store_id, Layout.from_map(json.loads(layout)), *rest)
 
     def incarnation(self) -> str:
         if not self._life:
@@ -212,17 +214,19 @@ class PostgresqlStore(Store):
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         with self._transaction() as db:
             done = db.execute(
-                f"INSERT INTO meta (one, {_META}) VALUES (1{', %s' * 10}) ON CONFLICT DO NOTHING",
+                f"INSERT INTO meta (one, {_META}) VALUES (1{', %s' * 11}) ON CONFLICT DO NOTHING",
                 _values(meta),
             )
             if done.rowcount == 0:
                 raise StoreError(f"{self.url} is initialised already")
             cursor = db.cursor()
-            cursor.executemany(_INSERT, [_row(record) for record in contents.records])
-            cursor.executemany(
-                "INSERT INTO span VALUES (%s, %s, %s, %s)",
-                [(s.machine, s.start, s.end, holder_to_text(s.holder)) for s in contents.spans],
-            )
+            for records in batched(contents.records, CHUNK):
+                cursor.executemany(_INSERT, [_row(record) for record in records])
+            for spans in batched(contents.spans, CHUNK):
+                cursor.executemany(
+                    "INSERT INTO span VALUES (%s, %s, %s, %s)",
+                    [(s.machine, s.start, s.end, holder_to_text(s.holder)) for s in spans],
+                )
             cursor.executemany(
                 "INSERT INTO mark VALUES (%s, %s, %s, %s)",
                 [(m.delegator, m.now_us, m.lead_us, m.address) for m in contents.marks],
@@ -230,8 +234,9 @@ class PostgresqlStore(Store):
             db.execute("UPDATE meta SET since = %s", (contents.since,))
 
     def contents(self) -> Contents:
-        records = self._read(_record, f"SELECT {_COLUMNS} FROM machine ORDER BY machine")
-        spans = self._read(_span, f"SELECT {_SPAN} FROM span ORDER BY machine, start")
+        with self._transaction() as db:
+            records = _stream(db, _record, f"SELECT {_COLUMNS} FROM machine ORDER BY machine")
+            spans = _stream(db, _span, f"SELECT {_SPAN} FROM span ORDER BY machine, start")
         return Contents(records, spans, self._since(), self.marks())
 
     def swap_meta(self, old: Meta, new: Meta) -> bool:
@@ -463,10 +468,20 @@ class PostgresqlStore(Store):
                 raise StoreError(f"{self.url}: {error}") from error
 
 
+def _stream(
+    db: psycopg.Connection[tuple[Any, ...]], make: Callable[[tuple[Any, ...]], T], text: str
+) -> list[T]:
+    """What `make` makes of each of many rows, of which no wait is for more than `CHUNK`."""
+    with db.cursor(name="stream") as cursor:
+        cursor.itersize = CHUNK
+        cursor.execute(text)
+        return [make(row) for row in cursor]
+
+
 def _values(meta: Meta) -> tuple[Any, ...]:
     layout = json.dumps(meta.layout.to_map())
     numbers = (meta.ttl, meta.first_machine, meta.last_machine, meta.floor, meta.version)
-    return (meta.store_id, layout, *numbers, meta.incarnation, meta.moved, meta.schema)
+    return (meta.store_id, layout, *numbers, meta.incarnation, meta.moved, meta.schema, meta.reader)
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -8,13 +8,15 @@ is the one that meta knows.
 from __future__ import annotations
 
 import contextlib
+import re
+import secrets
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any, Final
 
-from zflake.core.lease import Mark, Meta, Record, Swap, Token, Traced
+from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, reading
+from zflake.stores.contract import Contents, Store, batched, reading
 from zflake.stores.text import (
     holder_to_text,
     mark_from_text,
@@ -38,6 +40,7 @@ except ImportError as error:
 TIMEOUT_S: Final = 2.0
 PORT: Final = 6379
 CHUNK: Final = 256
+DATA: Final = ("machines", "tokens", "fences", "ends")
 OPTIONS: Final = ("prefix", "unchecked", "ca")
 FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
 NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
@@ -103,37 +106,52 @@ class RedisStore(Store):
             return str(self._script(keys=[self._key("meta")]))
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
-        with self._errors(), self._redis.pipeline() as pipe:
-            pipe.watch(self._key("meta"))
-            if pipe.exists(self._key("meta")):
-                raise StoreError(f"{self.url} is initialised already")
-            pipe.multi()
-            self._put_meta(pipe, meta)
-            for record in contents.records:
-                machine = pad(record.machine)
-                pipe.hset(self._key("machines"), machine, record_to_text(record))
-                pipe.zadd(self._key("fences"), {f"{pad(record.fence)} {machine}": 0})
-                if record.token is not None:
-                    pipe.hset(self._key("tokens"), record.token.hex(), machine)
-            for span in contents.spans:
-                machine, start, end = pad(span.machine), pad(span.start), pad(span.end)
-                text = f"{start} {end} {holder_to_text(span.holder)}"
-                pipe.zadd(self._key(f"spans:{machine}"), {text: 0})
-                pipe.zadd(self._key("ends"), {f"{end} {machine} {start}": 0})
+        me = secrets.token_hex(16)
+        records, spans = list(contents.records), list(contents.spans)
+        with self._errors(), self._filling() as pipe:
+            # What a copy left that was broken off goes first.
+            left = list(self._redis.scan_iter(f"{self._escaped()}spans:*", CHUNK))
+            pipe.delete(*map(self._key, DATA), *left)
             pipe.set(self._key("since"), pad(contents.since))
             for mark in contents.marks:
                 pipe.hset(self._key("marks"), mark.delegator, mark_to_text(mark))
-            pipe.execute()
+            if records or spans:
+                pipe.set(self._key("filling"), me)
+            else:
+                self._put_meta(pipe, meta)
+        if not records and not spans:
+            return
+        # In small pieces: Redis does nothing else meanwhile.
+        for some_records in batched(records, CHUNK):
+            with self._errors(), self._filling(me) as pipe:
+                for record in some_records:
+                    machine = pad(record.machine)
+                    pipe.hset(self._key("machines"), machine, record_to_text(record))
+                    pipe.zadd(self._key("fences"), {f"{pad(record.fence)} {machine}": 0})
+                    if record.token is not None:
+                        pipe.hset(self._key("tokens"), record.token.hex(), machine)
+        for some_spans in batched(spans, CHUNK):
+            with self._errors(), self._filling(me) as pipe:
+                for span in some_spans:
+                    machine, start, end = pad(span.machine), pad(span.start), pad(span.end)
+                    text = f"{start} {end} {holder_to_text(span.holder)}"
+                    pipe.zadd(self._key(f"spans:{machine}"), {text: 0})
+                    pipe.zadd(self._key("ends"), {f"{end} {machine} {start}": 0})
+        # Meta comes last: what is half filled is not a store yet.
+        with self._errors(), self._filling(me) as pipe:
+            self._put_meta(pipe, meta)
 
     def contents(self) -> Contents:
         with self._errors():
             machines = sorted(self._redis.hgetall(self._key("machines")).items())
             records = [record_from_text(int(machine), text) for machine, text in machines]
-            spans = [
-                span_of(record.machine, *text.split(" ", 2))
-                for record in records
-                for text in self._redis.zrange(self._key(f"spans:{pad(record.machine)}"), 0, -1)
-            ]
+            spans: list[Span] = []
+            for some in batched(records, CHUNK):
+                with self._redis.pipeline(transaction=False) as pipe:
+                    for record in some:
+                        pipe.zrange(self._key(f"spans:{pad(record.machine)}"), 0, -1)
+                    for record, texts in zip(some, pipe.execute(), strict=True):
+                        spans += [span_of(record.machine, *text.split(" ", 2)) for text in texts]
             return Contents(records, spans, self._since(), self.marks())
 
     def swap_meta(self, old: Meta, new: Meta) -> bool:
@@ -261,7 +279,26 @@ class RedisStore(Store):
     def _key(self, name: str) -> str:
         return self._prefix + name
 
+    @contextlib.contextmanager
+    def _filling(self, me: str | None = None) -> Iterator[Any]:
+        """A transaction that goes through where there is no meta, and nobody has begun to fill the store after `me`."""
+        taken = StoreError(f"{self.url} is initialised already, or just now by somebody else")
+        with self._redis.pipeline() as pipe:
+            pipe.watch(self._key("meta"), self._key("filling"))
+            if pipe.exists(self._key("meta")) or me not in (None, pipe.get(self._key("filling"))):
+                raise taken
+            pipe.multi()
+            yield pipe
+            try:
+                pipe.execute()
+            except redis.WatchError as error:
+                raise taken from error
+
+    def _escaped(self) -> str:
+        return re.sub(r"([*?\[\]\\^])", r"\\\1", self._prefix)
+
     def _put_meta(self, pipe: Any, meta: Meta) -> None:
+        pipe.delete(self._key("filling"))
         # The script compares two of them; the text has them all.
         fields = {"text": meta_to_text(meta), "version": meta.version, "incarnation": meta.incarnation}
         pipe.hset(self._key("meta"), mapping=fields)
@@ -288,8 +325,8 @@ class RedisStore(Store):
 
     def _check_data(self) -> None:
         if self.meta() is None:
-            names = [self._key(name) for name in ("meta", "machines", "tokens", "fences", "ends")]
-            if self._redis.exists(*names):
+            filling = self._redis.exists(self._key("filling"))
+            if not filling and self._redis.exists(*map(self._key, ("meta", *DATA))):
                 raise ValueError(self._prefix)
             self.had_data = bool(self.marks())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zflake.core.layout import Layout
-from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.core.lease import READER, Holder, Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Contents, Store, check_schema
 from zflake.stores.sqlite_file import DatabaseFile, Progress
@@ -35,7 +35,9 @@ CREATE TABLE meta (
     floor         INTEGER NOT NULL,
     version       INTEGER NOT NULL,
     incarnation   TEXT    NOT NULL,
-    moved         TEXT    NOT NULL
+    moved         TEXT    NOT NULL,
+    schema        INTEGER NOT NULL,
+    reader        INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE life (
     one     INTEGER PRIMARY KEY CHECK (one = 1),
@@ -76,7 +78,9 @@ CREATE INDEX span_by_end ON span (end);
 INSERT INTO life VALUES (1, 0, 0);
 """
 
-_META: Final = "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved"
+_META: Final = (
+    "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema, reader"
+)
 _COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, span_start, name, host, pid, address"
 _SPAN: Final = "machine, start, end, name, host, pid, address"
 
@@ -157,8 +161,10 @@ class SqliteStore(Store):
             row = self._db.execute(f"SELECT {_META} FROM meta").fetchone()
             if row is None:
                 return None
-            store_id, layout, *numbers = row
-            return Meta(store_id, Layout.from_map(json.loads(layout)), *numbers)
+            store_id, layout, *rest = row
+            schema, reader = rest[-2:]
+            check_schema(self.url, schema, reader, "name a new file")
+            return Meta(store_id, Layout.from_map(json.loads(layout)), *rest)
 
     def incarnation(self) -> str:
         return self._incarnation
@@ -171,7 +177,8 @@ class SqliteStore(Store):
         with self._transaction():
             self._db.execute(
                 f"INSERT INTO meta (one, {_META})"
-                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version, :incarnation, :moved)",
+                " VALUES (1, :store_id, :layout, :ttl, :first, :last, :floor, :version, :incarnation, :moved,"
+                " :schema, :reader)",
                 _values(meta),
             )
             self._db.executemany(_INSERT, map(_row, contents.records))
@@ -191,10 +198,12 @@ class SqliteStore(Store):
         with self._transaction():
             cursor = self._db.execute(
                 "UPDATE meta SET layout = :layout, ttl = :ttl, first_machine = :first, last_machine = :last,"
-                " floor = :floor, version = :version, incarnation = :incarnation, moved = :moved"
+                " floor = :floor, version = :version, incarnation = :incarnation, moved = :moved,"
+                " schema = :schema, reader = :reader"
                 " WHERE version = :old_version AND store_id = :old_store_id",
                 _values(new) | {"old_version": old.version, "old_store_id": old.store_id},
             )
+            self._db.execute(f"PRAGMA user_version = {new.reader}")
         if cursor.rowcount == 1:
             self._follow(new)
         return cursor.rowcount == 1
@@ -331,7 +340,7 @@ class SqliteStore(Store):
         db.execute("BEGIN IMMEDIATE")
         db.execute("PRAGMA locking_mode = NORMAL")
         # A read-only file or disk shows at a write, not at BEGIN, and here, not at the first grant.
-        db.execute(f"PRAGMA user_version = {SCHEMA}")
+        db.execute(f"PRAGMA user_version = {READER}")
         db.execute("ROLLBACK")
         self._file.opened()
         self._recall(db, marker)
@@ -376,7 +385,7 @@ class SqliteStore(Store):
                 f"{self.url} is an SQLite file of another program; nothing was changed; name another file"
             )
         (schema,) = db.execute("PRAGMA user_version").fetchone()
-        check_schema(self.url, schema, "name a new file")
+        check_schema(self.url, schema, schema, "name a new file")
         (check,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if check == "ok" and tables < _SCHEMA.count("CREATE"):
             check = "tables are missing"
@@ -422,7 +431,7 @@ def _create(db: sqlite3.Connection) -> None:
     for statement in _SCHEMA.split(";"):
         db.execute(statement)
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute(f"PRAGMA user_version = {SCHEMA}")
+    db.execute(f"PRAGMA user_version = {READER}")
     db.execute("COMMIT")
 
 
@@ -437,6 +446,8 @@ def _values(meta: Meta) -> dict[str, Any]:
         "version": meta.version,
         "incarnation": meta.incarnation,
         "moved": meta.moved,
+        "schema": meta.schema,
+        "reader": meta.reader,
     }
 
 

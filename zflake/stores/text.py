@@ -25,6 +25,7 @@ def meta_to_text(meta: Meta) -> str:
     return json.dumps(
         {
             "zflake": meta.schema,
+            "reader": meta.reader,
             "store_id": meta.store_id,
             "layout": meta.layout.to_map(),
             "ttl": meta.ttl,
@@ -40,12 +41,12 @@ def meta_to_text(meta: Meta) -> str:
 def meta_from_text(text: str, url: str) -> Meta:
     """Meta of what `meta_to_text` gave; raises `StoreError` for a schema that can't be read."""
     values = json.loads(text)
-    schema = values["zflake"]
-    check_schema(url, schema, "name another")
+    schema, reader = values["zflake"], values.get("reader", 0)
+    check_schema(url, schema, reader, "name another")
     first, last = values["machines"]
-    layout = Layout.from_map(values["layout"])
-    rest = (values[key] for key in ("floor", "version", "incarnation", "moved"))
-    return Meta(values["store_id"], layout, values["ttl"], first, last, *rest)
+    layout, ttl, floor = Layout.from_map(values["layout"]), values["ttl"], values["floor"]
+    life = values["version"], values["incarnation"], values["moved"]
+    return Meta(values["store_id"], layout, ttl, first, last, floor, *life, schema, reader)
 
 
 def holder_to_text(holder: Holder) -> str:

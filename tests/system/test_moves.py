@@ -1,0 +1,246 @@
+"""A whole cluster of real processes moves from engine to engine, and `zflake up` runs one on each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import zflake
+from tests.places import PLACES, Place
+from tests.servers import Servers
+from tests.system.daemons import Daemon, Daemons, children_of, environment, is_running, status_of, until
+from zflake.core.layout import DEFAULT
+
+TTL: Final = "24s"
+"""A worker renews every third of it, and rides out two."""
+SERVED: Final = ("redis", "etcd", "postgresql")
+UP_PORTS: Final = (7410, 7411, 7412)
+
+
+def tool(*argv: str, within_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zflake", *argv],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=environment(),
+        timeout=within_s,
+    )
+
+
+def facts_of(url: str) -> dict[str, Any]:
+    done = tool("store", "info", url, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    facts: dict[str, Any] = json.loads(line)
+    return facts
+
+
+def held_by(delegator: Daemon, name: str) -> dict[str, Any]:
+    """The lease of that name; empty where nobody of that name has one."""
+    leases = status_of(delegator.address).get("leases", ())
+    found = [lease for lease in leases if lease["name"] == name and lease["worker"]]
+    return dict(found[0]) if found else {}
+
+
+def renewed(delegator: Daemon, gen: int) -> dict[str, Any]:
+    """The worker's lease, once its generation is above that."""
+
+    def look() -> dict[str, Any]:
+        lease = held_by(delegator, "constant")
+        return lease if lease and lease["gen"] > gen else {}
+
+    return dict(until(look, "the worker to renew"))
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
+    daemons: Daemons, servers: Servers, tmp_path: Path
+) -> None:
+    names = ("sqlite", "redis", "etcd", "postgresql", "sqlite")
+    places: list[Place] = [PLACES[name](tmp_path, servers) for name in names]
+    delegator = daemons.delegator("--store", places[0].url, ttl=TTL)
+    address = delegator.address
+    worker = daemons.worker(to=address, name="constant")
+    first = until(lambda: held_by(delegator, "constant"), "a lease")
+    with zflake.Client(worker.address, route="direct", timeout=10) as client:
+        ids = client.next_ids(10)
+        lease = first
+        for number, (source, target) in enumerate(itertools.pairwise(places)):
+            assert facts_of(source.url)["held"] == 1
+            refused = tool("store", "copy", source.url, target.url)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert "in use" in refused.stderr
+            assert delegator.terminate() == 0
+            done = tool("store", "copy", source.url, target.url)
+            assert (done.returncode, done.stderr) == (0, "")
+            ids += client.next_ids(10)  # the worker serves meanwhile
+            old = daemons.delegator("--store", source.url, "--bind", "tcp://127.0.0.1:*", new=False, ttl=TTL)
+            delegator = daemons.delegator(
+                "--store", target.url, name=f"delegator-on-{number}", bind=address, new=False, ttl=TTL
+            )
+            assert delegator.address == address
+            lease = renewed(delegator, lease["gen"])
+            assert lease["machine"] == first["machine"]
+            assert status_of(address)["granting_in_ms"] == 0
+            assert facts_of(target.url)["floor"] is None
+            assert old.wait() == 2
+            (line,) = old.log().splitlines()
+            assert "was moved to" in line
+            ids += client.next_ids(10)
+    assert len(set(ids)) == len(ids)
+    assert {DEFAULT.decompose(id_).machine for id_ in ids} == {first["machine"]}
+    assert worker.said("lost") == 0
+    # Who minted the first of them is known on the last engine, too.
+    traced = tool("trace", str(ids[0]), "--to", address)
+    assert traced.returncode == 0
+    assert "constant" in traced.stdout
+
+
+@pytest.mark.parametrize("engine", PLACES)
+def test_the_store_commands_speak_of_every_engine(
+    engine: str, daemons: Daemons, servers: Servers, tmp_path: Path
+) -> None:
+    place = PLACES[engine](tmp_path, servers)
+    delegator = daemons.delegator("--store", place.url)
+    worker = daemons.worker(to=delegator)
+    until(lambda: worker.said("holding machine"), "a lease")
+    live = facts_of(place.url)
+    assert live["store_id"] == status_of(delegator.address)["store_id"]
+    assert (live["used"], live["held"], live["is_as_it_was"], live["moved_to"]) == (1, 1, True, None)
+    for process in (worker, delegator):
+        assert process.terminate() == 0
+    shown = tool("store", "info", place.url)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "1 ever used, 0 held" in shown.stdout
+    assert "nothing to do" in tool("store", "rewind", place.url).stdout
+    restored = PLACES["sqlite"](tmp_path, servers)
+    done = tool("store", "restore", place.url, restored.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "will rest before it grants" in tool("store", "info", restored.url).stdout
+
+
+# --- zflake up ---
+
+
+def running_on(url: str) -> list[int]:
+    """The processes that were told of that store."""
+    pids = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if url.encode() in arguments:
+                pids.append(int(folder.name))
+    return pids
+
+
+@pytest.fixture(params=SERVED)
+def served(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> Place:
+    return PLACES[request.param](tmp_path, servers)
+
+
+@pytest.mark.timeout(120)
+def test_up_once_runs_several_delegators_on_a_store_they_share(served: Place, daemons: Daemons) -> None:
+    flags = ["--store", served.url, "--delegators", "3", "--once", "--new"]
+    up = daemons.process([sys.executable, "-m", "zflake", "up", *flags])
+    pids: set[int] = set()
+
+    def ended() -> bool:
+        pids.update(children_of(up.pid))
+        return not up.alive
+
+    until(ended, "the end", within_s=60)
+    assert up.wait() == 0, up.log()
+    lines = up.out().splitlines()
+    assert len({line.split()[0] for line in lines}) == len(lines) == 10
+    assert "Traceback" not in up.log()
+    assert len(pids) == 6, "three delegators and three workers"
+    until(lambda: not any(map(is_running, pids)), "the children to end")
+    assert running_on(served.url) == []
+    # Each of them has left its mark, and every lease was given back.
+    facts = facts_of(served.url)
+    assert (len(facts["marks"]), facts["held"], facts["used"]) == (3, 0, 3)
+    # Once more, on what is there: nothing was lost, so nothing rests.
+    again = tool("up", *flags[:-1])
+    assert (again.returncode, len(again.stdout.splitlines())) == (0, 10), again.stderr
+    assert running_on(served.url) == []
+
+
+@pytest.fixture
+def up_ports() -> None:
+    for port in UP_PORTS:
+        with closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                pytest.skip(
+                    f"SOMEBODY ELSE USES PORT {port}: `zflake up` with several delegators was not tested"
+                )
+
+
+@pytest.mark.timeout(120)
+def test_up_shows_all_of_its_delegators(served: Place, daemons: Daemons, up_ports: None) -> None:
+    flags = ["--store", served.url, "--delegators", "3", "--workers", "2", "--new"]
+    up = daemons.process([sys.executable, "-m", "zflake", "up", *flags])
+    until(lambda: "Ctrl-C" in up.out() or not up.alive, "the cluster", within_s=60)
+    assert up.alive, up.log()
+    addresses = {f"tcp://127.0.0.1:{port}" for port in UP_PORTS}
+    pids = children_of(up.pid)
+    assert len(pids) == 5
+    for address in addresses:
+
+        def all_are_shown(address: str = address) -> bool:
+            facts = json.loads(tool("status", "--json", "--to", address).stdout or "{}")
+            return {each["address"] for each in facts.get("delegators", ())} == addresses
+
+        until(all_are_shown, f"{address} to know the others")
+        done = tool("next", "-n", "100", "--to", address)
+        assert (done.returncode, len(set(done.stdout.split()))) == (0, 100)
+    up.signal(signal.SIGINT)
+    assert up.wait() in (0, 130)
+    until(lambda: not any(map(is_running, pids)), "the children to end")
+    assert running_on(served.url) == []
+    assert "Traceback" not in up.log()
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--data", "data"], ["--store", "sqlite:///x.db"], ["--store", "memory:"]]
+)
+def test_up_refuses_several_delegators_on_a_store_of_one(
+    flags: list[str], daemons: Daemons, tmp_path: Path
+) -> None:
+    up = daemons.process([sys.executable, "-m", "zflake", "up", "--once", "--delegators", "2", *flags])
+    assert up.wait() == 2
+    (line,) = up.log().splitlines()
+    assert "several delegators need a store that they can share" in line
+    assert up.out() == ""
+    assert not list(tmp_path.glob("*.db"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.timeout(120)
+def test_up_on_a_store_that_is_not_there_says_so_and_leaves_nothing_behind(daemons: Daemons) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    for scheme in SERVED:
+        url = f"{scheme}://user:hush4711@127.0.0.1:{port}/1"
+        up = daemons.process([sys.executable, "-m", "zflake", "up", "--once", "--store", url])
+        assert up.wait() == 1
+        (line,) = up.log().splitlines()
+        assert f"{scheme}://127.0.0.1:{port}/1" in line
+        assert "hush4711" not in line
+        assert running_on(url) == []
