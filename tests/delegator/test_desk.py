@@ -488,6 +488,7 @@ def test_stop_does_not_wait_for_ever_for_a_store_that_hangs(monkeypatch: pytest.
 def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     d = desk("read", "read")
     d.desk.start()
     d.desk.submit(ticket(acquire(1), 1))
@@ -503,6 +504,8 @@ def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
     d.local_us += MARK_US
     until(lambda: d.desk.outage is None)
     assert "memory: can be used again, after 1.0 s" in caplog.text
+    d.desk._complain(StoreError("it failed again"))
+    assert "it failed again" in caplog.text
     d.desk.submit(ticket(acquire(1), 4))
     ((_, settled),) = collected(d, 1)
     assert isinstance(settled.answer, Grant)

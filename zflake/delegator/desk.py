@@ -258,8 +258,10 @@ class LeaseDesk:
     def _recover(self) -> None:
         self._failure = None
         if self._failing_since_us is not None:
-            failed_s = (self._local_us() - self._failing_since_us) / 1e6
-            _log.warning("%s can be used again, after %.1f s", self._store.url, failed_s)
+            failed_us = self._local_us() - self._failing_since_us
+            _log.info("%s can be used again, after %.1f s", self._store.url, failed_us / 1e6)
+            if failed_us >= MARK_US:  # the next one is news; but a store that comes and goes fills no log
+                self._quiet_until_us = 0
         self._failing_since_us = None
 
     def _look(self, now_us: int, *, hurried: bool) -> None:
