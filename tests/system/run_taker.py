@@ -1,8 +1,9 @@
 """One client of the cluster job, a process of its own: takes runs of IDs, and writes down each one and each error.
 
-`python -m tests.system.run_taker ENDPOINT ROUTE SEED RATE OUT`.  OUT gets a record for each run: its first ID
-and its length, little-endian uint64; OUT.errors a line for each call that failed.  RATE is how many IDs it may
-take each second, 0: as many as it can get.  It goes on until it is killed, or whoever started it is gone.
+`python -m tests.system.run_taker ENDPOINT[,ENDPOINT...] ROUTE SEED RATE OUT [TIMEOUT]`.  OUT gets a record for
+each run: its first ID and its length, little-endian uint64; OUT.errors a line for each call that failed, after
+when that was (seconds of the monotonic clock).  RATE is how many IDs it may take each second, 0: as many as it
+can get; TIMEOUT what a call has, in seconds.  It goes on until it is killed, or whoever started it is gone.
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ def take(client: zflake.Client, seed: int, rate: int, out: Path) -> None:
             try:
                 got = client._take(size)
             except Exception as error:  # noqa: BLE001  (whatever it is, it must not be)
-                errors.write(f"after {taken} IDs, asking for {size}: {error!r}\n")
+                errors.write(f"{time.monotonic():.3f} after {taken} IDs, asking for {size}: {error!r}\n")
                 continue
             runs.write(b"".join(pack(first, count) for first, _, count in got))
             if (sum_ := sum(count for _, _, count in got)) != size:
-                errors.write(f"after {taken} IDs: asked for {size}, got {sum_}\n")
+                errors.write(f"{time.monotonic():.3f} after {taken} IDs: asked for {size}, got {sum_}\n")
             taken += size
             if rate:
                 time.sleep(max(0.0, began + taken / rate - time.monotonic()))
 
 
 if __name__ == "__main__":
-    endpoint, route, seed, rate, out = sys.argv[1:]
-    with zflake.Client(endpoint, route=route, timeout=TIMEOUT_S) as client:
+    endpoints, route, seed, rate, out, *rest = sys.argv[1:]
+    timeout = float(rest[0]) if rest else TIMEOUT_S
+    with zflake.Client(endpoints.split(","), route=route, timeout=timeout) as client:
         take(client, int(seed), int(rate), Path(out))

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tests.system.checker import EXAMPLES, Verdict, WindowIndex, Windows, leases_in, windows_of
+from tests.system.checker import EXAMPLES, Lease, Verdict, WindowIndex, Windows, leases_in, windows_of
 from zflake.core.layout import DEFAULT, Layout
 from zflake.core.mint import Run
 
@@ -41,10 +41,15 @@ def check_runs(logs: Iterable[Path], runs: Runs, layout: Layout = DEFAULT) -> Ve
 
 def check_stores(stores: Iterable[Iterable[Path]], runs: Runs, layout: Layout = DEFAULT) -> Verdict:
     """The same where a store took the place of one that was lost: it counts generations anew."""
+    return check_eras(map(leases_in, stores), runs, layout)
+
+
+def check_eras(eras: Iterable[Iterable[Lease]], runs: Runs, layout: Layout = DEFAULT) -> Verdict:
+    """The same where what each store granted has been read already."""
     verdict = Verdict()
     windows: Windows = {}
-    for logs in stores:
-        for machine, granted in windows_of(leases_in(logs), verdict).items():
+    for leases in eras:
+        for machine, granted in windows_of(leases, verdict).items():
             earlier = windows.setdefault(machine, [])
             if earlier and granted and granted[0][0] < earlier[-1][1]:
                 verdict.violations.append(

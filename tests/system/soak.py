@@ -1,5 +1,6 @@
 """The long proofs: `scripts/soak main-job --ids 10000000`, `scripts/soak flood --seconds 30`,
-`scripts/soak kills`, `scripts/soak cluster --ids 1000000000 --state DIR`; and those in virtual time:
+`scripts/soak kills`, `scripts/soak cluster --ids 1000000000 --state DIR`, `scripts/soak engines --engine etcd`;
+and those in virtual time:
 `scripts/soak sim --histories 1000000 --state DIR`, `scripts/soak sim --seed N --trace`, `scripts/soak mutants`."""
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+import pytest
+
 from tests.sim import mutants
 from tests.sim import soak as simulation
-from tests.system import cluster_job, flood, kills, main_job
+from tests.system import cluster_job, delegators_job, engine_job, flood, kills, main_job
 
 Proof: TypeAlias = Callable[
-    [Path, Callable[[str], None]], main_job.Result | flood.Result | kills.Result | cluster_job.Result
+    [Path, Callable[[str], None]],
+    main_job.Result | flood.Result | kills.Result | cluster_job.Result | delegators_job.Result,
 ]
 
 
@@ -46,7 +50,19 @@ def main() -> int:
     cluster.add_argument("--parts", type=int, help="after how many parts to stop, to be continued later")
     cluster.add_argument("--seed", type=int, default=1, help="of the faults' order")
     cluster.add_argument("--state", type=Path, metavar="DIR", help="a folder to begin in, or to go on in")
-    for command in (job, flooding, killing):
+    engines = commands.add_parser("engines", help="several delegators on a real store that is killed")
+    engines.add_argument("--engine", choices=tuple(engine_job.ENGINES), required=True, help="which store")
+    engines.add_argument(
+        "--ids", type=int, default=20_000_000, help="how many IDs at least (default: %(default)s)"
+    )
+    engines.add_argument("--seed", type=int, default=1, help="of the faults' order")
+    engines.add_argument(
+        "--rate",
+        type=int,
+        default=12_500,
+        help="what each client may take in a second (default: %(default)s)",
+    )
+    for command in (job, flooding, killing, engines):
         command.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder for all files, kept")
     simulating = commands.add_parser("sim", help="whole clusters in virtual time, one for each seed")
     simulating.add_argument(
@@ -79,6 +95,8 @@ def main() -> int:
         return _prove(parser, arguments.keep, _main_job(arguments.ids, arguments.route, arguments.seed))
     if arguments.command == "kills":
         return _prove(parser, arguments.keep, _kills(arguments.rounds, arguments.seed))
+    if arguments.command == "engines":
+        return _prove(parser, arguments.keep, _engines(arguments))
     if arguments.command == "cluster":
         if arguments.ids < 1 or arguments.part < 1:
             parser.error("a job has 1 ID at least, and so has a part of it")
@@ -110,6 +128,13 @@ def _cluster(arguments: argparse.Namespace) -> Proof:
     )
 
 
+def _engines(arguments: argparse.Namespace) -> Proof:
+    engine, ids, seed, rate = arguments.engine, arguments.ids, arguments.seed, arguments.rate
+    return lambda folder, report: engine_job.run(
+        folder, engine, ids, seed=seed, rate=rate, report=report
+    ).check()
+
+
 def _prove(parser: argparse.ArgumentParser, keep: Path | None, proof: Proof) -> int:
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="zflake-soak-") as folder:
@@ -132,6 +157,9 @@ def _run(folder: Path, proof: Proof) -> int:
         result = proof(folder, report)
     except KeyboardInterrupt:
         return 130
+    except pytest.skip.Exception as missing:
+        print(missing, file=sys.stderr)  # noqa: T201
+        return 1
     print(result)  # noqa: T201
     return 1 if result.violations else 0
 

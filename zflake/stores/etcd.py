@@ -227,14 +227,15 @@ class EtcdStore(Store):
         unused: list[Record] = []
         begin = self._unused_from.get(first, first)
         while limit > 0 and begin <= last and len(unused) < limit:
-            stop = min(begin + CHUNK, last + 1)
-            pairs = self._range(f"machine/{pad(begin)}", f"machine/{pad(stop)}")
-            used = {self._take(pair).machine for pair in pairs}
+            stop = min(begin + PAGE, last + 1)
+            pairs = self._range(f"machine/{pad(begin)}", f"machine/{pad(stop)}", keys_only=True)
+            used = {_number(pair.key) for pair in pairs}
             unused += [Record(n) for n in range(begin, stop) if n not in used]
-            if not unused:
-                self._unused_from[first] = stop
             begin = stop
+        if limit > 0:
+            self._unused_from[first] = unused[0].machine if unused else begin
         unused = unused[:limit]
+        self._seen |= {record.machine: (record, 0) for record in unused}
         return [*unused, *self._lowest_used(first, last, limit - len(unused))]
 
     def held(self, now: int) -> Sequence[Record]:
@@ -400,10 +401,10 @@ class EtcdStore(Store):
         records: list[Record] = []
         at = "fence/"
         while len(records) < limit:
-            pairs = self._range(at, "fence0", limit=CHUNK, keys_only=True)
+            pairs = self._range(at, "fence0", limit=PAGE, keys_only=True)
             machines = [number for pair in pairs if first <= (number := _number(pair.key)) <= last]
             records += self.by_machines(machines[: limit - len(records)])
-            if len(pairs) < CHUNK:
+            if len(pairs) < PAGE:
                 break
             at = pairs[-1].key + "\0"
         return sorted(records, key=lambda record: (record.fence, record.machine))

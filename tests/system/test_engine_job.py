@@ -1,0 +1,208 @@
+"""The engine job, short; and that its checks catch what they are there to catch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+
+from tests.servers import Etcd
+from tests.system import delegators_job, engine_job, outages
+from tests.system.delegators_job import Fault, Job, Result
+from tests.system.outages import Outage
+from tests.system.runs import RECORD, runs_of
+from zflake.core.layout import DEFAULT
+
+RATE: Final = 2_500
+IDS: Final = 50_000
+STRIKE: Final = Fault(
+    "a fault", at=1_000, tick=9_000, since_s=0.0, within_s=15.0, before=0, back=2_000, granted_s=1.0
+)
+
+
+@pytest.mark.timeout(120)
+def test_on_etcd_ids_go_on_while_a_minority_is_killed_and_again_after_a_majority_was(tmp_path: Path) -> None:
+    faults = [
+        "etcd node 1 killed and restarted",
+        "delegator 1 killed and restarted",
+        "two etcd nodes killed, and back after all windows",
+    ]
+    result = engine_job.run(tmp_path, "etcd", IDS, rate=RATE, faults=faults, ttl_s=5).check()
+    assert not result.violations, str(result)
+    assert len(result.outages) == 1, str(result)
+    assert [fault.what for fault in result.faults] == faults
+    assert all(fault.settled_s is not None for fault in result.faults)
+
+
+@pytest.mark.timeout(120)
+def test_a_redis_that_was_failed_over_or_restarted_is_rested_from(tmp_path: Path) -> None:
+    faults = ["Redis failed over to a replica that lacks a lease", "Redis killed and restarted"]
+    result = engine_job.run(tmp_path, "redis", IDS, rate=RATE, faults=faults, patient=False).check()
+    assert not result.violations, str(result)
+    assert not result.outages, str(result)
+    assert result.notes["all delegators rested"] == 2
+    assert result.notes["a lease that the replica lacked"] >= 1
+
+
+# --- what is not as it should be ---
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """One that was done, on a PostgreSQL that was killed."""
+    faults = ["PostgreSQL killed and restarted"]
+    return engine_job.run(tmp_path_factory.mktemp("job"), "postgresql", IDS, rate=RATE, faults=faults)
+
+
+@pytest.fixture
+def forged(job: Job) -> Iterator[Path]:
+    """A file of runs beside those that the job's clients wrote."""
+    path = job.clients[0].path.with_name("forged.runs")
+    yield path
+    path.unlink()
+
+
+@pytest.mark.timeout(120)
+def test_on_postgresql_nobody_notices_that_it_is_killed(job: Job) -> None:
+    result = job.check()
+    assert not result.violations, str(result)
+    assert result.ids >= IDS
+    assert result.outages == []
+    (fault,) = result.faults
+    assert fault.settled_s is not None
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
+    sound = job.check()
+    forged.write_bytes(job.clients[0].path.read_bytes()[:RECORD])
+    result = job.check()
+    again = result.ids - sound.ids
+    (violation,) = result.violations
+    assert violation.startswith(f"{again} IDs came again")
+    assert str(result).endswith("FAILED")
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_nobody_was_granted_is_caught(job: Job, forged: Path) -> None:
+    held = {lease[1] for lease in job.leases}
+    stranger = next(machine for machine in range(DEFAULT.machines) if machine not in held)
+    tick = job.leases[0][3]
+    runs_of([(DEFAULT.compose(tick, stranger, 0), 1, 10)]).astype("<u8").tofile(forged)
+    assert any("outside every granted window" in violation for violation in job.check().violations)
+
+
+@pytest.mark.timeout(120)
+def test_a_window_that_was_granted_twice_is_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, machine, gen, start, end = job.leases[0]
+    monkeypatch.setattr(job, "leases", [*job.leases, ("renewed", machine, gen + 1_000, start, end)])
+    assert any("overlap" in violation for violation in job.check().violations)
+
+
+@pytest.mark.timeout(120)
+def test_ids_that_are_missing_are_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = job.check().ids
+    monkeypatch.setattr(job.result, "wanted", ids + 1)
+    assert job.check().violations == [f"{ids} IDs were taken, not {ids + 1}"]
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_an_etcd_that_loses_commits_is_not_killed_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(Etcd, "version", lambda: "3.5.1")
+    with pytest.raises(outcome, match="NOT TESTED"):
+        Etcd.need_durable()
+
+
+def test_gaps_are_the_times_without_a_window() -> None:
+    leases = [
+        ("acquired", 1, 1, 1_000, 3_000),
+        ("acquired", 2, 1, 1_500, 3_500),
+        ("renewed", 1, 2, 6_000, 8_000),
+        ("released", 1, 3, 6_000, 7_000),
+        ("renewed", 2, 2, 7_000, 9_000),
+    ]
+    assert outages.gaps_of(leases) == [(3_500, 6_000)]
+    # The holder of machine 2 was killed when two leases had been logged, and another took it later.
+    assert outages.gaps_of(leases, [(2, 2_000, 2)]) == [(3_000, 6_000)]
+    # One of machine 1 was killed in its second window.
+    assert outages.gaps_of(leases, [(1, 6_500, 5)]) == [(3_500, 6_000), (6_500, 7_000)]
+
+
+def test_a_lease_that_is_forgotten_fills_no_gap() -> None:
+    leases = [
+        ("acquired", 1, 1, 1_000, 3_000),
+        ("acquired", 2, 1, 1_500, 3_500),
+        ("acquired", 1, 1, 6_000, 8_000),
+    ]
+    assert outages.gaps_of(leases, forgotten={1}) == [(3_000, 6_000)]
+
+
+def test_an_outage_is_measured_by_the_ids_on_both_sides() -> None:
+    runs = runs_of([(DEFAULT.compose(tick, 1, 0), 1, 1) for tick in (9_000, 9_990, 12_300)])
+    (outage,) = outages.outages_between([(10_000, 12_000)], runs)
+    assert (outage.ended_ms, outage.began_ms) == (10, 300)
+    assert outages.cut_short([outage]) == []
+    none = np.empty((0, 2), dtype=np.uint64)
+    assert len(outages.cut_short(outages.outages_between([(10_000, 12_000)], none))) == 2
+
+
+@pytest.mark.parametrize(
+    ("ended_ms", "began_ms", "words"), [(5_000, 0, "last 5000"), (0, 9_000, "first 9000")]
+)
+def test_windows_that_were_not_used_are_caught(ended_ms: int, began_ms: int, words: str) -> None:
+    (violation,) = outages.cut_short([Outage((10_000, 12_000), ended_ms, began_ms)])
+    assert words in violation
+
+
+def test_an_outage_that_no_fault_explains_is_caught() -> None:
+    found = [Outage((10_000, 12_000), 0, 0)]
+    stops = replace(STRIKE, stops=True)
+    assert delegators_job.unforeseen(found, [STRIKE, stops]) == []
+    assert delegators_job.unforeseen(found, [stops, STRIKE]) == ["no window for 2.0 s after: a fault"]
+    assert delegators_job.unforeseen(found, [replace(stops, tick=11_000)]) == [
+        "no window for 2.0 s after: nothing at all"
+    ]
+
+
+def test_a_call_that_failed_while_a_window_was_open_is_caught() -> None:
+    outage = Outage((10_000, 12_000), 0, 0)
+    offset_us = DEFAULT.epoch_us
+    errors = [f"{at} Timeout()" for at in ("9.999", "10.001", "16.999", "17.001")]
+    found = outages.unexcused("client-1", errors, [outage], offset_us)
+    assert found == ["client-1 saw an error Timeout()"] * 2
+    assert outage.failed == 2
+    assert outages.unexcused("client-1", ["it never began"], [outage], offset_us) == [
+        "client-1: it never began"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (replace(STRIKE, at=0), "no IDs"),
+        (replace(STRIKE, back=1_000), "no IDs"),
+        (replace(STRIKE, granted_s=15.1), "no lease for 15.1 s"),
+    ],
+)
+def test_a_fault_that_struck_nobody_or_lasted_is_caught(fault: Fault, words: str) -> None:
+    assert delegators_job.idle_or_late(STRIKE) == []
+    (violation,) = delegators_job.idle_or_late(fault)
+    assert words in violation
+
+
+def test_a_result_says_what_it_found() -> None:
+    result = Result(
+        "etcd", 100, ids=100, seconds=2.0, faults=[STRIKE], outages=[Outage((0, 1_500), 3, 20, 4)]
+    )
+    assert "a fault, 1 times; granted again after 1.0 s at most" in str(result)
+    assert "no window, 1 times, for 1.5 s at most; 4 calls failed" in str(result)
+    assert str(result).endswith("no call failed while a window was open")
+    result.violations.append("it was so")
+    assert str(result).endswith("VIOLATION: it was so\n  FAILED")
