@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import pytest
@@ -26,6 +26,16 @@ def until(condition: Callable[[], Any], what: str = "the condition") -> Any:
         assert time.monotonic() < deadline, f"{what} did not come true"
         tick.wait(0.002)
     return result
+
+
+def brief(values: Iterable[Any], usual: Collection[Any]) -> list[Any]:
+    """Parameters of a test of which `./scripts/test` tries the usual ones, and `-m long` the others."""
+    return [
+        value
+        if value in usual
+        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.long)
+        for value in values
+    ]
 
 
 class Bell(Alarm):

@@ -489,7 +489,7 @@ def test_an_empty_schema_in_postgresql_is_made_use_of(servers: Servers, tmp_path
 
 def test_stores_whose_names_begin_alike_do_not_see_each_other(servers: Servers) -> None:
     host = etcd_host(servers)
-    urls = [f"{host}/{name}?unchecked=yes" for name in ("zf", "zflake2", "zf/x", "z")]
+    urls = [f"{host}/{name}?unchecked=yes" for name in ("zf", "zf2", "zf/x", "z")]
     urls += [f"{servers.redis.url}?prefix={prefix}" for prefix in ("zf:", "zf:x:", "zf", "z")]
     database = servers.postgres.url_of_new_database()
     urls += [f"{database}?schema={schema}" for schema in ("zf", "zf_x", "ZF", "z")]

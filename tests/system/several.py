@@ -21,6 +21,7 @@ from typing import Any, Final, Self, TypeAlias
 
 import pytest
 
+from tests.conftest import brief
 from tests.proxy import Mode, Proxy
 from tests.servers import Etcd, Postgres, Redis, Server
 from tests.system.checker import Verdict, leases_in, windows_of
@@ -42,7 +43,7 @@ def several(*engines: str) -> Callable[[Scenario], Callable[..., None]]:
     """Make a test of a scenario, on each of these engines (all of them by default), beside the other engines'."""
 
     def decorate(scenario: Scenario) -> Callable[..., None]:
-        @pytest.mark.parametrize("engine", engines or ENGINES)
+        @pytest.mark.parametrize("engine", brief(engines or ENGINES, ENGINES[:1]))
         def test(engine: str, outcomes: Outcomes) -> None:
             outcomes[engine][scenario.__name__].result()
 

@@ -24,6 +24,7 @@ STRIKE: Final = Fault(
 )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_on_etcd_ids_go_on_while_a_minority_is_killed_and_again_after_a_majority_was(tmp_path: Path) -> None:
     faults = [
@@ -38,6 +39,7 @@ def test_on_etcd_ids_go_on_while_a_minority_is_killed_and_again_after_a_majority
     assert all(fault.settled_s is not None for fault in result.faults)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_redis_that_was_failed_over_or_restarted_is_rested_from(tmp_path: Path) -> None:
     faults = ["Redis failed over to a replica that lacks a lease", "Redis killed and restarted"]

@@ -302,11 +302,18 @@ def test_a_worker_gets_past_the_strangers_among_its_delegators(daemons: Daemons)
     with contextlib.ExitStack() as stack:
         strangers = [stack.enter_context(stranger()) for stranger in STRANGERS.values()]
         delegator = daemons.delegator()
+        address = delegator.address
+        delegator.kill()
         flags = [flag for endpoint in strangers for flag in ("--delegator", endpoint)]
-        worker = daemons.worker(*flags, "--delegator", delegator.address)
+        worker = daemons.worker(*flags, "--delegator", address)
+
+        def has_met_one() -> bool:
+            warnings = [event["message"] for event in worker.events() if event["level"] == "warning"]
+            return any(stranger in warning for warning in warnings for stranger in strangers)
+
+        until(has_met_one, "it to meet a stranger")
+        delegator = daemons.delegator(name="again", bind=address, new=False)
         _await_worker(worker, delegator)
-        warnings = [event["message"] for event in worker.events() if event["level"] == "warning"]
-        assert any(stranger in warning for warning in warnings for stranger in strangers), worker.log()
         with zflake.Client(delegator.address, route="broker") as client:
             assert len(set(client.next_ids(100))) == 100
         assert worker.terminate() == 0

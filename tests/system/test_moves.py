@@ -15,6 +15,7 @@ from typing import Any, Final
 import pytest
 
 import zflake
+from tests.conftest import brief
 from tests.places import PLACES, Place
 from tests.servers import Servers
 from tests.system.daemons import Daemon, Daemons, children_of, environment, is_running, status_of, until
@@ -63,6 +64,7 @@ def renewed(delegator: Daemon, gen: int) -> dict[str, Any]:
     return dict(until(look, "the worker to renew"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
     daemons: Daemons, servers: Servers, tmp_path: Path
@@ -107,7 +109,7 @@ def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
     assert "constant" in traced.stdout
 
 
-@pytest.mark.parametrize("engine", PLACES)
+@pytest.mark.parametrize("engine", brief(PLACES, ["sqlite", "redis"]))
 def test_the_store_commands_speak_of_every_engine(
     engine: str, daemons: Daemons, servers: Servers, tmp_path: Path
 ) -> None:
@@ -147,7 +149,7 @@ def running_on(url: str) -> list[int]:
     return pids
 
 
-@pytest.fixture(params=SERVED)
+@pytest.fixture(params=brief(SERVED, ["redis"]))
 def served(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> Place:
     return PLACES[request.param](tmp_path, servers)
 

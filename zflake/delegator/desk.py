@@ -259,7 +259,7 @@ class LeaseDesk:
         self._failure = None
         if self._failing_since_us is not None:
             failed_us = self._local_us() - self._failing_since_us
-            _log.info("%s can be used again, after %.1f s", self._store.url, failed_us / 1e6)
+            _log.warning("%s can be used again, after %.1f s", self._store.url, failed_us / 1e6)
             if failed_us >= MARK_US:  # the next one is news; but a store that comes and goes fills no log
                 self._quiet_until_us = 0
         self._failing_since_us = None
