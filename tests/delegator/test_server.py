@@ -130,6 +130,7 @@ def test_status_counts_what_was_asked(peer: Peer) -> None:
     assert said["errors"] == {"unknown_method": 1}
     assert (said["store"], said["ttl_ms"], said["machines"]) == ("memory:", 30_000, [0, 1023])
     assert said["granting_in_ms"] == 0
+    assert said["outage"] is None
 
 
 @pytest.mark.parametrize("method", ["", "ids", "worker", "lease", "lease.acquire ", "x" * 9000, "run"])

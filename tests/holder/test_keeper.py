@@ -36,6 +36,12 @@ class Skewed:
         return time.monotonic_ns() // 1000 + self.ahead_us
 
 
+@pytest.fixture(autouse=True)
+def begins_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper begins anywhere among its endpoints; what follows is easier told where it begins with the first."""
+    monkeypatch.setattr("zflake.holder.keeper.secrets.randbelow", lambda _: 0)
+
+
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Skewed:
     local = Skewed()
@@ -272,6 +278,29 @@ def test_an_answer_that_comes_after_the_next_request_settles_nothing(scene: Scen
     keeper.service(scene.local())
     assert keeper._pending is pending
     assert keeper.mint is None
+
+
+@pytest.mark.parametrize("begins_at", [0, 1, 2])
+def test_each_endpoint_may_be_the_first_and_the_next_ones_follow(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, begins_at: int
+) -> None:
+    desks, scripts = zip(*(scene.desk() for _ in range(3)), strict=True)
+    for desk in desks:
+        desk.refuse = ("unavailable", 0)
+    drawn: list[int] = []
+
+    def draw(most: int) -> int:
+        drawn.append(most)
+        return begins_at
+
+    monkeypatch.setattr("zflake.holder.keeper.secrets.randbelow", draw)
+    keeper = scene.keeper(*scripts)
+    assert drawn == [3]
+    for k in range(3):
+        script = scripts[(begins_at + k) % 3]
+        scene.until(keeper, lambda script=script: script.calls("lease.acquire"), hurry=True)
+        asked = [len(each.calls("lease.acquire")) for each in scripts]
+        assert sum(asked) == k + 1
 
 
 def test_unavailable_sends_it_to_the_next_endpoint(scene: Scene) -> None:

@@ -15,9 +15,10 @@ from typing import TypeAlias
 
 import pytest
 
+from tests.engines import delegators_job, engine_job
 from tests.sim import mutants
 from tests.sim import soak as simulation
-from tests.system import cluster_job, delegators_job, engine_job, flood, kills, main_job
+from tests.system import cluster_job, flood, kills, main_job
 
 Proof: TypeAlias = Callable[
     [Path, Callable[[str], None]],

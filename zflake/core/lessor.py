@@ -104,13 +104,6 @@ def renew(meta: Meta, now: int, request: Renew, *, record: Record) -> Answer | S
     if record.token is not None and record.token == request.next:
         return _grant(meta, record)
     if record.token is None or record.token != request.token:
-        if now < meta.floor and _is_witness(meta, request, record):
-            # The store has forgotten its window, and nobody is granted any below the floor: it may be used up.
-            return Refusal(
-                Refused.TOO_EARLY,
-                "the store may have lost leases that still run: nothing is granted until these have ended",
-                ticks_to_ms(meta, meta.floor - now),
-            )
         return _lost(request.machine)
     if not meta.first_machine <= record.machine <= meta.last_machine:
         # The operator took this machine out of the leased range; a static holder may be using it soon.
@@ -150,7 +143,10 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     `latest` is the latest tick that any clock of the cluster shows: the timeline, the wall, the marks.  The
     version is for the caller to draw: the store's forgotten past may have had the next one.
     """
-    if not _is_witness(meta, request, record) or request.end is None or request.end <= meta.floor:
+    newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)
+    repeat = record.token is not None and record.token == request.next
+    ours = request.store_id == meta.store_id and request.machine < meta.layout.machines
+    if repeat or not ours or not newer or request.end is None or request.end <= meta.floor:
         return None
     end = min(request.end, latest + ms_to_ticks(meta.layout, MAX_AHEAD_MS))
     if now < meta.floor:
@@ -199,14 +195,6 @@ def resting_s(meta: Meta, now: int) -> int:
 def ticks_to_ms(meta: Meta, ticks: int) -> int:
     """How long to wait for `ticks` to pass, in milliseconds, rounded up."""
     return max(0, ticks) * meta.layout.tick_ms
-
-
-def _is_witness(meta: Meta, request: Renew, record: Record) -> bool:
-    """Whether the renewal shows a grant of this store's that its record does not know of."""
-    newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)
-    repeat = record.token is not None and record.token == request.next
-    ours = request.store_id == meta.store_id and request.machine < meta.layout.machines
-    return newer and ours and not repeat
 
 
 def _next_window(meta: Meta, now: int, record: Record) -> tuple[int, int] | Refusal:

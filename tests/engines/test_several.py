@@ -17,12 +17,8 @@ from typing import Any, Final
 import pytest
 
 import zflake
-from tests.proxy import Mode
-from tests.servers import Redis
-from tests.system.acquirer import Acquirer, Granted
-from tests.system.daemons import Daemon, status_of, until
-from tests.system.faketime import HOUR_S, WrongClock, clean_up_after, need_faketime
-from tests.system.several import (
+from tests.engines.acquirer import Acquirer, Granted
+from tests.engines.several import (
     SOON_S,
     Pair,
     Site,
@@ -32,6 +28,10 @@ from tests.system.several import (
     outcomes,  # noqa: F401  (the fixture)
     several,
 )
+from tests.proxy import Mode
+from tests.servers import Redis
+from tests.system.daemons import Daemon, status_of, until
+from tests.system.faketime import HOUR_S, WrongClock, clean_up_after, need_faketime
 from zflake.cli.ask import ask
 from zflake.cli.trace import trace_ids
 from zflake.client.conversation import Ask
@@ -535,7 +535,7 @@ _crowded = threading.Lock()
 def test_1024_acquires_from_16_processes_through_two_delegators_get_all_machine_ids(site: Site) -> None:
     with _crowded, site.pair(ttl_ms=120_000) as pair:
         begin_s = time.monotonic() + 4.0
-        argv = [sys.executable, "-m", "tests.system.acquirer"]
+        argv = [sys.executable, "-m", "tests.engines.acquirer"]
         processes = [
             site.daemons.process(
                 [*argv, ",".join(pair.addresses[:: 1 if k % 2 else -1]), str(EACH), f"{begin_s}"]

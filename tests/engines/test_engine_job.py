@@ -10,10 +10,10 @@ from typing import Final
 import numpy as np
 import pytest
 
+from tests.engines import delegators_job, engine_job, outages
+from tests.engines.delegators_job import Fault, Job, Result
+from tests.engines.outages import Outage
 from tests.servers import Etcd
-from tests.system import delegators_job, engine_job, outages
-from tests.system.delegators_job import Fault, Job, Result
-from tests.system.outages import Outage
 from tests.system.runs import RECORD, runs_of
 from zflake.core.layout import DEFAULT
 

@@ -18,11 +18,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from tests.engines.outages import (
+    End,
+    Outage,
+    cut_short,
+    gaps_of,
+    outages_between,
+    tick_at,
+    tick_of,
+    unexcused,
+)
 from tests.servers import Server, free_port
 from tests.system.checker import Lease
 from tests.system.cluster_job import REPORT_S, Taker
 from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, TookTooLong, status_of
-from tests.system.outages import End, Outage, cut_short, gaps_of, outages_between, tick_at, tick_of, unexcused
 from tests.system.runs import check_eras, read_runs
 from zflake.core.lessor import MARGIN_MS, REST_MS
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 
 import zflake
+from tests.engines.delegators_job import AGAIN_S, REST_S, TIMEOUT_S, Job
 from tests.servers import Etcd, Postgres, Redis, await_true
 from tests.system.daemons import Daemons, status_of
-from tests.system.delegators_job import AGAIN_S, REST_S, TIMEOUT_S, Job
 from zflake.core.lessor import REST_MS
 
 RESTS: Final = "Nothing is granted for"

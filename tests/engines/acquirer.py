@@ -1,6 +1,6 @@
 """One of many processes that take machine IDs at once, by the bare wire: one request after another, and none kept.
 
-`python -m tests.system.acquirer ENDPOINTS COUNT BEGIN` begins when the monotonic clock shows BEGIN seconds, and
+`python -m tests.engines.acquirer ENDPOINTS COUNT BEGIN` begins when the monotonic clock shows BEGIN seconds, and
 prints a line of JSON: when it began and ended, how many requests it sent, and what it was granted.
 """
 
