@@ -486,10 +486,20 @@ def test_stop_does_not_wait_for_ever_for_a_store_that_hangs(monkeypatch: pytest.
 
 
 def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level("INFO")
-    d = desk("read", "read")
+    d = desk()
+    broken, meta = threading.Event(), d.store.meta
+    broken.set()
+
+    def fail() -> Meta | None:
+        if broken.is_set():
+            raise StoreError("it can't be read")
+        return meta()
+
+    monkeypatch.setattr(d.store, "meta", fail)
+    by_tokens = d.store.by_tokens
+    monkeypatch.setattr(d.store, "by_tokens", lambda tokens: by_tokens(tokens) if fail() else [])
     d.desk.start()
     d.desk.submit(ticket(acquire(1), 1))
     ((_, settled),) = collected(d, 1)
@@ -501,6 +511,8 @@ def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
         assert isinstance(settled.answer, Refusal)
         assert "it can't be read" in settled.answer.message
         assert d.desk.outage == settled.answer
+    broken.clear()
+    assert d.desk.outage is not None
     d.local_us += MARK_US
     until(lambda: d.desk.outage is None)
     assert "memory: can be used again, after 1.0 s" in caplog.text
@@ -510,6 +522,44 @@ def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
     ((_, settled),) = collected(d, 1)
     assert isinstance(settled.answer, Grant)
     assert d.desk.stop(5)
+
+
+def test_a_request_that_the_store_fails_at_is_nobody_elses_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = desk()
+    by_tokens = d.store.by_tokens
+
+    def fail_at_two(tokens: Sequence[bytes]) -> list[Record | None]:
+        if token(2) in tokens:
+            raise StoreError("this one can't be read")
+        return by_tokens(tokens)
+
+    monkeypatch.setattr(d.store, "by_tokens", fail_at_two)
+    for number in (1, 2, 3):
+        d.desk.submit(ticket(acquire(number), number))
+    d.desk.start()
+    answers = {t.msgid: settled.answer for t, settled in collected(d, 3)}
+    unavailable(answers[2])
+    assert isinstance(answers[1], Grant)
+    assert isinstance(answers[3], Grant)
+    assert d.desk.outage is None
+    assert d.desk.stop(5)
+
+
+def test_after_an_outage_the_leases_are_read_before_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = desk()
+    monkeypatch.setattr(d.store, "exclusive", False, raising=False)
+    d.desk._fail(StoreError("it is away"))
+    held = d.store.held
+
+    def look(now: int) -> Sequence[Record]:
+        assert d.desk.outage is not None
+        return held(now)
+
+    monkeypatch.setattr(d.store, "held", look)
+    d.local_us += MARK_US
+    d.desk._keep_house()
+    assert d.desk.outage is None
+    assert d.desk.collect_held() == []
 
 
 def test_a_store_that_does_not_answer_is_an_outage_before_it_has_failed(
@@ -608,27 +658,23 @@ def forgetful() -> tuple[Desk, Renew]:
     return set_back, Renew(later.machine, later.token, later.gen, token(4), later.end, META.store_id)
 
 
-def test_a_witness_keeps_its_window_and_nothing_is_granted_below_the_floor(
+def test_a_witness_is_told_lost_and_nothing_is_granted_below_the_floor(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     d, witness = forgetful()
     assert witness.end is not None
     (answer,) = d.settle(witness)
     assert isinstance(answer, Refusal)
-    assert answer.reason is Refused.TOO_EARLY
+    assert answer.reason is Refused.LOST
     meta = d.store.meta()
     assert meta is not None
     assert meta == d.desk.meta
     assert meta.floor == max(d.now, witness.end) + 1 + 70_000
-    assert answer.retry_after_ms == meta.floor - d.now
     assert "has lost leases" in caplog.text
     (refused,) = d.settle(acquire(9))
     assert isinstance(refused, Refusal)
     assert refused.reason is Refused.NO_FREE_MACHINE
     d.now = meta.floor
-    (answer,) = d.settle(witness)
-    assert isinstance(answer, Refusal)
-    assert answer.reason is Refused.LOST
     assert d.granted(acquire(9)).start >= meta.floor
 
 

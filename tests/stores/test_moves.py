@@ -19,7 +19,7 @@ from typing import Any, Final
 import pytest
 
 from tests.conftest import brief
-from tests.places import PLACES, Place, PostgresqlPlace, RedisPlace, SqlitePlace
+from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, SqlitePlace
 from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, find_program
 from zflake.cli.store import copy, facts_of, restore, rewind
 from zflake.core import lessor
@@ -442,6 +442,40 @@ def test_who_is_killed_while_copying_can_bring_the_store_back(place: Place, tmp_
     assert contents_of(third) == held
     assert rests(third)
     assert rests(target)
+
+
+def test_a_copy_whose_process_was_killed_can_be_made_again(place: Place, tmp_path: Path) -> None:
+    fill(place.url)
+    held = contents_of(place.url)
+    target = f"sqlite:///{tmp_path}/target.db"
+    with opened(place.url) as store:
+        meta = store.meta()
+        assert meta is not None
+        assert store.swap_meta(meta, replace(meta, version=meta.version + 1, moved=target))
+    with pytest.raises(ConfigError, match="was moved to"):
+        copy(place.url, f"sqlite:///{tmp_path}/third.db")
+    copy(place.url, target)
+    assert contents_of(target) == held
+    assert settled(target).store_id == meta.store_id
+    with pytest.raises(ConfigError, match="was moved to"):
+        copy(place.url, target)
+
+
+@pytest.mark.parametrize("engine", ["redis", "etcd"])
+def test_nobody_begins_on_half_a_copy(engine: str, servers: Servers, tmp_path: Path) -> None:
+    source, target = SqlitePlace(tmp_path / "store.db"), PLACES[engine](tmp_path, servers)
+    fill(source.url)
+    if isinstance(target, RedisPlace):
+        target.client.set(f"{target.prefix}filling", "somebody")
+        target.client.hset(f"{target.prefix}machines", "1", "half of it")
+    elif isinstance(target, EtcdPlace):
+        target.put(f"{target.prefix}/filling", "")
+        target.put(f"{target.prefix}/machine/00000000000000000001", "half of it")
+    for new in (False, True):
+        with pytest.raises(ConfigError, match="was broken off: make it again"):
+            settled(target.url, new=new)
+    copy(source.url, target.url)
+    assert contents_of(target.url) == contents_of(source.url)
 
 
 # --- restore, info, rewind ---

@@ -148,6 +148,7 @@ UNREADABLE: Final[dict[str, tuple[str, ...]]] = {
     "unescaped-password": tuple(
         f"{scheme}://u:{SECRET}{sign}x@127.0.0.1:1/1" for scheme in SERVED for sign in ("/", "?", "#")
     ),
+    "no-host-but-a-login": tuple(f"{scheme}://u:{SECRET}/1" for scheme in SERVED),
     "bad-escape": (f"postgresql://u:{SECRET}%zz@127.0.0.1:1/d",),
 }
 URLS: Final = [pytest.param(url, id=f"{kind}-{url}") for kind, urls in UNREADABLE.items() for url in urls]
@@ -161,9 +162,12 @@ def test_a_url_that_can_not_be_read_is_told_so_without_its_password(url: str) ->
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (f"redis://:{SECRET}@127.0.0.1:1x/0", "redis://127.0.0.1:1x/0"),
-        (f"etcd://u:{SECRET}@127.0.0.1:1x/p", "etcd://127.0.0.1:1x/p"),
-        (f"postgresql://u:{SECRET}@127.0.0.1:1x/d", "postgresql://127.0.0.1:1x/d"),
+        (f"redis://:{SECRET}@127.0.0.1:1x/0", "can't read the redis:// URL: write host or host:port"),
+        (f"etcd://u:{SECRET}@127.0.0.1:1x/p", "can't read the etcd:// URL: write host or host:port"),
+        (
+            f"postgresql://u:{SECRET}@127.0.0.1:1x/d",
+            "can't read the postgresql:// URL: write host or host:port",
+        ),
         ("etcd://127.0.0.1:2379", "host2,host3/prefix"),
         (f"postgres://u:{SECRET}@h/d", "postgresql://user@host/database"),
         ("sqlite://store.db", "sqlite:///relative/path"),

@@ -290,6 +290,7 @@ def test_a_store_rolled_back_with_its_marker_is_betrayed_by_the_first_renewal(da
             shutil.copy(path, daemons.folder / path.name)
         again = daemons.delegator(name="after", bind=cluster.delegator.address, new=False, ttl="1s")
         delegators.append(again)
+        until(load.lost, "a worker to be told that its lease is lost")
         until(lambda: again.said("has lost leases"), "it to say so")
         _assert_rests(again)
         time.sleep(1.5)

@@ -208,6 +208,8 @@ def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         )
     )
+    if facts.get("outage"):
+        lines.append(("granting", f"nothing now: {facts['outage']}"))
     if facts["granting_in_ms"]:
         lines.append(
             (

@@ -16,7 +16,7 @@ from zflake.core.timeline import LEAD_US
 from zflake.delegator.setup import check_moved, listen
 from zflake.delegator.setup import rewind as rewind_store
 from zflake.errors import StoreError
-from zflake.stores import Store, open_store
+from zflake.stores import Store, name_of, open_store
 
 
 def facts_of(url: str) -> dict[str, Any]:
@@ -109,30 +109,37 @@ def restore(backup: str, url: str) -> str:
 def copy(url: str, to: str) -> str:
     """Move what is in the store `url` to the new store `to`; says what was done.
 
-    From the first moment on `url` refuses delegators; where the copy fails it is given free again.
+    From the first moment on `url` refuses delegators; where the copy fails it is given free again.  One that was
+    killed half way can be made again, to the same `to`.
 
     Raises `StoreError` where a delegator still uses `url`, or `to` is a cluster's store already.
     """
     _must_be_there(url)
     source = open_store(url)
     try:
-        meta = _meta_of(source)
-        check_moved(source, meta)
+        found = _meta_of(source)
         if listen(source, "") is not None:
             raise _in_use(source)
+        if found.moved != name_of(to):  # else it was begun before, and broken off
+            check_moved(source, found)
         target = open_store(to)
         try:
             if target.meta() is not None:
+                check_moved(source, found)
                 raise StoreError(f"{target.url} is a cluster's store already: name a new one")
-            moved = replace(meta, version=meta.version + 1, moved=target.url)
-            if not source.swap_meta(meta, moved):
+            meta = replace(found, moved="")
+            moved = replace(found, version=found.version + 1, moved=target.url)
+            if not source.swap_meta(found, moved):
                 raise StoreError(f"{source.url} was written to meanwhile: stop all delegators first")
             try:
                 contents = source.contents()
                 target.initialise(replace(meta, incarnation=target.incarnation()), contents)
             except BaseException:
                 if not _holds(target, meta):
-                    source.swap_meta(moved, replace(meta, version=moved.version + 1))
+                    if not source.swap_meta(moved, replace(meta, version=moved.version + 1)):
+                        raise StoreError(
+                            f"{source.url} was written to meanwhile, and stays marked as moved"
+                        ) from None
                     raise
         finally:
             target.close()

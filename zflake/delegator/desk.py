@@ -218,9 +218,19 @@ class LeaseDesk:
             return [Settled(unavailable(self._failure), None)] * len(requests)
         with self._busy():
             settled = self.settle(requests)
-        if self._ledger.failure is not None:
-            self._fail(self._ledger.failure)
-        return settled
+            if self._ledger.failure is None or not self._can_read() or len(requests) == 1:
+                return settled
+        # It fails at one of them: the others shall not suffer for that.
+        return [settled for request in requests for settled in self._settle_unless_out([request])]
+
+    def _can_read(self) -> bool:
+        """Whether the store works at all; where it does not, that is an outage from now on."""
+        try:
+            self._ledger.read_meta()
+        except StoreError as error:
+            self._fail(error)
+            return False
+        return True
 
     def _keep_house(self) -> None:
         now_us = self._local_us()
@@ -228,27 +238,25 @@ class LeaseDesk:
         if now_us < self._house_at_us and not hurried:
             return
         self._hurry.clear()
+        works = self._failure is None
         try:
             if now_us >= self._house_at_us:
                 self._house_at_us = now_us + MARK_US
-                self._try_store()
-            if self._failure is None:
+                works = False
+                if self._mark is not None:
+                    self._store.swap([], self._mark())
+                self._ledger.read_meta()
+                works = True
+            if works and not self._store.exclusive:
+                # After an outage the leases come first: others may have renewed them meanwhile.
+                self._look(now_us, hurried=hurried or self._failure is not None)
+            if works:
+                self._recover()
                 self._prune(now_us)
-                if not self._store.exclusive:
-                    self._look(now_us, hurried=hurried)
         except StoreError as error:
             self._complain(error)
-
-    def _try_store(self) -> None:
-        try:
-            if self._mark is not None:
-                self._store.swap([], self._mark())
-            self._ledger.read_meta()
-        except StoreError as error:
-            self._complain(error)
-            self._fail(error)
-        else:
-            self._recover()
+            if not works or self._failure is not None:
+                self._fail(error)
 
     def _fail(self, error: StoreError) -> None:
         self._failure = error

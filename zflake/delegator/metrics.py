@@ -42,6 +42,11 @@ def measure(delegator: Delegator) -> Iterator[Metric]:
         "zflake_delegator_backlog", "Lease requests that wait for the store.", delegator.desk.backlog
     )
     yield GaugeMetricFamily(
+        "zflake_delegator_store_usable",
+        "1 while the store can be used, 0 otherwise.",
+        int(delegator.desk.outage is None),
+    )
+    yield GaugeMetricFamily(
         "zflake_delegator_leases", "Machine IDs that are held.", delegator.directory.count
     )
     yield GaugeMetricFamily(

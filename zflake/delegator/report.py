@@ -82,6 +82,7 @@ class Report:
             "store": self.store_url,
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
             "machines": [meta.first_machine, meta.last_machine],
+            "outage": None if (outage := self.desk.outage) is None else outage.message,
             "granting_in_ms": lessor.resting_ms(meta, now),
             "lead_ms": self.timepiece.lead_us // 1000,
             "delegators": list(self._delegators()),

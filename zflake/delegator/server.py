@@ -238,6 +238,7 @@ class Delegator:
         While the store fails, workers may renew through another delegator: who beats is there.
         """
         if self.desk.outage is None:
+            self._take_held()  # what was read at the end of an outage was read before that was over
             self._known_at = self.timepiece.tick()
         return self._known_at
 
@@ -388,6 +389,9 @@ class Delegator:
             if settled.record is not None:
                 self.directory.learn(settled.record)
             self._send(ticket.prefix, self._store_answer(ticket.msgid, settled))
+        self._take_held()
+
+    def _take_held(self) -> None:
         if (held := self.desk.collect_held()) is not None:
             self.directory.replace(held)
 

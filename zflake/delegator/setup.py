@@ -101,10 +101,10 @@ def settle_meta(store: Store, wishes: Wishes, now_us: int) -> Meta:
             meta = store.meta()
             if meta is None:  # else another delegator was the first, just now
                 raise
-    check_moved(store, meta)
     if wishes.new:
         _log.warning("--new does nothing: %s has been initialised before", store.url)
     for _ in range(TRIES):
+        check_moved(store, meta)
         if (settled := _change(store, meta, wishes, now_us)) is not None:
             return settled
         # Another delegator has changed it, which may come to the same.
@@ -191,6 +191,8 @@ def check_wishes(wishes: Wishes) -> None:
 
 
 def _initialise(store: Store, wishes: Wishes, now_us: int) -> Meta:
+    if store.half_filled:
+        raise ConfigError(f"a copy into {store.url} was broken off: make it again, to the same URL")
     layout = wishes.layout or DEFAULT
     if wishes.epoch_ms is not None:
         layout = layout.with_epoch(wishes.epoch_ms)

@@ -20,7 +20,7 @@ from zflake.errors import ConfigError
 from zflake.stores.contract import Store
 from zflake.stores.url import parse_url
 
-__all__ = ["Store", "check_url", "open_store"]
+__all__ = ["Store", "check_url", "name_of", "open_store"]
 
 MEMORY: Final = "memory:"
 ENGINES: Final = {
@@ -53,6 +53,17 @@ def open_store(url: str, *, read_only: bool = False) -> Store:
     module = importlib.import_module(ENGINES[url.partition(":")[0]])
     open_url: Callable[..., Store] = module.open_url
     return open_url(url, read_only=read_only)
+
+
+def name_of(url: str) -> str:
+    """What the store of a URL is called: the URL without its login and options, but for where in a database it is.
+
+    Raises `ConfigError` for a URL that can't be read.
+    """
+    check_url(url)
+    if url == MEMORY or url.startswith("sqlite:"):
+        return url
+    return parse_url(url).name
 
 
 def check_url(url: str) -> None:

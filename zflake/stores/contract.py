@@ -73,6 +73,8 @@ class Store(ABC):
     """Names the store to people."""
     exclusive: bool = True
     """Whether nobody else can be using it meanwhile."""
+    half_filled: bool = False
+    """Whether a copy into this store was broken off: it has no meta, and what it has is not all."""
     had_data: bool = False
     """Whether something beside the data shows that there was a store here before."""
 

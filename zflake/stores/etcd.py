@@ -66,6 +66,8 @@ PAGE: Final = 1000
 """Pairs in an answer."""
 OPTIONS: Final = ("unchecked", "tls", "ca")
 FORM: Final = "etcd://[user:password@]host1[:port],host2,host3/prefix, and ?tls=yes&ca=FILE where it has TLS"
+DENIED: Final = "permission denied"
+UNTOLD: Final = "?"
 QUOTA: Final = 2 * 1024**3
 """Bytes that a member stores at most, where it does not say: etcd's default."""
 FULL: Final = 0.8
@@ -83,6 +85,16 @@ class Pair(NamedTuple):
     value: str
     revision: int
     """Of its last change."""
+
+
+class Life(NamedTuple):
+    """What a cluster is since it was found to be another one, or to have gone back, until meta says so."""
+
+    revision: int
+    """That of the cluster then."""
+    incarnation: str
+    before: str | None
+    """What meta said then; None where it was not read yet."""
 
 
 class EtcdStore(Store):
@@ -127,9 +139,7 @@ class EtcdStore(Store):
         self._revision = 0
         self._cluster = ""
         self._vetted = False
-        # Where the cluster was found to be another one or to have gone back: the revision that it had then, and
-        # the incarnation since, for as long as meta was not written anew.
-        self._life: tuple[int, str] | None = None
+        self._life: Life | None = None
         try:
             if not read_only:
                 self._check_server(unchecked=unchecked)
@@ -153,25 +163,52 @@ class EtcdStore(Store):
             self.meta()
         meta, revision = self._meta_seen or (None, 0)
         known = "" if meta is None else meta.incarnation
-        if self._life is not None and revision > self._life[0]:
-            self._life = None
+        if (life := self._life) is not None:
+            # It is over where meta was written since, by somebody who knew of it.
+            if revision > life.revision and known != life.before and life.before is not None:
+                self._life = None
+            elif revision <= life.revision:
+                self._life = life._replace(before=known)
         if self._life is None and not self._is_life(known):
-            self._begin_life()
-        return known if self._life is None else self._life[1]
+            self._life = self._new_life(self._revision, self._cluster, known)
+        return known if self._life is None else self._life.incarnation
 
     def _is_life(self, known: str) -> bool:
         """Whether the cluster is still what meta's incarnation says."""
-        cluster, _, excess = (known or "? ? 0").split(" ")
+        cluster, _, excess = (known or "? ? ?").split(" ")
         if cluster != self._cluster:
             return False
-        self._vetted = self._vetted or self._excess() <= int(excess) + SLACK
+        if not self._vetted:
+            now = self._excess()
+            self._vetted = UNTOLD in (now, excess) or int(now) <= int(excess) + SLACK
         return self._vetted
 
-    def _excess(self) -> int:
+    def _new_life(self, revision: int, cluster: str, before: str | None) -> Life:
+        life = Life(revision, f"{cluster} {secrets.token_hex(8)} {self._excess()}", before)
+        self._vetted = True
+        return life
+
+    def _excess(self) -> str:
         """How many more revisions there are than entries in the log: that does not grow, but by a restore."""
-        looks = [self._ask("/maintenance/status", {}) for _ in range(LOOKS)]
-        # Both are one node's own; but they are read one after the other.
-        return min(int(look["header"]["revision"]) - int(look.get("raftAppliedIndex", 0)) for look in looks)
+        # A node that was sent a snapshot knows how far it is only with the next entry: one that changes nothing.
+        never = _created("version", self._key("meta"), 0) | {"result": "LESS"}
+        entry = {"compare": [never], "success": [self._put("meta", "")]}
+        self._post(self._clients[self._turn], "/kv/txn", entry)
+        looks = [
+            self._told("/maintenance/status", {}) for _ in range(LOOKS)
+        ]  # a node reads one after the other
+        if not all("raftAppliedIndex" in look for look in looks):
+            return UNTOLD
+        return str(min(int(look["header"]["revision"]) - int(look["raftAppliedIndex"]) for look in looks))
+
+    def _told(self, path: str, request: Op) -> Op:
+        """What a node says of itself; nothing where only root may know."""
+        try:
+            return self._ask(path, request)
+        except StoreError as error:
+            if DENIED in str(error):
+                return {}
+            raise
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
         fresh = _created("version", self._key("meta"), 0)
@@ -322,6 +359,7 @@ class EtcdStore(Store):
             raise
         if not done:
             self._mark_seen = self._meta_seen = None
+            self._vetted = False  # the own mark may have gone back with everything else
             return [False] * len(tried)
         if mark is not None:
             assert self._mark_seen is not None
@@ -549,25 +587,24 @@ class EtcdStore(Store):
         """See by an answer whether the cluster is what it was."""
         header = answer.get("header", {})
         revision, cluster = int(header.get("revision", self._revision)), header.get("cluster_id", "")
-        is_other = revision < self._revision or self._cluster not in ("", cluster)
-        self._revision, self._cluster = revision, cluster
-        if is_other:
+        if revision < self._revision or self._cluster not in ("", cluster):
             self._seen.clear()
             self._mark_seen = self._meta_seen = None
-            self._begin_life()
+            self._life = self._new_life(revision, cluster, None)
+        # Not before that is done: if it fails, the next answer shows it again.
+        self._revision, self._cluster = revision, cluster
         return answer
 
-    def _begin_life(self) -> None:
-        self._life = self._revision, f"{self._cluster} {secrets.token_hex(8)} {self._excess()}"
-        self._vetted = True
-
     def _check_server(self, *, unchecked: bool) -> None:
-        status = self._ask("/maintenance/status", {})
-        if status["version"] in LOSES_COMMITS and not unchecked:
+        status = self._told("/maintenance/status", {})
+        version = status.get("version")
+        if version in LOSES_COMMITS and not unchecked:
             raise StoreError(
-                f"{self.url} is etcd {status['version']}, which loses commits when it is killed: take another version,"
+                f"{self.url} is etcd {version}, which loses commits when it is killed: take another version,"
                 " or the risk with ?unchecked=yes in the URL"
             )
+        if version is None:
+            _log.warning("%s tells its version, its size and its alarms to root only: not checked", self.url)
         size, quota = int(status.get("dbSize", 0)), int(status.get("dbSizeQuota", 0)) or QUOTA
         if size > FULL * quota:
             _log.warning(
@@ -575,15 +612,15 @@ class EtcdStore(Store):
                 " runs with --auto-compaction-retention",
                 *(self.url, size / 1e9, quota / 1e9),
             )
-        alarms = self._ask("/maintenance/alarm", {"action": "GET"}).get("alarms", ())
-        if alarms:
+        if alarms := self._told("/maintenance/alarm", {"action": "GET"}).get("alarms", ()):
             names = ", ".join(sorted({alarm.get("alarm", "?") for alarm in alarms}))
             raise StoreError(
                 f"{self.url} has raised {names}: make room (etcdctl compact, defrag), then disarm it"
             )
 
     def _check_data(self) -> None:
-        if self.meta() is not None or self._get("filling") is not None:
+        self.half_filled = self._get("filling") is not None
+        if self.half_filled or self.meta() is not None:
             return
         others = [*self._range("", "mark/", limit=1), *self._range("mark0", _LAST, limit=1)]
         if others:

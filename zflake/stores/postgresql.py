@@ -31,6 +31,16 @@ except ImportError as error:
 TIMEOUT_S: Final = 2
 CHUNK: Final = 1000
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
+# A delegator that dies in a transaction must not keep its locks.  (Nor may a transaction use psycopg's pipeline:
+# after that the time-out does not run.)
+SETTINGS: Final = {
+    "synchronous_commit": "on",
+    "statement_timeout": f"{TIMEOUT_S}s",
+    "idle_in_transaction_session_timeout": f"{TIMEOUT_S}s",
+    "tcp_keepalives_idle": TIMEOUT_S,
+    "tcp_keepalives_interval": 1,
+    "tcp_keepalives_count": 3,
+}
 TAKEN: Final = {"connect_timeout", "options"}
 MIN_VERSION: Final = 120_000
 
@@ -163,7 +173,7 @@ class PostgresqlStore(Store):
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url)
-        self.url = where.named("schema")
+        self.url = where.name
         self._unchecked = where.flag("unchecked") or read_only
         self._schema = where.options.get("schema", "zflake")
         others = {name: value for name, value in where.options.items() if name not in ("schema", "unchecked")}
@@ -322,14 +332,14 @@ class PostgresqlStore(Store):
             known = incarnation == f"{self._server}/{life}"
             valid = [s for s in swaps if known and s.version == version]
             # By machine, so that two delegators never wait for each other.
-            outcomes = {}
-            with db.pipeline():
-                for swap in sorted(valid, key=lambda s: s.new.machine):
-                    new = swap.new
-                    follows = _RELEASE if new.token is None else _GRANT
-                    text = f"WITH done AS ({_DONE[new.gen == 1]}) {follows}"
-                    outcomes[id(swap)] = db.execute(text, _row(new))
-            return [id(s) in outcomes and outcomes[id(s)].rowcount == 1 for s in swaps]
+            done = set()
+            for swap in sorted(valid, key=lambda s: s.new.machine):
+                new = swap.new
+                follows = _RELEASE if new.token is None else _GRANT
+                text = f"WITH done AS ({_DONE[new.gen == 1]}) {follows}"
+                if db.execute(text, _row(new)).rowcount == 1:
+                    done.add(id(swap))
+            return [id(swap) in done for swap in swaps]
 
     def trace(self, machine: int, tick: int) -> Traced:
         below = self._read(
@@ -346,11 +356,13 @@ class PostgresqlStore(Store):
         forgotten = [span for i, span in enumerate(oldest) if i < count - keep or span.end <= before]
         if forgotten:
             with self._transaction() as db:
-                keys = [(span.machine, span.start, span.end) for span in forgotten]
-                db.cursor().executemany(
-                    "DELETE FROM span WHERE machine = %s AND start = %s AND stop = %s", keys
-                )
+                # Meta first, as in a swap, so that neither waits for the other.
                 db.execute("UPDATE meta SET since = greatest(since, %s)", (forgotten[-1].end,))
+                keys = [(span.machine, span.start, span.end) for span in forgotten]
+                for some in batched(keys, CHUNK):
+                    db.cursor().executemany(
+                        "DELETE FROM span WHERE machine = %s AND start = %s AND stop = %s", some
+                    )
         return len(forgotten)
 
     def close(self) -> None:
@@ -390,7 +402,7 @@ class PostgresqlStore(Store):
             keepalives_interval=1,
             keepalives_count=3,
             prepare_threshold=None,  # a pool in between may give each transaction another server process
-            options=f"-c statement_timeout={TIMEOUT_S}s -c synchronous_commit=on",
+            options=" ".join(f"-c {name}={value}" for name, value in SETTINGS.items()),
         )
         try:
             self._check_server(db)

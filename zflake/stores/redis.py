@@ -62,7 +62,7 @@ class RedisStore(Store):
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)
-        self.url = where.named("prefix")
+        self.url = where.name
         self._prefix = where.options.get("prefix", "zflake:")
         unchecked, tls = where.flag("unchecked"), url.startswith("rediss:")
         db = where.path.removeprefix("/") or "0"
@@ -325,8 +325,8 @@ class RedisStore(Store):
 
     def _check_data(self) -> None:
         if self.meta() is None:
-            filling = self._redis.exists(self._key("filling"))
-            if not filling and self._redis.exists(*map(self._key, ("meta", *DATA))):
+            self.half_filled = bool(self._redis.exists(self._key("filling")))
+            if not self.half_filled and self._redis.exists(*map(self._key, ("meta", *DATA))):
                 raise ValueError(self._prefix)
             self.had_data = bool(self.marks())
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import unquote
 
 from zflake.errors import ConfigError
 
@@ -28,10 +28,13 @@ class StoreUrl:
     """With its first slash; empty where there is none."""
     options: dict[str, str]
 
-    def named(self, option: str) -> str:
-        """What is shown where this option says which of several stores it is."""
-        value = self.options.get(option)
-        return self.shown if value is None else f"{self.shown}?{option}={value}"
+    @property
+    def name(self) -> str:
+        """What names the store to people: what may be shown, and the option that says where in a database it is."""
+        where = [
+            f"{option}={self.options[option]}" for option in ("prefix", "schema") if option in self.options
+        ]
+        return "?".join([self.shown, *where])
 
     def flag(self, name: str) -> bool:
         """Whether an option that is `yes` or `no` is yes; raises `ConfigError` where it is neither."""
@@ -63,24 +66,26 @@ def parse_url(url: str, options: Collection[str] | None = None) -> StoreUrl:
         shown,
         unquote(user) if at and user else None,
         unquote(password) if colon else None,
-        tuple(_host(shown, host) for host in hosts.split(",")) if hosts else (),
+        tuple(_host(scheme, host) for host in hosts.split(",")) if hosts else (),
         path,
         _options(shown, query, options),
     )
 
 
-def _host(shown: str, text: str) -> tuple[str, int | None]:
+def _host(scheme: str, text: str) -> tuple[str, int | None]:
     match = _HOST.fullmatch(text)
     if match is None or (match[2] is not None and not 0 < int(match[2]) <= MAX_PORT):
+        # Not shown: without an @ it may be a password.
         raise ConfigError(
-            f"{shown}: {text!r} is not a host or host:port (an IPv6 address stands in brackets)"
+            f"can't read the {scheme}:// URL: write host or host:port (1 to {MAX_PORT}), an IPv6 address in brackets,"
+            " and user:password@ before it"
         )
     return match[1].strip("[]"), None if match[2] is None else int(match[2])
 
 
 def _options(shown: str, query: str, known: Collection[str] | None) -> dict[str, str]:
-    pairs = parse_qsl(query, keep_blank_values=True)
-    options = dict(pairs)
+    pairs = [pair.partition("=")[::2] for pair in query.split("&")] if query else []
+    options = {unquote(name): unquote(value) for name, value in pairs}
     if len(options) < len(pairs) or not all(options.values()):
         raise ConfigError(f"{shown}: each option stands once behind the ?, and has a value")
     if known is not None and (unknown := set(options).difference(known)):
