@@ -9,6 +9,7 @@ import contextlib
 import ctypes  # here, since the child may be a user who can't read Python's files
 import itertools
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -32,10 +33,11 @@ _numbers = itertools.count()
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A free port that no outgoing connection takes meanwhile, and hardly another test."""
+    while True:
+        port = secrets.choice(range(10_000, 32_000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def not_tested(why: str) -> NoReturn:

@@ -334,8 +334,10 @@ def test_a_frozen_store_delays_no_id(site: Site) -> None:
 
 def _is_used_again(seen: Outage) -> None:
     assert seen.back_s < BUDGET_S
-    for lines in seen.complaints:
-        assert any("can be used again" in line["message"] for line in lines)
+    assert all(seen.complaints)
+    # One that was kept waiting to the end had no time to call it an outage.
+    said = [line["message"] for lines in seen.complaints for line in lines]
+    assert any("can be used again" in message for message in said)
 
 
 @several()

@@ -39,6 +39,7 @@ def test_the_table_lists_the_mutants_that_there_are() -> None:
     assert [row[0] for row in table.values()] == [mutant.section for mutant in mutants.MUTANTS]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_each_mutant_is_caught_by_what_the_table_says(tell: Callable[[str], None]) -> None:
     table = mutants.read()

@@ -55,7 +55,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zflake.delegator.setup.LISTEN_S", 0.5)
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=brief(PLACES, ["sqlite", "etcd"]))
 def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Place:
     return PLACES[request.param](tmp_path, servers)
 
