@@ -68,6 +68,7 @@ def forged(job: Job) -> Iterator[Path]:
     path.unlink()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_on_postgresql_nobody_notices_that_it_is_killed(job: Job) -> None:
     result = job.check()
@@ -78,6 +79,7 @@ def test_on_postgresql_nobody_notices_that_it_is_killed(job: Job) -> None:
     assert fault.settled_s is not None
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
     sound = job.check()
@@ -89,6 +91,7 @@ def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
     assert str(result).endswith("FAILED")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_run_that_nobody_was_granted_is_caught(job: Job, forged: Path) -> None:
     held = {lease[1] for lease in job.leases}
@@ -98,6 +101,7 @@ def test_a_run_that_nobody_was_granted_is_caught(job: Job, forged: Path) -> None
     assert any("outside every granted window" in violation for violation in job.check().violations)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_window_that_was_granted_twice_is_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     _, machine, gen, start, end = job.leases[0]
@@ -105,6 +109,7 @@ def test_a_window_that_was_granted_twice_is_caught(job: Job, monkeypatch: pytest
     assert any("overlap" in violation for violation in job.check().violations)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_ids_that_are_missing_are_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = job.check().ids

@@ -194,6 +194,7 @@ def up_ports() -> None:
                 )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_up_shows_all_of_its_delegators(served: Place, daemons: Daemons, up_ports: None) -> None:
     flags = ["--store", served.url, "--delegators", "3", "--workers", "2", "--new"]
