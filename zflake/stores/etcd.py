@@ -165,7 +165,7 @@ class EtcdStore(Store):
         known = "" if meta is None else meta.incarnation
         if (life := self._life) is not None:
             # It is over where meta was written since, by somebody who knew of it.
-            if revision > life.revision and known != life.before and life.before is not None:
+            if revision > life.revision and (known == life.incarnation or life.before not in (None, known)):
                 self._life = None
             elif revision <= life.revision:
                 self._life = life._replace(before=known)
@@ -194,9 +194,8 @@ class EtcdStore(Store):
         never = _created("version", self._key("meta"), 0) | {"result": "LESS"}
         entry = {"compare": [never], "success": [self._put("meta", "")]}
         self._post(self._clients[self._turn], "/kv/txn", entry)
-        looks = [
-            self._told("/maintenance/status", {}) for _ in range(LOOKS)
-        ]  # a node reads one after the other
+        # A node reads one number after the other.
+        looks = [self._told("/maintenance/status", {}) for _ in range(LOOKS)]
         if not all("raftAppliedIndex" in look for look in looks):
             return UNTOLD
         return str(min(int(look["header"]["revision"]) - int(look["raftAppliedIndex"]) for look in looks))
