@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -36,15 +37,31 @@ def check_schema(url: str, schema: int, reader: int, otherwise: str) -> None:
         raise StoreError(f"{url} has schema {schema}, which is older than the first release: {otherwise}")
 
 
+def foreign(url: str, advice: str) -> StoreError:
+    """The error for a place that holds what zflake does not write; `advice` is what to do."""
+    return StoreError(f"{url} holds something that is not zflake's; nothing was changed: {advice}")
+
+
 @contextlib.contextmanager
 def reading(url: str, advice: str) -> Iterator[None]:
-    """Raise `StoreError` where what was read is not what zflake writes; `advice` is what to do."""
+    """Raise `foreign` where what was read can't be understood."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, LayoutError) as error:
-        raise StoreError(
-            f"{url} holds something that is not zflake's; nothing was changed: {advice}"
-        ) from error
+        raise foreign(url, advice) from error
+
+
+def outdated(ends: Sequence[int], count: int, before: int, keep: int) -> int:
+    """How many spans to forget, of those that end first; theirs are the `ends`, ascending.
+
+    That is those that ended by `before`, and those by which there are more (`count`) than to `keep`.
+    """
+    return max(bisect_right(ends, before), min(len(ends), count - keep))
+
+
+def traced(latest: Span | None, tick: int, since: int) -> Traced:
+    """What to say of a tick; `latest` is the span of its machine that begins last of those that begin by then."""
+    return Traced(latest if latest is not None and tick < latest.end else None, since)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

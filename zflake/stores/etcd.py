@@ -32,7 +32,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, batched, reading
+from zflake.stores.contract import Contents, Store, batched, foreign, outdated, reading, traced
 from zflake.stores.text import (
     holder_to_text,
     mark_from_text,
@@ -62,10 +62,13 @@ CHUNK: Final = 100
 """Reads in a transaction."""
 SLACK: Final = 2
 LOOKS: Final = 3
+"""A node reads its revision and its place in the log one after the other: it is asked so often, and believed
+to within that."""
 PAGE: Final = 1000
 """Pairs in an answer."""
 OPTIONS: Final = ("unchecked", "tls", "ca")
 FORM: Final = "etcd://[user:password@]host1[:port],host2,host3/prefix, and ?tls=yes&ca=FILE where it has TLS"
+ADVICE: Final = "name another prefix"
 DENIED: Final = "permission denied"
 UNTOLD: Final = "?"
 QUOTA: Final = 2 * 1024**3
@@ -191,10 +194,9 @@ class EtcdStore(Store):
     def _excess(self) -> str:
         """How many more revisions there are than entries in the log: that does not grow, but by a restore."""
         # A node that was sent a snapshot knows how far it is only with the next entry: one that changes nothing.
-        never = _created("version", self._key("meta"), 0) | {"result": "LESS"}
+        never = self._version("meta", "LESS")
         entry = {"compare": [never], "success": [self._put("meta", "")]}
         self._post(self._clients[self._turn], "/kv/txn", entry)
-        # A node reads one number after the other.
         looks = [self._told("/maintenance/status", {}) for _ in range(LOOKS)]
         if not all("raftAppliedIndex" in look for look in looks):
             return UNTOLD
@@ -210,7 +212,7 @@ class EtcdStore(Store):
             raise
 
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
-        fresh = _created("version", self._key("meta"), 0)
+        fresh = self._version("meta", "EQUAL")
         # What a copy left that was broken off goes first.
         begin = [*map(self._delete_all, ("machine/", "token/", "fence/", "span/", "end/"))]
         begin.append(self._put("since", pad(contents.since)))
@@ -226,7 +228,7 @@ class EtcdStore(Store):
             done, _ = self._txn([fresh], [*begin, *end])
         else:
             done, revision = self._txn([fresh], [self._put("filling", ""), *begin])
-            mine = _compare("mod_revision", self._key("filling"), revision)
+            mine = self._unchanged("filling", revision)
             for chunk in [*batched(data, CHUNK), end]:
                 done = done and self._txn([fresh, mine], chunk)[0]
         if not done:
@@ -244,7 +246,7 @@ class EtcdStore(Store):
         now, revision = self._meta_seen
         if (now.store_id, now.version) != (old.store_id, old.version):
             return False
-        unchanged = _compare("mod_revision", self._key("meta"), revision)
+        unchanged = self._unchanged("meta", revision)
         return self._txn([unchanged], [self._put("meta", meta_to_text(new))])[0]
 
     def by_machines(self, machines: Sequence[int]) -> list[Record]:
@@ -308,22 +310,19 @@ class EtcdStore(Store):
             f"span/{pad(machine)}/", f"span/{pad(machine)}/{pad(tick + 1)}", limit=1, descending=True
         )
         with self._reading():
-            span = _span(below[0]) if below else None
-            return Traced(span if span is not None and tick < span.end else None, self._since())
+            return traced(_span(below[0]) if below else None, tick, self._since())
 
     def prune(self, before: int, keep: int, limit: int) -> int:
-        count = self._count("end/")
         oldest = self._range("end/", limit=limit, keys_only=True)
-        forgotten = []
-        for i, pair in enumerate(oldest):
-            _, end, machine, start = pair.key.split("/")
-            if i < count - keep or int(end) <= before:
-                forgotten.append((int(end), pair.key, f"span/{machine}/{start}"))
+        ends = [int(pair.key.split("/")[1]) for pair in oldest]
+        forgotten = oldest[: outdated(ends, self._count("end/"), before, keep)]
         since = self._since()
-        for i in range(0, len(forgotten), CHUNK // 2):
-            chunk = forgotten[i : i + CHUNK // 2]
-            since = max(since, chunk[-1][0])
-            ops = [self._delete(key) for _, *keys in chunk for key in keys]
+        for some in batched(forgotten, CHUNK // 2):
+            ops: list[Op] = []
+            for pair in some:
+                _, end, machine, start = pair.key.split("/")
+                ops += [self._delete(pair.key), self._delete(f"span/{machine}/{start}")]
+                since = max(since, int(end))
             self._txn([], [*ops, self._put("since", pad(since))])
         return len(forgotten)
 
@@ -377,9 +376,9 @@ class EtcdStore(Store):
             meta, revision = self._meta_seen or (None, 0)
             if meta is not None and self._life is not None and self.incarnation() != meta.incarnation:
                 meta = None
-            compares.append(_compare("mod_revision", self._key("meta"), revision))
+            compares.append(self._unchanged("meta", revision))
         if mark is not None:
-            compares.append(_created("version", self._key("meta"), 0) | {"result": "GREATER"})
+            compares.append(self._version("meta", "GREATER"))
             key = f"mark/{mark.delegator}"
             if self._mark_seen is None or self._mark_seen[0].delegator != mark.delegator:
                 pair = self._get(key)
@@ -388,7 +387,7 @@ class EtcdStore(Store):
             seen, revision = self._mark_seen
             self._mark_seen = max(mark, seen, key=lambda m: m.now_us), revision
             # If the cluster has gone back to an earlier state, so has this.
-            compares.append(_compare("mod_revision", self._key(key), revision))
+            compares.append(self._unchanged(key, revision))
             ops.append(self._put(key, mark_to_text(self._mark_seen[0])))
         return meta, compares, ops
 
@@ -414,9 +413,9 @@ class EtcdStore(Store):
         """What must hold for a record to be written, all that is written with it, and the keys of that."""
         old, revision = self._seen[new.machine]
         machine = pad(new.machine)
-        conditions = [_compare("mod_revision", self._key(f"machine/{machine}"), revision)]
+        conditions = [self._unchanged(f"machine/{machine}", revision)]
         if new.token is not None and new.token != old.token:
-            conditions.append(_created("version", self._key(f"token/{new.token.hex()}"), 0))
+            conditions.append(self._version(f"token/{new.token.hex()}", "EQUAL"))
         before = {} if old.gen == 0 else _keys_of(old)
         after = _keys_of(new)
         if new.token is not None:
@@ -453,7 +452,7 @@ class EtcdStore(Store):
         return record
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
-        return reading(self.url, "name another prefix")
+        return reading(self.url, ADVICE)
 
     def _since(self) -> int:
         pair = self._get("since")
@@ -463,6 +462,14 @@ class EtcdStore(Store):
 
     def _key(self, key: str) -> str:
         return self._prefix + key
+
+    def _unchanged(self, key: str, revision: int) -> Op:
+        """The condition that a key was last written at that revision; 0: that it is not there."""
+        return {"key": _b64(self._key(key)), "target": "MOD", "result": "EQUAL", "mod_revision": revision}
+
+    def _version(self, key: str, is_: str) -> Op:
+        """The condition that a key is not there ("EQUAL"), that it is ("GREATER"), or one that never holds ("LESS")."""
+        return {"key": _b64(self._key(key)), "target": "VERSION", "result": is_, "version": 0}
 
     def _put(self, key: str, value: str) -> Op:
         return {"request_put": {"key": _b64(self._key(key)), "value": _b64(value)}}
@@ -480,8 +487,8 @@ class EtcdStore(Store):
     def _get_all(self, keys: Sequence[str]) -> list[Pair | None]:
         """The pair of each key, `CHUNK` in a round trip."""
         found: dict[str, Pair] = {}
-        for i in range(0, len(keys), CHUNK):
-            ops = [{"request_range": {"key": _b64(self._key(key))}} for key in keys[i : i + CHUNK]]
+        for some in batched(keys, CHUNK):
+            ops = [{"request_range": {"key": _b64(self._key(key))}} for key in some]
             for response in self._ask("/kv/txn", {"success": ops})["responses"]:
                 pairs = map(self._pair, response["response_range"].get("kvs", ()))
                 found |= {pair.key: pair for pair in pairs}
@@ -621,10 +628,8 @@ class EtcdStore(Store):
         self.half_filled = self._get("filling") is not None
         if self.half_filled or self.meta() is not None:
             return
-        others = [*self._range("", "mark/", limit=1), *self._range("mark0", _LAST, limit=1)]
-        if others:
-            with self._reading():
-                raise ValueError(others[0].key)
+        if self._range("", "mark/", limit=1) or self._range("mark0", _LAST, limit=1):
+            raise foreign(self.url, ADVICE)
         self.had_data = bool(self.marks())
 
 
@@ -669,14 +674,6 @@ def _text(encoded: str) -> str:
 def _behind(prefix: str) -> str:
     """The first key behind all that begin with `prefix`."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
-
-
-def _compare(target: str, key: str, value: int) -> Op:
-    return {"key": _b64(key), "target": "MOD", "result": "EQUAL", target: value}
-
-
-def _created(target: str, key: str, value: int) -> Op:
-    return {"key": _b64(key), "target": "VERSION", "result": "EQUAL", target: value}
 
 
 def _number(key: str) -> int:

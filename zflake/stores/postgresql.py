@@ -18,7 +18,7 @@ from urllib.parse import quote, urlencode
 from zflake.core.layout import Layout
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, batched, check_schema, reading
+from zflake.stores.contract import Contents, Store, batched, check_schema, foreign, outdated, reading, traced
 from zflake.stores.text import holder_from_text, holder_to_text
 from zflake.stores.url import parse_url
 
@@ -29,6 +29,7 @@ except ImportError as error:
     raise ConfigError("postgresql:// needs the psycopg package: pip install 'zflake[postgresql]'") from error
 
 TIMEOUT_S: Final = 2
+ADVICE: Final = "name another ?schema="
 CHUNK: Final = 1000
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
 # A delegator that dies in a transaction must not keep its locks.  (Nor may a transaction use psycopg's pipeline:
@@ -347,13 +348,12 @@ class PostgresqlStore(Store):
             f"SELECT {_SPAN} FROM span WHERE machine = %s AND start <= %s ORDER BY start DESC LIMIT 1",
             *(machine, tick),
         )
-        span = below[0] if below and tick < below[0].end else None
-        return Traced(span, self._since())
+        return traced(below[0] if below else None, tick, self._since())
 
     def prune(self, before: int, keep: int, limit: int) -> int:
         (count,) = self._read(_first, "SELECT count(*) FROM span")
         oldest = self._read(_span, f"SELECT {_SPAN} FROM span ORDER BY stop LIMIT %s", limit)
-        forgotten = [span for i, span in enumerate(oldest) if i < count - keep or span.end <= before]
+        forgotten = oldest[: outdated([span.end for span in oldest], count, before, keep)]
         if forgotten:
             with self._transaction() as db:
                 # Meta first, as in a swap, so that neither waits for the other.
@@ -445,8 +445,7 @@ class PostgresqlStore(Store):
         if not rows:
             return False
         if not _NEEDED.issubset(rows):
-            with reading(self.url, "name another ?schema="):
-                raise ValueError(self._schema)
+            raise foreign(self.url, ADVICE)
         return True
 
     def _create(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
@@ -466,7 +465,7 @@ class PostgresqlStore(Store):
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        with reading(self.url, "name another ?schema="):
+        with reading(self.url, ADVICE):
             try:
                 yield
             except psycopg.Error as error:

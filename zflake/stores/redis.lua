@@ -2,13 +2,15 @@
 --
 -- Every number is a decimal text, zero-padded to 20 digits where it is compared: Lua's numbers end at 2^53.
 --
---   meta        hash: store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved
+--   meta        hash: text (all of it, see text.py), and of that the version and the incarnation
 --   machines    hash: machine -> "gen fence token span_start rest", token in hex or "-"
 --   tokens      hash: token -> machine
 --   fences      sorted set, all scores 0: "fence machine", so that the order is the text's
 --   spans:N     sorted set, all scores 0: "start end holder" of machine N
 --   ends        sorted set, all scores 0: "end machine start", for pruning
 --   marks       hash: delegator -> "now_us lead_us address"
+--   since       from where on the spans are complete
+--   filling     is there while the store is filled for the first time
 --
 -- KEYS[1] names the meta and ends in "meta"; what stands before that is the prefix of all keys.
 -- ARGV: nothing, to be told which life this is; or

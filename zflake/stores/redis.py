@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, batched, reading
+from zflake.stores.contract import Contents, Store, batched, foreign, outdated, reading, traced
 from zflake.stores.text import (
     holder_to_text,
     mark_from_text,
@@ -40,6 +40,7 @@ except ImportError as error:
 TIMEOUT_S: Final = 2.0
 PORT: Final = 6379
 CHUNK: Final = 256
+ADVICE: Final = "name another ?prefix="
 DATA: Final = ("machines", "tokens", "fences", "ends")
 OPTIONS: Final = ("prefix", "unchecked", "ca")
 FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
@@ -250,15 +251,14 @@ class RedisStore(Store):
             )
             since = self._since()
             span = span_of(machine, *below[0].split(" ", 2)) if below else None
-        return Traced(span if span is not None and tick < span.end else None, since)
+        return traced(span, tick, since)
 
     def prune(self, before: int, keep: int, limit: int) -> int:
         with self._errors():
             count = self._redis.zcard(self._key("ends"))
             oldest = self._redis.zrangebylex(self._key("ends"), "-", "+", 0, limit)
-            forgotten = [
-                text for i, text in enumerate(oldest) if i < count - keep or text[:20] <= pad(before)
-            ]
+            ends = [int(text.split(" ")[0]) for text in oldest]
+            forgotten = oldest[: outdated(ends, count, before, keep)]
             if forgotten:
                 since = max(self._since(), int(forgotten[-1].split(" ")[0]))
                 with self._redis.pipeline() as pipe:
@@ -327,12 +327,12 @@ class RedisStore(Store):
         if self.meta() is None:
             self.half_filled = bool(self._redis.exists(self._key("filling")))
             if not self.half_filled and self._redis.exists(*map(self._key, ("meta", *DATA))):
-                raise ValueError(self._prefix)
+                raise foreign(self.url, ADVICE)
             self.had_data = bool(self.marks())
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        with reading(self.url, "name another ?prefix="):
+        with reading(self.url, ADVICE):
             try:
                 yield
             except redis.AuthenticationError as error:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from zflake.core.layout import Layout
 from zflake.core.lease import READER, Holder, Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, check_schema
+from zflake.stores.contract import Contents, Store, check_schema, outdated, traced
 from zflake.stores.sqlite_file import DatabaseFile, Progress
 
 APPLICATION_ID: Final = 0x7A666C6B  # "zflk", in the header of the file
@@ -264,8 +264,7 @@ class SqliteStore(Store):
                 f"SELECT {_SPAN} FROM span WHERE machine = ? AND start <= ? ORDER BY start DESC LIMIT 1",
                 (machine, tick),
             ).fetchone()
-        span = None if row is None else _span(row)
-        return Traced(span if span is not None and tick < span.end else None, since)
+        return traced(None if row is None else _span(row), tick, since)
 
     def prune(self, before: int, keep: int, limit: int) -> int:
         with self._errors():
@@ -273,7 +272,7 @@ class SqliteStore(Store):
             oldest = self._db.execute(
                 "SELECT machine, start, end FROM span ORDER BY end LIMIT ?", (limit,)
             ).fetchall()
-        forgotten = [row for i, row in enumerate(oldest) if i < count - keep or row[2] <= before]
+        forgotten = oldest[: outdated([end for _, _, end in oldest], count, before, keep)]
         if forgotten:
             with self._transaction():
                 keys = ((machine, start) for machine, start, _ in forgotten)
