@@ -6,9 +6,9 @@ import itertools
 import json
 import signal
 import socket
-import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,8 @@ import zflake
 from tests.conftest import brief
 from tests.places import PLACES, Place
 from tests.servers import Servers
-from tests.system.daemons import Daemon, Daemons, children_of, environment, is_running, status_of, until
+from tests.system.daemons import Daemon, Daemons, children_of, is_running, status_of, until
+from tests.system.daemons import tool as run_tool
 from zflake.core.layout import DEFAULT
 
 TTL: Final = "24s"
@@ -27,16 +28,7 @@ SERVED: Final = ("redis", "etcd", "postgresql")
 UP_PORTS: Final = (7410, 7411, 7412)
 
 
-def tool(*argv: str, within_s: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "zflake", *argv],
-        check=False,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=environment(),
-        timeout=within_s,
-    )
+tool = partial(run_tool, within_s=60)
 
 
 def facts_of(url: str) -> dict[str, Any]:

@@ -45,6 +45,19 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return own | dict(extra or {})
 
 
+def tool(*argv: str | Path, within_s: float = WAIT_S) -> subprocess.CompletedProcess[str]:
+    """Run `zflake` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "zflake", *map(str, argv)],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=environment(),
+        timeout=within_s,
+    )
+
+
 class Process:
     """A command under way; what it prints goes to files in `folder`."""
 

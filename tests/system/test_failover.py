@@ -28,24 +28,12 @@ import zmq
 import zflake
 from tests.system import flood
 from tests.system.conftest import Cluster, start_cluster
-from tests.system.daemons import WAIT_S, Daemon, Daemons, environment, names_of, status_of, until
+from tests.system.daemons import WAIT_S, Daemon, Daemons, environment, names_of, status_of, tool, until
 from zflake.client.roster import ROUTES
 from zflake.core.layout import DEFAULT
 from zflake.wire.codec import decode_response, encode_request
 
 BUDGET_S: Final = 5.0
-
-
-def _tool(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "zflake", *argv],
-        check=False,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=environment(),
-        timeout=WAIT_S,
-    )
 
 
 def _workers(delegator: Daemon) -> list[str]:
@@ -292,7 +280,7 @@ def test_a_client_gets_past_a_stranger_among_its_endpoints(
 def test_the_tool_says_in_one_line_that_a_stranger_is_one(kind: str) -> None:
     with STRANGERS[kind]() as endpoint:
         for argv in (["next"], ["status"]):
-            done = _tool(*argv, "--to", endpoint, "--timeout", "300ms")
+            done = tool(*argv, "--to", endpoint, "--timeout", "300ms")
             assert (done.returncode, done.stdout) == (1, "")
             (line,) = done.stderr.splitlines()
             assert endpoint in line
@@ -389,7 +377,7 @@ def test_two_workers_of_one_address_give_distinct_ids(daemons: Daemons) -> None:
             ids += client.next_ids(20_000)
     assert len(set(ids)) == len(ids)
     assert len({DEFAULT.decompose(id_).machine for id_ in ids}) == 2, "the broker knows both"
-    shown = _tool("status", "--to", delegator.address).stdout
+    shown = tool("status", "--to", delegator.address).stdout
     assert shown.count(first.address) == 2
 
 
@@ -399,7 +387,7 @@ def test_two_workers_of_one_address_give_distinct_ids(daemons: Daemons) -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_next_takes_ids_by_every_route(route: str, cluster: Cluster) -> None:
     before = status_of(cluster.delegator.address)["broker"]["brokered"]
-    done = _tool("next", "-n", "5000", "--route", route, "--to", cluster.delegator.address)
+    done = tool("next", "-n", "5000", "--route", route, "--to", cluster.delegator.address)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(set(done.stdout.split())) == 5000
     brokered = status_of(cluster.delegator.address)["broker"]["brokered"] - before
@@ -408,7 +396,7 @@ def test_next_takes_ids_by_every_route(route: str, cluster: Cluster) -> None:
 
 def test_next_by_the_broker_of_a_worker_is_one_clear_line(cluster: Cluster) -> None:
     (worker, *_) = cluster.workers
-    done = _tool("next", "--route", "broker", "--to", worker.address, "--timeout", "500ms")
+    done = tool("next", "--route", "broker", "--to", worker.address, "--timeout", "500ms")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert "needs a delegator" in line
@@ -419,14 +407,14 @@ def test_status_tells_what_the_broker_and_each_worker_do(cluster: Cluster) -> No
     to = ("--to", cluster.delegator.address)
     for worker in cluster.workers:
         _await_worker(worker, cluster.delegator)
-    done = _tool("status", "--json", *to)
+    done = tool("status", "--json", *to)
     assert (done.returncode, done.stderr) == (0, "")
     facts = json.loads(done.stdout)
     assert facts["broker"]["workers"] == 2
     assert {"queued", "brokered", "requeued", "refused", "expired", "strays"} <= set(facts["broker"])
     for lease in facts["leases"]:
         assert {"ids", "in_flight", "parked", "errors"} <= set(lease["worker"])
-    shown = _tool("status", *to)
+    shown = tool("status", *to)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "2 workers" in shown.stdout
     assert shown.stdout.count(" ready") == 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,9 @@ import pytest
 
 import zflake
 from tests.system.conftest import Cluster
-from tests.system.daemons import Daemon, Daemons, status_of, until
+from tests.system.daemons import Daemon, Daemons, status_of, tool, until
 from zflake.core.lease import Mark
 from zflake.stores.sqlite import SqliteStore
-
-
-def tool(*argv: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zflake", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
 
 def url(path: Path) -> str:
