@@ -28,7 +28,7 @@ from zflake.core.lease import (
 )
 from zflake.core.lessor import OFFER, acquire, release, renew
 from zflake.core.mint import Mint
-from zflake.core.tenant import FREED_US, LAPSED_US, RETRY_US, TRANSITIONS, Event, State, Tenant
+from zflake.core.tenant import LAPSED_US, PATIENCE_US, RETRY_US, TRANSITIONS, Event, State, Tenant
 from zflake.errors import ProtocolError
 from zflake.stores.memory import MemoryStore
 
@@ -246,9 +246,12 @@ def test_a_third_of_the_ttl_is_counted_in_the_layouts_ticks() -> None:
     assert tenant.send_at_us == 10_000_000
 
 
-@pytest.mark.parametrize("reason", [Refused.TOO_EARLY, Refused.UNAVAILABLE])
-@pytest.mark.parametrize("wait_ms", [0, 1, 250, 4_000, 3_600_000])
-def test_a_hint_to_wait_is_honoured_to_the_millisecond(reason: Refused, wait_ms: int) -> None:
+HINTED = [Refused.TOO_EARLY, Refused.UNAVAILABLE, Refused.NO_FREE_MACHINE, Refused.EXHAUSTED]
+
+
+@pytest.mark.parametrize("reason", HINTED)
+@pytest.mark.parametrize("wait_ms", [0, 1, 250, 900])
+def test_a_short_hint_to_wait_is_honoured_to_the_millisecond(reason: Refused, wait_ms: int) -> None:
     for tenant in (new(), held()):
         local = tenant.send_at_us
         request = tenant.poll(local)
@@ -259,13 +262,26 @@ def test_a_hint_to_wait_is_honoured_to_the_millisecond(reason: Refused, wait_ms:
         assert tenant.poll(due) == request
 
 
-@pytest.mark.parametrize("wait_ms", [0, 250, 60_000, 3_600_000])
-def test_a_machine_that_is_given_back_early_is_not_waited_for_to_the_end(wait_ms: int) -> None:
-    tenant = new()
-    tenant.poll(0)
-    tenant.receive(Refusal(Refused.NO_FREE_MACHINE, "", wait_ms), 300, 1500)
-    assert tenant.send_at_us - 300 <= min(wait_ms * 1000, 1.5 * FREED_US)
-    assert wait_ms < 60_000 or tenant.send_at_us - 300 >= 0.5 * FREED_US
+@pytest.mark.parametrize("reason", HINTED)
+@pytest.mark.parametrize("wait_ms", [60_000, 3_600_000, 2**62])
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 0.99])
+def test_no_hint_keeps_a_tenant_out_that_can_not_mint(reason: Refused, wait_ms: int, jitter: float) -> None:
+    left_behind = held(jitter=jitter)
+    left_behind.observe(1000 + 10 * TTL, 50)
+    for tenant in (new(jitter=jitter), left_behind):
+        local = tenant.send_at_us
+        tenant.poll(local)
+        tenant.receive(Refusal(reason, "", wait_ms), local + 300, 1000 + 10 * TTL)
+        assert tenant.send_at_us == local + 300 + int(PATIENCE_US * (0.5 + jitter))
+
+
+@pytest.mark.parametrize("reason", HINTED)
+def test_a_tenant_that_mints_obeys_a_hint_for_half_a_ttl_at_most(reason: Refused) -> None:
+    tenant = held(jitter=0.99)
+    local = tenant.send_at_us
+    tenant.poll(local)
+    tenant.receive(Refusal(reason, "", 3_600_000), local + 300, 1500)
+    assert TTL_US // 3 < tenant.send_at_us - (local + 300) < TTL_US // 2
 
 
 def test_whom_the_timeline_leaves_behind_renews_at_once() -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zflake.core.layout import DEFAULT, PRESETS
-from zflake.core.timeline import HORIZON_US, SLEW, Estimator, tick_of, us_until
+from zflake.core.lease import Mark
+from zflake.core.timeline import HORIZON_US, SLEW, Estimator, Marks, tick_of, us_until
 
 thorough = settings(deadline=None, max_examples=150)
 
@@ -229,6 +230,41 @@ def test_now_never_goes_back_without_leave_and_moves_at_nine_tenths_at_least(
             if shown is not None:
                 assert now - shown >= (local - shown_at) * (SLEW - 1) // SLEW
             shown, shown_at = now, local
+
+
+# --- marks ---
+
+
+def test_a_mark_that_moves_once_may_be_a_dead_delegators_last_write() -> None:
+    marks = Marks("me")
+    assert marks.read([Mark("me", 5), Mark("other", 100)]) is None
+    assert marks.read([Mark("me", 6), Mark("other", 100)]) is None
+    assert marks.read([Mark("me", 7), Mark("other", 1_100)]) == 1_100
+    assert marks.running_us is None
+    assert marks.read([Mark("me", 8), Mark("other", 2_100)]) == 2_100
+    assert marks.running_us == 2_100
+
+
+def test_one_move_of_each_of_two_delegators_proves_neither() -> None:
+    marks = Marks("me")
+    marks.read([Mark("a", 1), Mark("b", 1)])
+    assert marks.read([Mark("a", 2), Mark("b", 1)]) == 2
+    assert marks.read([Mark("a", 2), Mark("b", 9)]) == 9
+    assert marks.running_us is None
+
+
+def test_a_mark_that_was_not_there_before_has_not_moved() -> None:
+    marks = Marks("me")
+    marks.read([])
+    assert marks.read([Mark("other", 100)]) is None
+    assert marks.read([Mark("other", 101)]) == 101
+
+
+def test_the_latest_of_those_that_run_is_the_timeline() -> None:
+    marks = Marks("me")
+    for at in (1, 2, 3):
+        marks.read([Mark("a", 100 * at), Mark("b", 90 * at), Mark("gone", 10**9)])
+    assert marks.running_us == 300
 
 
 # --- ticks ---

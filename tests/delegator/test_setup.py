@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -10,7 +11,16 @@ import pytest
 from zflake.core.layout import PRESETS
 from zflake.core.lease import READER, SCHEMA, Mark, Meta, Record, Swap
 from zflake.core.lessor import MARGIN_MS, REST_MS
-from zflake.delegator.setup import DEFAULT_TTL_MS, Wishes, rewind, settle_meta, start_timeline
+from zflake.delegator.setup import (
+    DEFAULT_TTL_MS,
+    LISTEN_S,
+    LISTEN_STEPS,
+    Wishes,
+    listen,
+    rewind,
+    settle_meta,
+    start_timeline,
+)
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.memory import MemoryStore
 
@@ -26,6 +36,55 @@ def store() -> MemoryStore:
 
 def settle(store: MemoryStore, now_us: int = NOW_US, **wishes: object) -> Meta:
     return settle_meta(store, Wishes(**wishes), now_us)  # type: ignore[arg-type]
+
+
+# --- others that run ---
+
+
+class Shared(MemoryStore):
+    """A store that others may use; `looks` says what each look at its marks finds, by delegator."""
+
+    exclusive = False
+
+    def __init__(self, looks: Iterable[dict[str, int]]) -> None:
+        super().__init__()
+        self.looks = iter(looks)
+        self.found: dict[str, int] = {}
+
+    def marks(self) -> list[Mark]:
+        self.found = next(self.looks, self.found)
+        return [Mark(name, at_us) for name, at_us in self.found.items()]
+
+
+def listened(looks: Iterable[dict[str, int]]) -> tuple[int | None, float]:
+    """What listening finds, and for how many seconds it sleeps."""
+    slept: list[float] = []
+    return listen(Shared(looks), "me", slept.append), sum(slept)
+
+
+def test_a_store_of_its_own_is_not_listened_to() -> None:
+    store = Shared([{"other": at} for at in range(9)])
+    store.exclusive = True
+    assert listen(store, "me", lambda _: pytest.fail("it slept")) is None
+
+
+def test_listening_joins_a_delegator_whose_mark_keeps_moving() -> None:
+    found, slept_s = listened([{"other": 1_000}] * 3 + [{"other": 2_000}] * 5 + [{"other": 3_000}])
+    assert found == 3_000
+    assert slept_s < LISTEN_S
+
+
+def test_the_late_write_of_a_delegator_that_has_died_is_no_running_timeline() -> None:
+    # The reader was held up between two looks: the mark is as old as that, and nobody is behind it.
+    found, slept_s = listened([{"dead": 1_000}, {"dead": 2_000}])
+    assert found is None
+    assert LISTEN_S <= slept_s <= 2 * LISTEN_S
+
+
+def test_a_delegator_on_a_store_that_is_slow_is_waited_for() -> None:
+    gap = LISTEN_STEPS - 1
+    looks = [{"other": 1}] * gap + [{"other": 2}] * gap + [{"other": 3}]
+    assert listened(looks)[0] == 3
 
 
 # --- a fresh store ---

@@ -19,7 +19,7 @@ from tests.sim.client import Client
 from tests.sim.delegator import Delegator
 from tests.sim.disk import Disk
 from tests.sim.figures import Figures
-from tests.sim.weather import draw
+from tests.sim.weather import Weather, draw
 from tests.sim.worker import Worker
 from tests.sim.world import Host, Process, World
 from zflake.core import tenant as tenant_module
@@ -40,11 +40,12 @@ CALLS_US: Final = 20_000_000
 class Cluster:
     """Hosts, a disk, delegators, workers, clients, and the demon."""
 
-    def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, seed: int, trace: Callable[[str], None] | None = None, weather: Weather | None = None
+    ) -> None:
         rng = Random(seed)
-        self.seed = seed
         self.world = World(rng, trace)
-        self.weather = weather = draw(rng)
+        self.weather = weather = weather or draw(rng)
         self.checker = Checker(lambda: self.world.now_us)
         WatchedMint.watching = self.checker
         self.disk = Disk(self.checker.stored, self.checker.settled, self.checker.used)

@@ -57,7 +57,7 @@ class Process:
     def die(self) -> None:
         self.dead = True
 
-    def at_local(self, local_us: int, do: Callable[..., None], *args: Any) -> None:
+    def at_local(self, local_us: int, do: Callable[..., object], *args: Any) -> None:
         """Call `do` when the local clock shows `local_us`."""
         self.world.at(self.host.when(local_us), self, do, *args)
 
@@ -74,7 +74,7 @@ class World:
         self.tracing = trace is not None
         self.faults: Counter[str] = Counter()
         self._trace = trace
-        self._queue: list[tuple[int, int, Process | None, Callable[..., None], tuple[Any, ...]]] = []
+        self._queue: list[tuple[int, int, Process | None, Callable[..., object], tuple[Any, ...]]] = []
         self._count = 0
         self._depth = 0
         # The network.
@@ -94,13 +94,13 @@ class World:
         if self.tracing:
             self.note(who, f"*** {kind} {text}")
 
-    def at(self, when_us: int, process: Process | None, do: Callable[..., None], *args: Any) -> None:
+    def at(self, when_us: int, process: Process | None, do: Callable[..., object], *args: Any) -> None:
         """Call `do(*args)` at a true time, unless `process` is dead by then; a paused one is late."""
         self._count += 1
         when_us = max(when_us, self.now_us)
         heapq.heappush(self._queue, (when_us, self._count, process, do, args))
 
-    def after(self, wait_us: int, process: Process | None, do: Callable[..., None], *args: Any) -> None:
+    def after(self, wait_us: int, process: Process | None, do: Callable[..., object], *args: Any) -> None:
         self.at(self.now_us + wait_us, process, do, *args)
 
     def run(self, until_us: int) -> None:
@@ -129,7 +129,7 @@ class World:
             finally:
                 self._depth -= 1
 
-    def send(self, source: Process, target: Process, do: Callable[..., None], *args: Any) -> None:
+    def send(self, source: Process, target: Process, do: Callable[..., object], *args: Any) -> None:
         """Carry a message: `do(*args)` at the target, once, twice, late or never."""
         rng = self.rng
         if self.cut and (source.name, target.name) in self.cut:

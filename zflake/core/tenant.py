@@ -46,8 +46,9 @@ RETRY_US: Final = 1_000_000
 ttl leaves less time."""
 LAPSED_US: Final = 200_000
 """Over how much time the renewals of those spread that the timeline has left behind together."""
-FREED_US: Final = 2_000_000
-"""How long to wait at most for a machine that may be given back."""
+PATIENCE_US: Final = 2_000_000
+"""The longest wait that a refusal can impose on a tenant that can't mint: a machine may be given back, a lease
+lost, a floor lowered long before the delegator expected it."""
 
 
 class State(Enum):
@@ -119,6 +120,7 @@ class Tenant:
         self._store_id: str | None = None
         self._next: Token | None = None  # drawn and not settled
         self._send_at_us = 0
+        self._third_us = PATIENCE_US  # of the ttl
         self.retry_us = RETRY_US
         """How long an unanswered request waits before it is sent again."""
 
@@ -170,10 +172,8 @@ class Tenant:
                 self._forget(local_us)
                 return True
             if answer.retry_after_ms is not None:
-                wait_us = answer.retry_after_ms * 1000
-                if answer.reason is Refused.NO_FREE_MACHINE:
-                    # When the first window ends; but a machine may be given back at any time before.
-                    wait_us = min(wait_us, int(FREED_US * (0.5 + self._jitter())))
+                most_us = self._third_us if self.state is State.HELD else PATIENCE_US
+                wait_us = min(answer.retry_after_ms * 1000, int(most_us * (0.5 + self._jitter())))
                 self._send_at_us = local_us + wait_us
         return False
 
@@ -210,7 +210,7 @@ class Tenant:
         self._token, self._gen, self._next = grant.token, grant.gen, None
         self._store_id = grant.store_id or None
         self._move(Event.GRANT)
-        third_us = grant.ttl * grant.layout.tick_ms * 1000 // 3
+        third_us = self._third_us = grant.ttl * grant.layout.tick_ms * 1000 // 3
         self.retry_us = min(RETRY_US, third_us // 2)
         if grant.end > now:
             self._send_at_us = local_us + int(third_us * (0.9 + 0.2 * self._jitter()))

@@ -40,6 +40,8 @@ MAX_BACK_US: Final = 3_600 * 1_000_000
 """So does one further than this before it."""
 DRAG: Final = 10_000
 """While it is ahead of the wall, the timeline passes 1/DRAG (100 ppm) slower."""
+PROOF: Final = 2
+"""Moves of a mark that prove a running delegator."""
 LEAD_US: Final = 10_000_000
 """How far ahead of the wall the timeline may be before that is worth a warning."""
 
@@ -62,24 +64,37 @@ def cold_start_us(wall_us: int, marks_us: Sequence[int]) -> int:
 class Marks:
     """The marks of the other delegators, to tell those that run from those that have gone."""
 
-    __slots__ = ("_own", "_seen", "latest")
+    __slots__ = ("_moves", "_own", "latest")
 
     def __init__(self, own: str) -> None:
         self._own = own
-        self._seen: dict[str, int] = {}
+        self._moves: dict[str, tuple[int, int]] = {}  # by delegator, its mark and how often that has moved
         self.latest: Sequence[Mark] = ()
         """All marks as they were last read, the own one included."""
 
     def read(self, marks: Sequence[Mark]) -> int | None:
-        """Take the marks in; gives the latest of those that moved since they were last read, None where none did."""
-        moved = [
-            mark.now_us
-            for mark in marks
-            if mark.delegator != self._own and self._seen.get(mark.delegator, mark.now_us) != mark.now_us
-        ]
-        self._seen = {mark.delegator: mark.now_us for mark in marks}
+        """Take the marks in; gives the latest of those that moved since they were last read, None if none did."""
+        moved = []
+        moves = {}
+        for mark in marks:
+            before_us, times = self._moves.get(mark.delegator, (mark.now_us, 0))
+            if mark.now_us != before_us and mark.delegator != self._own:
+                moved.append(mark.now_us)
+                times += 1
+            moves[mark.delegator] = mark.now_us, times
+        self._moves = moves
         self.latest = marks
         return max(moved, default=None)
+
+    @property
+    def running_us(self) -> int | None:
+        """The latest mark of the delegators that certainly run; None if none does.
+
+        A mark that moves once may be the late write of a delegator that has died: a store that was slow, or a
+        reader that was stopped between two looks, shows it as a move of this moment, however old it is.  One
+        that moves again has a delegator behind it.
+        """
+        return max((now_us for now_us, times in self._moves.values() if times >= PROOF), default=None)
 
 
 class Carrier:

@@ -21,8 +21,8 @@ MIN_TTL_MS: Final = 1_000
 TRIES: Final = 8
 LISTEN_S: Final = 3.0
 """A delegator that runs moves its mark every second."""
-LISTEN_STEP_S: Final = 0.05
-"""By so much, and a round trip, who joins may be behind those that run."""
+LISTEN_STEPS: Final = 60
+"""Looks in that time; a delegator that joins is behind by the time between two, and a round trip, at most."""
 FORGET_MARKS_US: Final = 86_400_000_000
 """How old the mark of a delegator that has gone may get."""
 
@@ -44,19 +44,21 @@ class Wishes:
 
 
 def listen(store: Store, own: str, sleep: Callable[[float], object] = time.sleep) -> int | None:
-    """The now of the delegators that run on this store already; None where no mark moves for `LISTEN_S`.
+    """The now of the delegators that run on this store already; None if no mark moves for `LISTEN_S`.
 
     `own` is the name of this delegator's own mark.
     """
     if store.exclusive:
         return None
     marks = Marks(own)
-    for _ in range(int(LISTEN_S / LISTEN_STEP_S)):
-        running_us = marks.read(store.marks())
-        if running_us is not None:
-            return running_us
-        sleep(LISTEN_STEP_S)
-    return marks.read(store.marks())
+    marks.read(store.marks())
+    quiet = 0
+    while quiet < LISTEN_STEPS:
+        sleep(LISTEN_S / LISTEN_STEPS)
+        quiet = quiet + 1 if marks.read(store.marks()) is None else 0
+        if marks.running_us is not None:
+            return marks.running_us
+    return None
 
 
 def start_timeline(

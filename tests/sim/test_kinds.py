@@ -1,0 +1,93 @@
+"""Histories that once went wrong, told as the kind that they are: a seed means another history tomorrow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from tests.sim import cluster
+from tests.sim.cluster import Cluster
+from tests.sim.weather import SMALL, TODAY_US, Weather
+from zflake.core.lease import Mark, Swap
+
+CALM: Final = Weather(
+    layout=SMALL,
+    ttl_ms=1_000,
+    machines=(0, 3),
+    workers=2,
+    delegators=2,
+    clients=0,
+    wall_us=TODAY_US,
+    fault_us=0,
+    ping_us=250_000,
+    thirst=0.3,
+    edges=0.0,
+)
+SECOND_US: Final = 1_000_000
+HOUR_US: Final = 3_600 * SECOND_US
+
+
+@pytest.fixture(autouse=True)
+def _watched() -> Iterator[None]:
+    with cluster.watched():
+        yield
+
+
+def test_a_late_write_of_a_dead_delegator_sets_no_timeline_back() -> None:
+    sim = Cluster(1, weather=CALM)
+    world = sim.world
+    world.run(2 * SECOND_US)
+    sim._stop_delegators()
+    (mark, *_) = (mark for mark in sim.disk.marks() if mark.delegator == "d1")
+    late = Mark("d1", mark.now_us + SECOND_US // 2)
+    world.run(20 * SECOND_US)
+    write: Callable[..., object] = sim.disk.apply
+    world.after(SECOND_US, None, write, [], late)
+    sim._start_delegator(0)
+    (delegator, _) = sim.delegators
+    assert delegator is not None
+    assert not delegator.dead
+    assert abs(delegator.now_us() - delegator.host.wall_us()) < SECOND_US
+
+
+def test_a_delegator_that_runs_is_joined_whatever_the_wall_clock_shows() -> None:
+    sim = Cluster(1, weather=CALM)
+    sim.world.run(2 * SECOND_US)
+    first, second = sim.delegators
+    assert first is not None
+    assert second is not None
+    second.die()
+    sim.hosts[1].step_wall(HOUR_US)
+    sim._start_delegator(1)
+    joined = sim.delegators[1]
+    assert joined is not None
+    assert joined is not second
+    assert abs(joined.now_us() - first.now_us()) < SECOND_US
+
+
+def test_a_worker_with_a_window_far_ahead_hears_soon_that_its_lease_was_lost() -> None:
+    sim = Cluster(1, weather=replace(CALM, delegators=1, workers=1))
+    world, (worker,) = sim.world, sim.workers
+    world.run(2 * SECOND_US)
+    (delegator,) = sim.delegators
+    assert delegator is not None
+    # One renewal is granted by a timeline an hour ahead, and then the timeline is right again.
+    right, mint = delegator.timeline, worker.tenant.mint
+    sim.checker.cold_start(delegator.host.wall_us() + 2 * HOUR_US)
+    delegator.timeline = type(right)(delegator.now_us() + HOUR_US, delegator.host.local_us())
+    while mint is not None and mint.end < delegator.now():
+        world.run(world.now_us + SECOND_US // 10)
+    delegator.timeline = right
+    world.run(world.now_us + 5 * SECOND_US)
+    assert worker.tenant.state.name == "LAPSED"
+    # Somebody ends that tenancy, as a rewind does, which keeps the fence.
+    (record,) = sim.disk.contents().records
+    meta = sim.disk.meta()
+    assert meta is not None
+    ended = replace(record, gen=record.gen + 1, token=None)
+    assert sim.disk.apply([Swap(ended, meta.version)], None) == [True]
+    world.run(world.now_us + 5 * SECOND_US)
+    assert worker.tenant.state.name == "HELD"
