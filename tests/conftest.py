@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from tests.servers import Servers
-from zflake.daemon import Alarm
+from zflake.daemon import Waker
 from zflake.wire.codec import Response, decode_request, decode_response, encode_request
 
 WAIT_S = 10.0
@@ -38,12 +38,12 @@ def brief(values: Iterable[Any], usual: Collection[Any]) -> list[Any]:
     ]
 
 
-class Bell(Alarm):
-    """An alarm without signals, for a daemon that runs in a thread."""
+class Bell(Waker):
+    """An waker without signals, for a daemon that runs in a thread."""
 
     def stop(self) -> None:
         self.stopping = True
-        self.ring()
+        self.wake()
 
     def close(self) -> None:
         self._read.close()
@@ -61,7 +61,7 @@ D = TypeVar("D", bound=Daemon)
 
 
 @contextlib.contextmanager
-def serving(make: Callable[[Alarm], D]) -> Iterator[D]:
+def serving(make: Callable[[Waker], D]) -> Iterator[D]:
     """Run a daemon in a thread; at the end it is told to drain, and must end without an exception."""
     bell = Bell()
     crashes: list[BaseException] = []

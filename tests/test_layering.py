@@ -16,33 +16,43 @@ PACKAGE = Path(__file__).parents[1] / "zflake"
 BELOW = {
     "errors": set[str](),
     "version": set[str](),
+    "clock": set[str](),
     "core": {"errors"},
     "stores": {"errors", "core"},
     "wire": {"errors", "core"},
     "daemon": {"errors"},
-    "holder": {"errors", "core", "wire"},
-    "worker": {"errors", "version", "core", "wire", "holder", "daemon"},
-    "delegator": {"errors", "version", "core", "wire", "stores", "holder", "daemon"},
+    "holder": {"errors", "clock", "core", "wire"},
+    "embedded": {"errors", "clock", "core", "wire", "holder"},
+    "worker": {"errors", "version", "clock", "core", "wire", "holder", "daemon"},
+    "delegator": {"errors", "version", "clock", "core", "wire", "stores", "daemon"},
     "client": {"errors", "core", "wire"},
     "cli": {
         "errors",
         "version",
+        "clock",
         "core",
         "stores",
         "wire",
-        "holder",
+        "embedded",
         "client",
         "worker",
         "delegator",
         "daemon",
     },
-    "web": {"errors", "wire", "client", "holder"},
-    "__init__": {"errors", "version", "core", "client", "holder"},
+    "web": {"errors", "wire", "client", "embedded"},
+    "__init__": {"errors", "version", "core", "client", "embedded"},
     "__main__": {"cli"},
 }
 IMPURE = {"time", "random", "secrets", "os", "socket", "threading", "asyncio", "zmq", "logging"}
 # Parts of other folders that must stay free of sockets, like the core.
-SANS_IO = ["client/conversation.py", "worker/handler.py", "delegator/directory.py", "wire/messages.py"]
+SANS_IO = [
+    *("client/conversation.py", "holder/lease.py", "worker/handler.py", "worker/link.py"),
+    *(f"delegator/{name}.py" for name in ("service", "broker", "directory", "committer")),
+    *(
+        f"wire/{name}.py"
+        for name in ("codec", "frames", "methods", "fields", "dispatch", "ids", "leases", "cluster")
+    ),
+]
 
 
 def part_of(module: Path) -> str:
@@ -55,7 +65,10 @@ def imports(module: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            yield node.module or ""
+            if node.module == PACKAGE.name:
+                yield from (f"{PACKAGE.name}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
 
 
 def wrong_imports(package: Path, part: str, names: Iterator[str]) -> list[str]:

@@ -13,6 +13,7 @@ descend from `ZflakeError`.
 from zflake.client.sync import Client
 from zflake.core.layout import PRESETS as layouts  # noqa: N811  (the name is the fixed API)
 from zflake.core.layout import Decomposed, Field, Layout
+from zflake.embedded.generator import LeasedGenerator, StaticGenerator
 from zflake.errors import (
     AuthError,
     Closed,
@@ -28,7 +29,6 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
-from zflake.holder.generator import LeasedGenerator, StaticGenerator
 from zflake.version import __version__
 
 __all__ = [

@@ -6,7 +6,7 @@ from __future__ import annotations
 class ZflakeError(Exception):
     """The root of all errors of zflake.
 
-    `retry_after` is the number of seconds after which another try may succeed, or None where the other
+    `retry_after` is the number of seconds after which another try may succeed, or None if the other
     side gave no such hint.
     """
 
@@ -36,7 +36,7 @@ class LeaseLost(ZflakeError):  # noqa: N818
 
 
 class NoFreeMachine(ZflakeError):  # noqa: N818
-    """Every machine ID is inside somebody's window; `retry_after` says when the first one may fall free."""
+    """Every machine ID is inside a window; `retry_after` says when the first one may fall free."""
 
 
 class AuthError(ZflakeError):

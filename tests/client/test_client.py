@@ -16,7 +16,7 @@ from tests.conftest import Connect, Scripts, serving, until
 from zflake import Client, Closed, ConfigError, LayoutError, ProtocolError, Timeout, Unavailable
 from zflake.core.layout import PRESETS
 from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.setup import Wishes
+from zflake.delegator.start import Wishes
 from zflake.wire.codec import decode_request, encode_error, encode_result
 from zflake.wire.endpoint import parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig

@@ -38,7 +38,7 @@ from zflake.errors import (
     ZflakeError,
 )
 from zflake.wire.codec import Response, WireError
-from zflake.wire.messages import MAX_COUNT
+from zflake.wire.ids import MAX_COUNT
 
 LAYOUT: Final = PRESETS["snowcloud"]
 D1, D2 = "tcp://10.0.0.1:7410", "tcp://10.0.0.2:7410"

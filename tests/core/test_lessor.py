@@ -29,7 +29,7 @@ from zflake.core.lease import (
     Swap,
     Token,
 )
-from zflake.core.lessor import OFFER, POOL, acquire, release, renew, ticks_to_ms
+from zflake.core.lessor import OFFER, POOL, acquire, release, renew
 from zflake.core.mint import Mint
 from zflake.stores.memory import MemoryStore
 
@@ -87,7 +87,7 @@ def of(kind: type[T], decision: object) -> T:
     return decision
 
 
-# --- a desk: decide, try, read again ---
+# --- a executor: decide, try, read again ---
 
 
 class Desk:
@@ -232,7 +232,7 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.desk = Desk(META)
+        self.executor = Desk(META)
         self.clock = 0
         self.drawn = 0
         self.parties: list[Party] = []
@@ -252,9 +252,9 @@ class Histories(RuleBasedStateMachine):
         self.sent.append(request)
         now = self.clock + skew
         if race is None:
-            return self.desk.ask(request, now)
+            return self.executor.ask(request, now)
         rival = self.sent[race % len(self.sent)]
-        return self.desk.ask(request, now, meanwhile=lambda: self.desk.ask(rival, self.clock))
+        return self.executor.ask(request, now, meanwhile=lambda: self.executor.ask(rival, self.clock))
 
     skews = st.sampled_from([0, 0, -1, 1]) | st.integers(-3 * TTL, 3 * TTL)
     races = st.none() | st.integers(0, 1000)
@@ -264,7 +264,7 @@ class Histories(RuleBasedStateMachine):
     @initialize(start=st.sampled_from([0, 0, 200, LAYOUT.end_tick - 2 * TTL]), seed=st.integers(0, 7))
     def begin(self, start: int, seed: int) -> None:
         self.clock = start
-        self.desk.pick = lambda n: seed % n
+        self.executor.pick = lambda n: seed % n
 
     @rule(ticks=st.integers(0, TTL) | st.sampled_from([1, TTL, TTL + 1]))
     def time_passes(self, ticks: int) -> None:
@@ -302,14 +302,14 @@ class Histories(RuleBasedStateMachine):
     def the_same_message_twice_writes_once(self, choice: int, skew: int, later: int) -> None:
         request = self.sent[choice % len(self.sent)]
         answer = self.send(request, skew, None)
-        before = self.desk.snapshot()
-        again = self.desk.ask(request, self.clock + later)
+        before = self.executor.snapshot()
+        again = self.executor.ask(request, self.clock + later)
         if isinstance(answer, Grant):
             assert again == answer
-            assert self.desk.snapshot() == before
+            assert self.executor.snapshot() == before
         elif isinstance(request, Release):
             assert refusal(again).reason is Refused.LOST
-            assert self.desk.snapshot() == before
+            assert self.executor.snapshot() == before
 
     @precondition(lambda self: self.parties)
     @rule(choice=choices)
@@ -340,7 +340,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(above=st.integers(1, 2 * TTL))
     def the_floor_is_raised(self, above: int) -> None:
-        self.desk.raise_floor(max(self.desk.meta.floor, self.clock) + above)
+        self.executor.raise_floor(max(self.executor.meta.floor, self.clock) + above)
 
 
 TestNoHistoryMakesWindowsOverlap = Histories.TestCase
@@ -351,10 +351,10 @@ TestNoHistoryMakesWindowsOverlap.settings = settings(deadline=None, max_examples
 
 
 def test_an_acquire_takes_a_window_of_one_ttl_from_now() -> None:
-    desk = Desk(META)
-    grant = desk.ask(Acquire(A, ME), 100)
+    executor = Desk(META)
+    grant = executor.ask(Acquire(A, ME), 100)
     assert grant == Grant(2, 1, 100, 100 + TTL, A, LAYOUT, TTL)
-    assert desk.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME, 100)
+    assert executor.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME, 100)
 
 
 def test_a_machine_is_free_from_its_fence_on_and_no_tick_sooner() -> None:
@@ -425,82 +425,82 @@ def test_offering_no_more_than_it_needs_narrows_no_pool() -> None:
 
 
 def test_a_machine_never_used_goes_before_one_that_rests() -> None:
-    desk = Desk(META)
+    executor = Desk(META)
     grants = []
     for now, drawn in ((0, A), (TTL, B), (2 * TTL, C)):
-        grants.append(of(Grant, desk.ask(Acquire(drawn), now)).machine)
+        grants.append(of(Grant, executor.ask(Acquire(drawn), now)).machine)
     assert grants == [2, 3, 4]
-    assert of(Grant, desk.ask(Acquire(token(9)), 3 * TTL)).machine == 2
+    assert of(Grant, executor.ask(Acquire(token(9)), 3 * TTL)).machine == 2
 
 
 def test_only_the_leased_range_is_leased() -> None:
-    desk = Desk(META)
-    grants = [desk.ask(Acquire(token(i)), 10) for i in range(1, 4)]
+    executor = Desk(META)
+    grants = [executor.ask(Acquire(token(i)), 10) for i in range(1, 4)]
     assert sorted(of(Grant, grant).machine for grant in grants) == [2, 3, 4]
-    fourth = desk.ask(Acquire(token(9)), 10)
+    fourth = executor.ask(Acquire(token(9)), 10)
     assert refusal(fourth).reason is Refused.NO_FREE_MACHINE
     assert wait_of(fourth) == TTL
 
 
 def test_an_acquire_repeated_on_any_clock_gets_the_same_window_and_writes_nothing() -> None:
-    desk = Desk(META)
-    grant = desk.ask(Acquire(A, ME), 100)
-    before = desk.snapshot()
+    executor = Desk(META)
+    grant = executor.ask(Acquire(A, ME), 100)
+    before = executor.snapshot()
     for now in (0, 100, 101, 100 + TTL, 500, LAYOUT.end_tick + 5):
-        assert desk.ask(Acquire(A, ME), now) == grant
-    assert desk.snapshot() == before
+        assert executor.ask(Acquire(A, ME), now) == grant
+    assert executor.snapshot() == before
 
 
 # --- renew ---
 
 
 def test_a_renewal_grants_the_window_that_follows_and_stretches_nothing() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    grant = desk.ask(Renew(2, A, 1, B), 110)
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    grant = executor.ask(Renew(2, A, 1, B), 110)
     assert grant == Grant(2, 2, 100 + TTL, 110 + TTL, B, LAYOUT, TTL)
-    assert desk.spans[2] == [(100, 130), (130, 140)]
+    assert executor.spans[2] == [(100, 130), (130, 140)]
 
 
 def test_a_renewal_after_a_gap_starts_at_now() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    grant = of(Grant, desk.ask(Renew(2, A, 1, B), 200))
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    grant = of(Grant, executor.ask(Renew(2, A, 1, B), 200))
     assert (grant.start, grant.end) == (200, 200 + TTL)
-    assert desk.store.by_machine(2).tenancy_start == 100
+    assert executor.store.by_machine(2).tenancy_start == 100
 
 
 def test_a_renewal_repeated_gets_the_same_window_and_writes_nothing() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    grant = desk.ask(Renew(2, A, 1, B), 110)
-    before = desk.snapshot()
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    grant = executor.ask(Renew(2, A, 1, B), 110)
+    before = executor.snapshot()
     for now in (0, 110, 111, 500):
-        assert desk.ask(Renew(2, A, 1, B), now) == grant
-    assert desk.snapshot() == before
+        assert executor.ask(Renew(2, A, 1, B), now) == grant
+    assert executor.snapshot() == before
 
 
 def test_of_two_copies_of_a_holder_only_the_first_to_renew_goes_on() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    assert isinstance(desk.ask(Renew(2, A, 1, B), 110), Grant)
-    before = desk.snapshot()
-    assert refusal(desk.ask(Renew(2, A, 1, C), 110)).reason is Refused.LOST
-    assert refusal(desk.ask(Release(2, A, C, None), 110)).reason is Refused.LOST
-    assert desk.snapshot() == before
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    assert isinstance(executor.ask(Renew(2, A, 1, B), 110), Grant)
+    before = executor.snapshot()
+    assert refusal(executor.ask(Renew(2, A, 1, C), 110)).reason is Refused.LOST
+    assert refusal(executor.ask(Release(2, A, C, None), 110)).reason is Refused.LOST
+    assert executor.snapshot() == before
 
 
 def test_a_machine_that_went_to_another_is_lost_to_the_first() -> None:
-    desk = Desk(replace(META, last_machine=2))
-    desk.ask(Acquire(A), 100)
-    assert isinstance(desk.ask(Acquire(B), 100 + TTL), Grant)
-    assert refusal(desk.ask(Renew(2, A, 1, C), 100 + TTL)).reason is Refused.LOST
+    executor = Desk(replace(META, last_machine=2))
+    executor.ask(Acquire(A), 100)
+    assert isinstance(executor.ask(Acquire(B), 100 + TTL), Grant)
+    assert refusal(executor.ask(Renew(2, A, 1, C), 100 + TTL)).reason is Refused.LOST
 
 
 def test_a_lease_that_ran_out_is_still_its_holders_until_another_takes_it() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    assert isinstance(desk.ask(Renew(2, A, 1, B), 480), Grant)
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    assert isinstance(executor.ask(Renew(2, A, 1, B), 480), Grant)
 
 
 @pytest.mark.parametrize("machine", [0, 1, 5, 7])
@@ -541,13 +541,13 @@ def test_too_early_says_how_long_to_the_tick(fence: int, now: int, floor: int) -
 
 
 def test_a_renewal_on_a_clock_that_went_back_is_told_to_wait_and_never_lost() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
     for now in (0, 50, 99, 100):
-        answer = desk.ask(Renew(2, A, 1, B), now)
+        answer = executor.ask(Renew(2, A, 1, B), now)
         assert refusal(answer).reason is Refused.TOO_EARLY
         assert wait_of(answer) == 101 - now
-    assert isinstance(desk.ask(Renew(2, A, 1, B), 101), Grant)
+    assert isinstance(executor.ask(Renew(2, A, 1, B), 101), Grant)
 
 
 # --- the layout's end ---
@@ -555,14 +555,14 @@ def test_a_renewal_on_a_clock_that_went_back_is_told_to_wait_and_never_lost() ->
 
 def test_the_last_window_ends_with_the_layout_and_then_it_is_exhausted() -> None:
     end = LAYOUT.end_tick
-    desk = Desk(META)
-    grant = of(Grant, desk.ask(Acquire(A), end - 1))
+    executor = Desk(META)
+    grant = of(Grant, executor.ask(Acquire(A), end - 1))
     assert (grant.start, grant.end) == (end - 1, end)
     for now in (end - 1, end, end + 100):
-        assert refusal(desk.ask(Renew(2, A, 1, B), now)).reason is Refused.EXHAUSTED
-        assert refusal(desk.ask(Renew(2, A, 1, B), now)).retry_after_ms is None
-    assert refusal(desk.ask(Acquire(C), end)).reason is Refused.EXHAUSTED
-    assert refusal(desk.ask(Acquire(C), end)).retry_after_ms is None
+        assert refusal(executor.ask(Renew(2, A, 1, B), now)).reason is Refused.EXHAUSTED
+        assert refusal(executor.ask(Renew(2, A, 1, B), now)).retry_after_ms is None
+    assert refusal(executor.ask(Acquire(C), end)).reason is Refused.EXHAUSTED
+    assert refusal(executor.ask(Acquire(C), end)).retry_after_ms is None
 
 
 # --- release ---
@@ -586,106 +586,108 @@ def test_the_last_window_ends_with_the_layout_and_then_it_is_exhausted() -> None
 def test_a_release_gives_back_what_can_not_have_been_minted_in(
     last: int | None, now: int, fence: int
 ) -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    assert desk.ask(Release(2, A, None, last), now) == Released(2, fence)
-    record = desk.store.by_machine(2)
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    assert executor.ask(Release(2, A, None, last), now) == Released(2, fence)
+    record = executor.store.by_machine(2)
     assert (record.fence, record.gen, record.token) == (fence, 2, None)
 
 
 def test_a_release_reaches_back_over_all_windows_of_the_tenancy() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    desk.ask(Renew(2, A, 1, B), 120)
-    assert desk.ask(Release(2, B, None, 101), 90) == Released(2, 102)
-    assert desk.spans[2] == [(100, 102)]
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    executor.ask(Renew(2, A, 1, B), 120)
+    assert executor.ask(Release(2, B, None, 101), 90) == Released(2, 102)
+    assert executor.spans[2] == [(100, 102)]
 
 
 def test_a_release_stops_at_the_tenancy_before_it() -> None:
-    desk = Desk(replace(META, last_machine=2))
-    desk.ask(Acquire(A), 100)
-    desk.ask(Acquire(B), 130)
-    assert desk.ask(Release(2, B, None, None), 0) == Released(2, 130)
-    assert desk.spans[2] == [(100, 130)]
+    executor = Desk(replace(META, last_machine=2))
+    executor.ask(Acquire(A), 100)
+    executor.ask(Acquire(B), 130)
+    assert executor.ask(Release(2, B, None, None), 0) == Released(2, 130)
+    assert executor.spans[2] == [(100, 130)]
 
 
 def test_a_released_machine_is_free_again_at_once() -> None:
-    desk = Desk(replace(META, last_machine=2))
-    desk.ask(Acquire(A), 100)
-    desk.ask(Release(2, A, None, 104), 105)
-    grant = of(Grant, desk.ask(Acquire(B), 105))
+    executor = Desk(replace(META, last_machine=2))
+    executor.ask(Acquire(A), 100)
+    executor.ask(Release(2, A, None, 104), 105)
+    grant = of(Grant, executor.ask(Acquire(B), 105))
     assert (grant.machine, grant.start) == (2, 105)
 
 
 def test_a_release_with_the_token_of_an_unanswered_renewal_stands() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    desk.ask(Renew(2, A, 1, B), 110)  # the reply is lost
-    assert desk.ask(Release(2, A, B, 111), 112) == Released(2, 112)
-    assert refusal(desk.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    executor.ask(Renew(2, A, 1, B), 110)  # the reply is lost
+    assert executor.ask(Release(2, A, B, 111), 112) == Released(2, 112)
+    assert refusal(executor.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
 
 
 def test_a_renewal_that_arrives_after_the_release_is_lost() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    assert desk.ask(Release(2, A, B, 111), 112) == Released(2, 112)
-    assert refusal(desk.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    assert executor.ask(Release(2, A, B, 111), 112) == Released(2, 112)
+    assert refusal(executor.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
 
 
 def test_a_release_repeated_is_lost_and_writes_nothing() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    desk.ask(Release(2, A, None, 105), 106)
-    before = desk.snapshot()
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    executor.ask(Release(2, A, None, 105), 106)
+    before = executor.snapshot()
     for last in (105, None):
-        assert refusal(desk.ask(Release(2, A, None, last), 300)).reason is Refused.LOST
-    assert desk.snapshot() == before
+        assert refusal(executor.ask(Release(2, A, None, last), 300)).reason is Refused.LOST
+    assert executor.snapshot() == before
 
 
 def test_no_token_matches_a_record_that_has_none() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    desk.ask(Release(2, A, None, 105), 106)
-    assert refusal(desk.ask(Release(2, b"", None, 1), 106)).reason is Refused.LOST
-    assert refusal(desk.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    executor.ask(Release(2, A, None, 105), 106)
+    assert refusal(executor.ask(Release(2, b"", None, 1), 106)).reason is Refused.LOST
+    assert refusal(executor.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
 
 
 # --- races ---
 
 
 def test_of_two_that_race_for_a_machine_one_decides_again() -> None:
-    desk = Desk(META)
+    executor = Desk(META)
     rival: list[Answer] = []
-    mine = desk.ask(Acquire(A), 100, meanwhile=lambda: rival.append(desk.ask(Acquire(B), 100)))
+    mine = executor.ask(Acquire(A), 100, meanwhile=lambda: rival.append(executor.ask(Acquire(B), 100)))
     assert (of(Grant, rival[0]).machine, of(Grant, mine).machine) == (2, 3)
 
 
 def test_a_renewal_that_a_copy_overtakes_is_lost_and_not_granted() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A), 100)
-    answer = desk.ask(Renew(2, A, 1, B), 110, meanwhile=lambda: desk.ask(Renew(2, A, 1, C), 110))
+    executor = Desk(META)
+    executor.ask(Acquire(A), 100)
+    answer = executor.ask(Renew(2, A, 1, B), 110, meanwhile=lambda: executor.ask(Renew(2, A, 1, C), 110))
     assert refusal(answer).reason is Refused.LOST
-    assert desk.store.by_machine(2).token == C
+    assert executor.store.by_machine(2).token == C
 
 
 def test_a_request_that_races_with_its_own_repeat_is_granted_once() -> None:
     for request in (Acquire(B), Renew(2, A, 1, B)):
-        desk = Desk(META)
-        desk.ask(Acquire(A), 100)
+        executor = Desk(META)
+        executor.ask(Acquire(A), 100)
         other: list[Answer] = []
 
-        def repeat(desk: Desk = desk, request: Request = request, other: list[Answer] = other) -> None:
-            other.append(desk.ask(request, 111))
+        def repeat(
+            executor: Desk = executor, request: Request = request, other: list[Answer] = other
+        ) -> None:
+            other.append(executor.ask(request, 111))
 
-        assert desk.ask(request, 110, meanwhile=repeat) == other[0]
-        assert [record.token for record in desk.snapshot()].count(B) == 1
+        assert executor.ask(request, 110, meanwhile=repeat) == other[0]
+        assert [record.token for record in executor.snapshot()].count(B) == 1
 
 
 def test_a_floor_raised_while_a_grant_is_under_way_holds_for_it() -> None:
-    desk = Desk(META)
-    answer = desk.ask(Acquire(A), 100, meanwhile=lambda: desk.raise_floor(150))
+    executor = Desk(META)
+    answer = executor.ask(Acquire(A), 100, meanwhile=lambda: executor.raise_floor(150))
     assert refusal(answer).reason is Refused.NO_FREE_MACHINE
-    assert desk.snapshot() == [Record(machine) for machine in range(8)]
+    assert executor.snapshot() == [Record(machine) for machine in range(8)]
 
 
 # --- units ---
@@ -693,18 +695,18 @@ def test_a_floor_raised_while_a_grant_is_under_way_holds_for_it() -> None:
 
 @pytest.mark.parametrize(("ticks", "ms"), [(0, 0), (-7, 0), (1, 10), (30, 300)])
 def test_ticks_are_told_in_milliseconds_and_never_below_zero(ticks: int, ms: int) -> None:
-    assert ticks_to_ms(META, ticks) == ms
+    assert META.layout.ticks_to_ms(ticks) == ms
 
 
 # --- provenance ---
 
 
 def test_windows_without_a_gap_are_one_span_and_a_gap_begins_another() -> None:
-    desk = Desk(META)
-    desk.ask(Acquire(A, ME), 100)
-    desk.ask(Renew(2, A, 1, B), 110)
-    record = desk.store.by_machine(2)
+    executor = Desk(META)
+    executor.ask(Acquire(A, ME), 100)
+    executor.ask(Renew(2, A, 1, B), 110)
+    record = executor.store.by_machine(2)
     assert (record.start, record.span_start, record.tenancy_start) == (100 + TTL, 100, 100)
-    desk.ask(Renew(2, B, 2, C), 200)
-    record = desk.store.by_machine(2)
+    executor.ask(Renew(2, B, 2, C), 200)
+    record = executor.store.by_machine(2)
     assert (record.start, record.span_start, record.tenancy_start) == (200, 200, 100)

@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from zflake.core import lessor
+from zflake.core import lessor, loss
 from zflake.core.layout import PRESETS
 from zflake.core.lease import Acquire, Meta, Record, Refusal, Refused, Renew
 
@@ -29,9 +29,9 @@ KNOWN: Final = Record(2, fence=4000, gen=3, token=A, start=3000, tenancy_start=1
     ids=["above", "far above", "above with the record's token", "the same with another token"],
 )
 def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) -> None:
-    new = lessor.witnessed(META, 1000, 1000, request_, record=KNOWN)
+    new = loss.witnessed(META, 1000, 1000, request_, record=KNOWN)
     assert new == replace(META, floor=5000 + 1 + REST)
-    assert lessor.witnessed(new, 1000, 1000, request_, record=KNOWN) is None  # it is known now
+    assert loss.witnessed(new, 1000, 1000, request_, record=KNOWN) is None  # it is known now
 
 
 @pytest.mark.parametrize(
@@ -40,49 +40,49 @@ def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) ->
     ids=["older", "much older", "the holder of the record", "without an end", "a repeat"],
 )
 def test_what_an_honest_store_can_meet_is_no_witness(request_: Renew) -> None:
-    assert lessor.witnessed(META, 1000, 1000, request_, record=KNOWN) is None
+    assert loss.witnessed(META, 1000, 1000, request_, record=KNOWN) is None
 
 
 def test_a_release_that_the_store_has_forgotten_of_shows_as_well() -> None:
     gone = replace(KNOWN, token=None)
-    assert lessor.witnessed(META, 1000, 1000, as_of(3), record=gone) is not None
-    assert lessor.witnessed(META, 1000, 1000, as_of(2), record=gone) is None
+    assert loss.witnessed(META, 1000, 1000, as_of(3), record=gone) is not None
+    assert loss.witnessed(META, 1000, 1000, as_of(2), record=gone) is None
 
 
 def test_the_floor_lies_above_every_clock_and_every_end_by_a_rest_and_a_margin() -> None:
     for now, latest, end in [(1000, 1000, 900), (1000, 8000, 900), (1000, 1000, 7000)]:
-        new = lessor.witnessed(META, now, latest, as_of(9, end), record=KNOWN)
+        new = loss.witnessed(META, now, latest, as_of(9, end), record=KNOWN)
         assert new is not None
         assert new.floor == max(latest, end) + 1 + REST
     slow = replace(META, ttl=90_000)
-    new = lessor.witnessed(slow, 1000, 1000, as_of(9, 900), record=KNOWN)
+    new = loss.witnessed(slow, 1000, 1000, as_of(9, 900), record=KNOWN)
     assert new is not None
     assert new.floor == 1000 + 1 + 90_000 + 10_000
 
 
 def test_while_it_rests_a_further_witness_lifts_the_floor_to_its_end_and_the_margin_only() -> None:
     resting = replace(META, floor=71_001)
-    assert lessor.witnessed(resting, 2000, 2000, as_of(9, 71_001), record=KNOWN) is None
-    new = lessor.witnessed(resting, 2000, 2000, as_of(9, 80_000), record=KNOWN)
+    assert loss.witnessed(resting, 2000, 2000, as_of(9, 71_001), record=KNOWN) is None
+    new = loss.witnessed(resting, 2000, 2000, as_of(9, 80_000), record=KNOWN)
     assert new is not None
     assert new.floor == 90_000
 
 
 def test_a_witness_of_a_loss_that_is_over_is_none_and_one_of_a_later_grant_is() -> None:
     rested = replace(META, floor=71_001)
-    assert lessor.witnessed(rested, 80_000, 80_000, as_of(9, 71_001), record=KNOWN) is None
-    new = lessor.witnessed(rested, 80_000, 80_000, as_of(9, 71_002), record=KNOWN)
+    assert loss.witnessed(rested, 80_000, 80_000, as_of(9, 71_001), record=KNOWN) is None
+    new = loss.witnessed(rested, 80_000, 80_000, as_of(9, 71_002), record=KNOWN)
     assert new is not None
     assert new.floor == 80_000 + 1 + REST
 
 
 def test_nobody_makes_a_store_rest_for_longer_than_an_hour_and_a_bit() -> None:
     end = META.layout.end_tick - 1
-    new = lessor.witnessed(META, 1000, 1000, as_of(9, end), record=KNOWN)
+    new = loss.witnessed(META, 1000, 1000, as_of(9, end), record=KNOWN)
     assert new is not None
     assert new.floor == 1000 + 3_600_000 + 1 + REST
     late = end - 5
-    new = lessor.witnessed(META, late, late, as_of(9, end), record=KNOWN)
+    new = loss.witnessed(META, late, late, as_of(9, end), record=KNOWN)
     assert new is not None
     assert new.floor == META.layout.end_tick
 
@@ -91,8 +91,51 @@ def test_nobody_makes_a_store_rest_for_longer_than_an_hour_and_a_bit() -> None:
     ("old", "new", "rest"), [(1000, 1000, 60_000), (90_000, 1000, 90_000), (1000, 90_000, 90_000)]
 )
 def test_after_a_loss_the_longer_ttl_counts(old: int, new: int, rest: int) -> None:
-    assert lessor.floor_after_loss(replace(META, ttl=old), 500, new) == 500 + 1 + rest + 10_000
-    assert lessor.floor_after_loss(replace(META, ttl=old, floor=10**7), 500, new) == 10**7
+    def floor(meta: Meta, floor: int = 0) -> int:
+        return loss.after_loss(meta, "life 2", 500, ttl=new, floor=floor, version=7).floor
+
+    low = replace(META, ttl=old)
+    assert floor(low) == 500 + 1 + rest + 10_000
+    assert floor(replace(low, floor=10**7)) == 10**7
+    assert floor(low, 10**7) == 10**7
+
+
+def test_after_a_loss_meta_names_the_new_incarnation_and_nothing_else_changes() -> None:
+    new = loss.after_loss(META, "life 2", 500, ttl=META.ttl, floor=0, version=7)
+    assert new == replace(META, incarnation="life 2", version=7, floor=500 + 1 + REST)
+
+
+@pytest.mark.parametrize(
+    ("found", "incarnation", "lost"),
+    [
+        (META, "", False),
+        (replace(META, version=9, floor=10), "", False),
+        (replace(META, floor=11), "", False),
+        (META, "life 2", True),
+        (replace(META, incarnation="life 1"), "", True),
+        (replace(META, version=3, floor=10), "", True),
+        (replace(META, version=9, floor=9), "", True),
+    ],
+    ids=[
+        "as it was",
+        "changed",
+        "with a higher floor",
+        "of another life",
+        "a meta of another life",
+        "a meta that was left behind",
+        "a lower floor",
+    ],
+)
+def test_a_loss_shows_by_the_life_the_version_and_the_floor(
+    found: Meta, incarnation: str, lost: bool
+) -> None:
+    known = replace(META, version=8, floor=0 if found.floor == 0 else 10)
+    assert loss.is_lost(known, {3, 4}, found, incarnation) is lost
+
+
+def test_only_a_store_that_is_known_to_be_new_begins_without_a_floor() -> None:
+    assert loss.first_floor(META.layout, 500, META.ttl, new=True) == 0
+    assert loss.first_floor(META.layout, 500, META.ttl, new=False) == 500 + 1 + REST
 
 
 def test_below_the_floor_nobody_is_granted_anything() -> None:
@@ -111,4 +154,4 @@ def test_below_the_floor_nobody_is_granted_anything() -> None:
     ids=["of another store", "of none", "of no machine"],
 )
 def test_who_was_granted_nothing_here_bears_no_witness(request_: Renew) -> None:
-    assert lessor.witnessed(META, 1000, 1000, request_, record=Record(request_.machine)) is None
+    assert loss.witnessed(META, 1000, 1000, request_, record=Record(request_.machine)) is None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from zflake.daemon import Pulse, pulse
+from zflake.daemon import Liveness, liveness
 from zflake.daemon.health import HealthServer
 from zflake.errors import ConfigError
 
@@ -19,12 +19,12 @@ def measure() -> Iterator[Metric]:
 
 
 @pytest.fixture
-def beating() -> Pulse:
-    return Pulse()
+def beating() -> Liveness:
+    return Liveness()
 
 
 @pytest.fixture
-def server(beating: Pulse) -> Iterator[HealthServer]:
+def server(beating: Liveness) -> Iterator[HealthServer]:
     with HealthServer(("127.0.0.1", 0), beating, measure) as serving:
         yield serving
 
@@ -38,23 +38,23 @@ def ask(server: HealthServer, path: str, method: str = "GET") -> tuple[int, str]
     return said
 
 
-def test_a_daemon_is_ready_only_while_it_can_serve(server: HealthServer, beating: Pulse) -> None:
+def test_a_daemon_is_ready_only_while_it_can_serve(server: HealthServer, beating: Liveness) -> None:
     assert ask(server, "/readyz")[0] == 503
-    beating.beat(ready=True)
+    beating.turn(ready=True)
     assert ask(server, "/readyz") == (200, "ok\n")
-    beating.beat(ready=False)
+    beating.turn(ready=False)
     assert ask(server, "/readyz")[0] == 503
-    beating.beat(ready=True)
+    beating.turn(ready=True)
     beating.stop()
     assert ask(server, "/readyz")[0] == 503
 
 
 def test_a_loop_that_hangs_does_not_live(
-    server: HealthServer, beating: Pulse, monkeypatch: pytest.MonkeyPatch
+    server: HealthServer, beating: Liveness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beating.beat(ready=True)
+    beating.turn(ready=True)
     assert ask(server, "/livez") == (200, "ok\n")
-    monkeypatch.setattr(pulse, "ALIVE_S", 0.0)
+    monkeypatch.setattr(liveness, "ALIVE_S", 0.0)
     assert ask(server, "/livez") == (503, "not ok\n")
     assert ask(server, "/readyz")[0] == 503
 
@@ -76,7 +76,7 @@ def test_another_path_says_which_there_are(server: HealthServer) -> None:
 
 def test_a_port_in_use_is_a_clear_error(server: HealthServer) -> None:
     with pytest.raises(ConfigError, match=f"can't serve HTTP at 127.0.0.1:{server.port}"):
-        HealthServer(("127.0.0.1", server.port), Pulse(), measure)
+        HealthServer(("127.0.0.1", server.port), Liveness(), measure)
 
 
 @pytest.fixture
@@ -90,18 +90,18 @@ def systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[socke
 
 
 def test_systemd_hears_of_ready_once_and_of_the_end(systemd: socket.socket) -> None:
-    beating = Pulse()
-    beating.beat(ready=False)
-    beating.beat(ready=True)
-    beating.beat(ready=True)
+    beating = Liveness()
+    beating.turn(ready=False)
+    beating.turn(ready=True)
+    beating.turn(ready=True)
     beating.stop()
     assert [systemd.recv(100), systemd.recv(100)] == [b"READY=1", b"STOPPING=1"]
 
 
 def test_the_watchdog_is_fed_from_the_loop(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "0")
-    beating = Pulse()
-    beating.beat(ready=False)
+    beating = Liveness()
+    beating.turn(ready=False)
     assert systemd.recv(100) == b"WATCHDOG=1"
 
 
@@ -110,6 +110,6 @@ def test_another_process_watchdog_is_left_alone(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "0")
     monkeypatch.setenv("WATCHDOG_PID", "1")
-    Pulse().beat(ready=False)
+    Liveness().turn(ready=False)
     with pytest.raises(BlockingIOError):
         systemd.recv(100)

@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from zflake.delegator import broker as module
-from zflake.delegator.broker import CREDIT, MAX_QUEUE, NOBODY_MS, OVERLOADED_MS, TAG_BYTES, Broker, Outgoing
+from zflake.delegator.broker import (
+    CREDIT,
+    MAX_QUEUE,
+    NO_WORKER_MS,
+    OVERLOADED_MS,
+    TAG_BYTES,
+    Broker,
+    Outgoing,
+)
 from zflake.wire.codec import Response, decode_request, decode_response, encode_error, encode_result
-from zflake.wire.messages import Code, Method
+from zflake.wire.methods import Code, Method
 
 SECOND: Final = 1_000_000
 RUN: Final = (1 << 40, 1, 1)
@@ -113,7 +121,7 @@ def test_a_request_goes_under_a_tag_and_its_answer_to_the_client_as_it_came() ->
     assert client not in tag + body
     world.broker.answer(b"w", [tag, b""], encode_result(2**32 - 1, RUN), world.us)
     assert world.broker.outbox == [Outgoing([client, b"hop", b""], encode_result(2**32 - 1, RUN), None)]
-    assert (world.broker.figures.brokered, world.broker.figures.strays) == (1, 0)
+    assert (world.broker.counts.brokered, world.broker.counts.strays) == (1, 0)
     assert not world.broker.busy
 
 
@@ -143,7 +151,7 @@ def test_an_answer_of_another_worker_s_never_counts_even_with_the_right_tag() ->
     for forger in (b"v", b"stranger", client, b"", tag):
         world.say(forger, [tag, b""], good(world))
     assert world.answers == {}
-    assert world.broker.figures.strays == 5
+    assert world.broker.counts.strays == 5
     world.reply(world.given[0])
     assert world.told(client).result == list(RUN)
 
@@ -164,7 +172,7 @@ def test_the_right_worker_with_any_other_envelope_never_counts(envelopes: list[l
     for envelope in envelopes:
         world.say(b"w", envelope, good(world))
     assert world.answers == {}
-    assert world.broker.figures.strays == len(envelopes)
+    assert world.broker.counts.strays == len(envelopes)
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
@@ -175,7 +183,7 @@ def test_a_right_tag_with_a_frame_too_few_or_too_many_never_counts(extra: int) -
     world.say(b"w", [[tag], [tag, b"x", b""], [tag, b"", b""]][extra], good(world))
     world.say(b"w", [b"x", tag, b""], good(world))
     assert world.answers == {}
-    assert world.broker.figures.strays == 2
+    assert world.broker.counts.strays == 2
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_a_body_that_does_not_answer_the_request_never_counts(body: bytes) -> No
     client = world.ask(msgid=5)
     world.say(b"w", [world.given[0][1], b""], body)
     assert world.answers == {}
-    assert world.broker.figures.strays == 1
+    assert world.broker.counts.strays == 1
     world.reply(world.given[0])  # which the sound answer does, afterwards
     assert world.told(client).result == list(RUN)
 
@@ -212,7 +220,7 @@ def test_an_answer_counts_once() -> None:
         world.reply(world.given[0])
     assert world.told(client).error is None
     assert other not in world.answers
-    assert world.broker.figures.strays == 2
+    assert world.broker.counts.strays == 2
 
 
 def test_an_answer_that_comes_after_the_time_ran_out_never_counts() -> None:
@@ -221,7 +229,7 @@ def test_an_answer_that_comes_after_the_time_ran_out_never_counts() -> None:
     world.sweep(10_000)
     world.reply(world.given[0])
     assert world.code(client) == Code.TIMEOUT
-    assert world.broker.figures.strays == 1
+    assert world.broker.counts.strays == 1
 
 
 @pytest.mark.parametrize("rejoin", [False, True])
@@ -234,11 +242,11 @@ def test_an_answer_of_a_worker_that_was_given_up_never_counts(rejoin: bool) -> N
         world.join(first[0])
     world.reply(first)
     assert world.answers == {}
-    assert world.broker.figures.strays == 1
+    assert world.broker.counts.strays == 1
     world.reply(world.given[1])
     world.reply(first)
     assert world.told(client).error is None
-    assert world.broker.figures.strays == 2
+    assert world.broker.counts.strays == 2
 
 
 # --- credit ---
@@ -299,7 +307,7 @@ def test_one_that_answers_nothing_keeps_no_more_than_its_credit_from_the_others(
     for job in world.given[answered:]:
         world.reply(job)
     assert all(world.told(client).error is None for client in clients)
-    assert world.broker.figures.requeued == CREDIT
+    assert world.broker.counts.requeued == CREDIT
 
 
 # --- workers that go ---
@@ -368,7 +376,7 @@ def test_a_request_that_no_worker_can_serve_ends_unavailable_at_the_next_sweep()
     world.sweep()
     error = world.told(client).error
     assert error is not None
-    assert (error.code, error.retry_after_ms) == (Code.UNAVAILABLE, NOBODY_MS)
+    assert (error.code, error.retry_after_ms) == (Code.UNAVAILABLE, NO_WORKER_MS)
 
 
 def test_nothing_is_kept_of_workers_that_came_and_went() -> None:
@@ -419,7 +427,7 @@ def test_a_queue_that_is_full_is_overloaded_and_says_when_to_come_again(
     error = world.told(world.ask()).error
     assert error is not None
     assert (error.code, error.retry_after_ms) == (Code.OVERLOADED, OVERLOADED_MS)
-    assert world.broker.figures.refused == 1
+    assert world.broker.counts.refused == 1
     world.reply(world.given[0])  # makes room
     assert world.ask() not in world.answers
     assert world.code(world.ask()) == Code.OVERLOADED
@@ -438,7 +446,7 @@ def test_without_a_worker_a_request_is_unavailable_at_once() -> None:
     world = World()
     error = world.told(world.ask()).error
     assert error is not None
-    assert (error.code, error.retry_after_ms) == (Code.UNAVAILABLE, NOBODY_MS)
+    assert (error.code, error.retry_after_ms) == (Code.UNAVAILABLE, NO_WORKER_MS)
 
 
 def test_what_waits_is_unavailable_once_the_last_worker_has_gone() -> None:
@@ -476,7 +484,7 @@ def test_a_request_without_a_budget_is_never_forwarded() -> None:
     clients = [world.ask(budget_ms=0), world.ask(budget_ms=-5)]
     assert {world.code(client) for client in clients} == {Code.TIMEOUT}
     assert world.given == []
-    assert world.broker.figures.expired == 2
+    assert world.broker.counts.expired == 2
 
 
 def test_what_waits_or_is_under_way_ends_with_its_budget_and_others_go_on() -> None:
@@ -491,7 +499,7 @@ def test_what_waits_or_is_under_way_ends_with_its_budget_and_others_go_on() -> N
     for job in world.given:
         world.reply(job)
     assert all(world.told(client).error is None for client in long)
-    assert world.broker.figures.strays == 10
+    assert world.broker.counts.strays == 10
 
 
 def test_a_request_that_is_taken_back_too_late_is_not_given_to_anybody() -> None:
@@ -555,9 +563,9 @@ class Walk(RuleBasedStateMachine):
         for job in self.world.given[-1 - which :][:1]:
             self.world.reply(job)
             if again:
-                strays = self.world.broker.figures.strays
+                strays = self.world.broker.counts.strays
                 self.world.reply(job)
-                assert self.world.broker.figures.strays == strays + 1
+                assert self.world.broker.counts.strays == strays + 1
 
     @rule(which=st.integers(0, 6), code=st.sampled_from(sorted(Code)))
     def refuse(self, which: int, code: Code) -> None:

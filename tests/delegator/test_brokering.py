@@ -17,7 +17,8 @@ from tests.conftest import Connect, Peer, serving, until
 from zflake.core.layout import PRESETS
 from zflake.delegator.broker import CREDIT
 from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.setup import Wishes
+from zflake.delegator.start import Wishes
+from zflake.wire.cluster import LOAD
 from zflake.wire.codec import (
     Response,
     decode_request,
@@ -27,7 +28,7 @@ from zflake.wire.codec import (
     encode_result,
 )
 from zflake.wire.endpoint import parse_endpoint
-from zflake.wire.messages import LOAD, Code
+from zflake.wire.methods import Code
 from zflake.worker.server import Worker, WorkerConfig
 
 LAYOUT: Final = PRESETS["snowcloud"]
@@ -43,7 +44,7 @@ _numbers = count(1)
 @pytest.fixture
 def delegator() -> Iterator[Delegator]:
     config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
-    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+    with serving(lambda waker: Delegator(config, waker)) as delegator:
         yield delegator
 
 
@@ -54,7 +55,7 @@ def peer(connect: Connect, delegator: Delegator) -> Peer:
 
 def working(delegator: str, name: str = "w") -> contextlib.AbstractContextManager[Worker]:
     config = WorkerConfig([parse_endpoint(delegator)], ANY, name=name)
-    return serving(lambda alarm: Worker(config, alarm))
+    return serving(lambda waker: Worker(config, waker))
 
 
 def status(peer: Peer) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def test_several_answers_may_come_in_one_message(
 
 def played_identity(delegator: Delegator) -> bytes:
     """A worker's identity at the delegator, which strangers are taken to guess."""
-    return next(iter(delegator.directory._present))
+    return next(iter(delegator.service.directory._workers))
 
 
 def test_nothing_that_strangers_send_reaches_a_client_while_real_workers_serve(
@@ -255,7 +256,11 @@ def test_nothing_that_strangers_send_reaches_a_client_while_real_workers_serve(
         seen: set[bytes] = set()
         try:
             for _ in range(150):
-                tags = [tag for peer_ in list(delegator.broker._peers.values()) for tag in list(peer_.jobs)]
+                tags = [
+                    tag
+                    for peer_ in list(delegator.service.broker._peers.values())
+                    for tag in list(peer_.jobs)
+                ]
                 seen.update(tags)
                 msgid = client.request("ids.next", 1, 5000)
                 forged = encode_result(msgid, FORGED)
@@ -274,7 +279,7 @@ def test_nothing_that_strangers_send_reaches_a_client_while_real_workers_serve(
                 assert response.result != FORGED
                 assert (
                     LAYOUT.decompose(response.result[0]).machine
-                    == delegator.directory._present[identity].machine
+                    == delegator.service.directory._workers[identity].machine
                 )
         finally:
             mask.close(linger=0)
@@ -384,13 +389,13 @@ def test_a_delegator_that_was_restarted_knows_its_workers_again(connect: Connect
     url = f"sqlite:///{tmp_path}/store.db"
     config = DelegatorConfig(ANY, url, Wishes(new=True))
     with contextlib.ExitStack() as workers:
-        with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+        with serving(lambda waker: Delegator(config, waker)) as delegator:
             address = delegator.address
             for name in ("w1", "w2"):
                 workers.enter_context(working(address, name))
             ready(connect(address), 2)
         again = DelegatorConfig(parse_endpoint(address, to_bind=True), url)
-        with serving(lambda alarm: Delegator(again, alarm)):
+        with serving(lambda waker: Delegator(again, waker)):
             peer = connect(address)
             ready(peer, 2)
             assert sorted(listed(peer)) == ["w1", "w2"]
@@ -404,14 +409,14 @@ def test_a_delegator_that_was_restarted_knows_its_workers_again(connect: Connect
 
 def test_what_is_under_way_when_the_delegator_stops_is_still_answered(connect: Connect) -> None:
     config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
-    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+    with serving(lambda waker: Delegator(config, waker)) as delegator:
         played = Played(connect(delegator.address))
         assert played.ready().error is None
         client = connect(delegator.address)
         msgid = client.request("ids.next", 1, 5000)
         tag, _ = played.take()
-        delegator._alarm.stopping = True
-        until(lambda: delegator._draining)
+        delegator._waker.stopping = True
+        until(lambda: delegator.service.draining)
         late = connect(delegator.address)
         late.request("ids.next", 1, 5000)
         assert code(late.receive()) == "unavailable"

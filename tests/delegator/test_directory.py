@@ -37,13 +37,22 @@ def test_a_release_takes_a_machine_out_and_an_old_one_does_not() -> None:
     assert directory.held(0) == []
 
 
-def test_a_window_that_has_run_out_is_forgotten_until_it_is_renewed() -> None:
+def test_a_window_that_has_run_out_is_forgotten_by_the_next_sweep_until_it_is_renewed() -> None:
     directory = Directory([record(1, fence=100)])
     assert len(directory.held(99)) == 1
     assert directory.held(100) == []
-    assert directory.held(0) == []
+    assert directory.count == 1
+    directory.sweep(100, 0)
+    assert directory.count == 0
     directory.learn(record(1, gen=2, fence=200))
     assert len(directory.held(100)) == 1
+
+
+def test_a_report_changes_nothing() -> None:
+    directory = Directory([record(1, fence=100)])
+    assert directory.held(100) == []
+    assert directory.workers(100, 0) == []
+    assert len(directory.held(99)) == 1
 
 
 # --- workers ---
@@ -62,7 +71,7 @@ def there(*machines: int) -> Directory:
     """A directory whose workers have just arrived, each under its machine ID's digits."""
     directory = Directory(record(machine) for machine in machines)
     for machine in machines:
-        assert directory.arrive(b"%d" % machine, machine, token(1), NOW, 0)
+        assert directory.register(b"%d" % machine, machine, token(1), NOW, 0)
     return directory
 
 
@@ -73,7 +82,7 @@ def present(directory: Directory, local_us: int = 0, now: int = NOW) -> list[int
 def test_a_holder_is_no_worker_until_it_has_shown_its_token() -> None:
     directory = Directory([record(1), record(2)])
     assert present(directory) == []
-    assert directory.arrive(b"x", 2, token(1), NOW, 0)
+    assert directory.register(b"x", 2, token(1), NOW, 0)
     ((lease, worker),) = directory.workers(NOW, 0)
     assert lease == record(2)
     assert (worker.identity, worker.machine, worker.load) == (b"x", 2, dict.fromkeys(LOAD, 0))
@@ -84,7 +93,7 @@ def test_a_holder_is_no_worker_until_it_has_shown_its_token() -> None:
 )
 def test_a_wrong_token_lets_nobody_in(wrong: bytes) -> None:
     directory = Directory([record(1)])
-    assert not directory.arrive(b"x", 1, wrong, NOW, 0)
+    assert not directory.register(b"x", 1, wrong, NOW, 0)
     assert not directory.hear(b"x", LOAD, 0)
     assert present(directory) == []
 
@@ -92,29 +101,29 @@ def test_a_wrong_token_lets_nobody_in(wrong: bytes) -> None:
 def test_a_token_of_another_machine_or_of_one_that_nobody_holds_lets_nobody_in() -> None:
     directory = Directory([record(1, gen=1), record(2, gen=2)])
     for machine in (2, 3, 2**63 - 1):
-        assert not directory.arrive(b"x", machine, token(1), NOW, 0)
+        assert not directory.register(b"x", machine, token(1), NOW, 0)
     directory.learn(record(1, gen=2, held=False))
-    assert not directory.arrive(b"x", 1, token(1), NOW, 0)
+    assert not directory.register(b"x", 1, token(1), NOW, 0)
     assert present(directory) == []
 
 
 def test_a_token_that_was_renewed_since_lets_nobody_in_and_its_successor_does() -> None:
     directory = Directory([record(1, gen=1)])
     directory.learn(record(1, gen=2, fence=200))
-    assert not directory.arrive(b"x", 1, token(1), NOW, 0)
-    assert directory.arrive(b"x", 1, token(2), NOW, 0)
+    assert not directory.register(b"x", 1, token(1), NOW, 0)
+    assert directory.register(b"x", 1, token(2), NOW, 0)
 
 
 def test_a_lease_whose_window_has_ended_lets_nobody_in() -> None:
     directory = Directory([record(1, fence=100)])
-    assert not directory.arrive(b"x", 1, token(1), 100, 0)
-    assert directory.arrive(b"x", 1, token(1), 99, 0)
+    assert not directory.register(b"x", 1, token(1), 100, 0)
+    assert directory.register(b"x", 1, token(1), 99, 0)
 
 
 def test_a_wrong_token_does_not_put_out_the_worker_that_is_there() -> None:
     directory = there(1)
-    assert not directory.arrive(b"stranger", 1, token(9), NOW, 0)
-    assert not directory.arrive(b"1", 1, token(9), NOW, 0)
+    assert not directory.register(b"stranger", 1, token(9), NOW, 0)
+    assert not directory.register(b"1", 1, token(9), NOW, 0)
     assert present(directory) == [1]
 
 
@@ -144,7 +153,7 @@ def test_a_worker_that_lapsed_is_out_and_must_introduce_itself_again() -> None:
     assert directory.sweep(100, 0) == [b"1"]
     directory.learn(record(1, gen=2, fence=200))
     assert not directory.hear(b"1", LOAD, 0)
-    assert directory.arrive(b"1", 1, token(2), 100, 0)
+    assert directory.register(b"1", 1, token(2), 100, 0)
 
 
 def test_a_worker_that_missed_its_beats_is_out_at_once_and_given_by_one_sweep() -> None:
@@ -156,7 +165,7 @@ def test_a_worker_that_missed_its_beats_is_out_at_once_and_given_by_one_sweep() 
     assert directory.sweep(NOW, MISSED_US) == [b"1"]
     assert directory.sweep(NOW, MISSED_US) == []
     assert not directory.hear(b"1", LOAD, MISSED_US)
-    assert directory.arrive(b"1", 1, token(1), NOW, MISSED_US)
+    assert directory.register(b"1", 1, token(1), NOW, MISSED_US)
     assert present(directory, MISSED_US) == [1, 2]
 
 
@@ -196,7 +205,7 @@ def test_the_time_that_the_delegator_was_stopped_is_nobody_s_fault_and_no_more_t
 
 def test_a_worker_that_reconnected_is_listed_once_as_it_was_heard_of_last() -> None:
     directory = there(1)
-    assert directory.arrive(b"again", 1, token(1), NOW, 10)
+    assert directory.register(b"again", 1, token(1), NOW, 10)
     ((_, worker),) = directory.workers(NOW, 20)
     assert worker.identity == b"again"
     assert directory.hear(b"again", LOAD, 500_000)

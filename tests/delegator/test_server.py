@@ -15,9 +15,9 @@ import zmq
 from tests.conftest import Bell, Connect, Peer, serving, until
 from zflake.core.layout import PRESETS, Layout
 from zflake.core.lease import Mark, Swap
-from zflake.delegator import desk
+from zflake.delegator import executor
 from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.setup import Wishes
+from zflake.delegator.start import Wishes
 from zflake.errors import ConfigError
 from zflake.wire.codec import Response, encode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
@@ -34,7 +34,7 @@ def token(number: int) -> bytes:
 
 @pytest.fixture
 def delegator() -> Iterator[Delegator]:
-    with serving(lambda alarm: Delegator(DelegatorConfig(ANY, "memory:", NEW), alarm)) as delegator:
+    with serving(lambda waker: Delegator(DelegatorConfig(ANY, "memory:", NEW), waker)) as delegator:
         yield delegator
 
 
@@ -254,7 +254,7 @@ def test_while_the_store_is_behind_the_rest_is_answered(gate: threading.Event, p
 def test_a_backlog_that_is_full_is_overloaded(
     gate: threading.Event, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk, "MAX_ACQUIRES", 10)
+    monkeypatch.setattr(executor, "MAX_ACQUIRES", 10)
     first = peer.request("lease.acquire", token(0), *WHO)
     until(
         lambda: (
@@ -277,13 +277,13 @@ def test_a_backlog_that_is_full_is_overloaded(
 def test_what_waits_when_it_is_told_to_stop_is_answered(connect: Connect) -> None:
     peers: list[Peer] = []
 
-    def make(alarm: Any) -> Delegator:
-        delegator = Delegator(DelegatorConfig(ANY, "memory:", NEW), alarm)
+    def make(waker: Any) -> Delegator:
+        delegator = Delegator(DelegatorConfig(ANY, "memory:", NEW), waker)
         peers.append(connect(delegator.address))
         for number in range(20):
             peers[0].request("lease.acquire", token(number), *WHO)
         until(lambda: delegator._router.poll(1))
-        alarm.stopping = True
+        waker.stopping = True
         return delegator
 
     with serving(make):
@@ -301,7 +301,7 @@ def test_a_port_in_use_is_refused(delegator: Delegator) -> None:
 def test_an_address_that_strangers_reach_needs_insecure() -> None:
     bind = parse_endpoint("tcp://0.0.0.0:*", to_bind=True)
     refused(DelegatorConfig(bind, "memory:", NEW), "--insecure")
-    with serving(lambda alarm: Delegator(DelegatorConfig(bind, "memory:", NEW, insecure=True), alarm)):
+    with serving(lambda waker: Delegator(DelegatorConfig(bind, "memory:", NEW, insecure=True), waker)):
         pass
 
 
@@ -310,7 +310,7 @@ def test_a_store_of_no_known_engine_is_refused() -> None:
 
 
 def test_a_store_that_is_not_new_rests_before_it_grants(connect: Connect) -> None:
-    with serving(lambda alarm: Delegator(DelegatorConfig(ANY, "memory:"), alarm)) as delegator:
+    with serving(lambda waker: Delegator(DelegatorConfig(ANY, "memory:"), waker)) as delegator:
         peer = connect(delegator.address)
         response = peer.ask("lease.acquire", token(1), *WHO)
         assert code(response) == "no_free_machine"
@@ -325,9 +325,9 @@ def test_a_restart_on_the_same_store_knows_the_holders_and_their_layout(
     url = f"sqlite:///{tmp_path}/store.db"
     layout = PRESETS["wide"]
     config = DelegatorConfig(ANY, url, Wishes(layout=layout, new=True))
-    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+    with serving(lambda waker: Delegator(config, waker)) as delegator:
         before = connect(delegator.address).ask("lease.acquire", token(1), *WHO).result
-    with serving(lambda alarm: Delegator(DelegatorConfig(ANY, url), alarm)) as delegator:
+    with serving(lambda waker: Delegator(DelegatorConfig(ANY, url), waker)) as delegator:
         peer = connect(delegator.address)
         assert Layout.from_map(peer.ask("hello").result["layout"]).same_ids(layout)
         (lease,) = peer.ask("cluster.status").result["leases"]

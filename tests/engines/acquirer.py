@@ -18,7 +18,7 @@ import zmq
 from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Holder, Refusal
 from zflake.wire.codec import decode_response, encode_request
 from zflake.wire.endpoint import parse_endpoint
-from zflake.wire.messages import lease_answer, lease_call
+from zflake.wire.leases import lease_answer, lease_call
 from zflake.wire.sockets import connected
 
 PATIENCE_S: Final = 2.0

@@ -33,7 +33,7 @@ from tests.system.checker import Lease
 from tests.system.cluster_job import REPORT_S, Taker
 from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, TookTooLong, status_of
 from tests.system.runs import check_eras, read_runs
-from zflake.core.lessor import MARGIN_MS, REST_MS
+from zflake.core.loss import MARGIN_MS, REST_MS
 
 CLIENTS: Final = ("auto", "auto", "auto", "broker")
 DELEGATORS: Final = 3

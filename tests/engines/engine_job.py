@@ -23,7 +23,7 @@ import zflake
 from tests.engines.delegators_job import AGAIN_S, REST_S, TIMEOUT_S, Job
 from tests.servers import Etcd, Postgres, Redis, await_true
 from tests.system.daemons import Daemons, status_of
-from zflake.core.lessor import REST_MS
+from zflake.core.loss import REST_MS
 
 RESTS: Final = "Nothing is granted for"
 

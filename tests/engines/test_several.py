@@ -39,7 +39,7 @@ from zflake.client.transport import Transport
 from zflake.core.layout import DEFAULT
 from zflake.errors import ZflakeError
 from zflake.stores import open_store
-from zflake.wire.messages import Method
+from zflake.wire.methods import Method
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -8,17 +8,17 @@ from itertools import pairwise
 
 import pytest
 
+from zflake import clock
 from zflake.core.layout import CALENDAR_END_MS, PRESETS, Layout
 from zflake.errors import ConfigError, LayoutError
-from zflake.holder import clock, static
-from zflake.holder.clock import Clock
+from zflake.holder.clock import HolderClock
 from zflake.holder.static import EXCHANGE_US, StaticHold
 
 LAYOUT = PRESETS["snowcloud"]
 
 
-def now_of(clock: Clock) -> int:
-    now_us = clock.now_us()
+def now_of(clock: HolderClock) -> int:
+    now_us = clock.timeline_us()
     assert now_us is not None
     return now_us
 
@@ -42,7 +42,6 @@ class Hands:
 def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
     hands = Hands((LAYOUT.epoch_ms + 5000) * 1000 + 300)
     monkeypatch.setattr(time, "time_ns", hands.time_ns)
-    monkeypatch.setattr(static, "local_us", lambda: hands.local_us)
     monkeypatch.setattr(clock, "local_us", lambda: hands.local_us)
     return hands
 
@@ -66,7 +65,7 @@ def test_nothing_is_minted_in_the_tick_of_its_start(hands: Hands, layout: Layout
 def test_its_window_reaches_to_the_layouts_end(hands: Hands) -> None:
     hold = StaticHold(LAYOUT, 5)
     assert hold.mint.covers(LAYOUT.end_tick - 1)
-    assert hold.retry_after_ms == LAYOUT.tick_ms
+    assert hold.retry_after_ms(0) == LAYOUT.tick_ms
 
 
 def test_the_machine_must_fit(hands: Hands) -> None:

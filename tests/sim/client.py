@@ -43,7 +43,7 @@ class Client(Process):
     def _new_roster(self) -> Roster:
         draw = self.world.rng.random
         return Roster(
-            [f"tcp://10.0.0.{n + 1}:7410" for n in range(self.cluster.weather.delegators)],
+            [f"tcp://10.0.0.{n + 1}:7410" for n in range(self.cluster.plan.delegators)],
             self._route,
             now=self._now_s,
             draw=draw,
@@ -64,7 +64,7 @@ class Client(Process):
         try:
             step = self._talk.send(outcome)
         except StopIteration as end:
-            self.cluster.checker.served(self.cluster.weather.layout, end.value, self._count)
+            self.cluster.checker.served(self.cluster.plan.layout, end.value, self._count)
             self.cluster.served += self._count
             self._done()
             return

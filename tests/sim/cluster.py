@@ -1,6 +1,6 @@
 """One history: a cluster under faults, then without them, and what must hold in both.
 
-The safety phase lets the demon do what the weather allows.  Then the faults stop, and within a bound every
+The safety phase lets the demon do what the plan allows.  Then the faults stop, and within a bound every
 worker must serve and every call succeed (liveness); at last all workers leave, and give everything back.
 """
 
@@ -18,14 +18,15 @@ from tests.sim.checker import Checker, Violation, WatchedMint
 from tests.sim.client import Client
 from tests.sim.delegator import Delegator
 from tests.sim.disk import Disk
+from tests.sim.fault_plan import FaultPlan, draw
 from tests.sim.figures import Figures
-from tests.sim.weather import Weather, draw
-from tests.sim.worker import Worker
+from tests.sim.worker import WatchedLessee, Worker
 from tests.sim.world import Host, Process, World
-from zflake.core import tenant as tenant_module
+from zflake.core import lessee as lessee_module
 from zflake.core.lease import Record
-from zflake.core.tenant import State
-from zflake.delegator.setup import Wishes
+from zflake.core.lessee import State
+from zflake.delegator.start import Wishes
+from zflake.holder import lease as lease_module
 from zflake.wire.codec import decode_response
 
 SETTLE_US: Final = 10_000_000
@@ -41,25 +42,25 @@ class Cluster:
     """Hosts, a disk, delegators, workers, clients, and the demon."""
 
     def __init__(
-        self, seed: int, trace: Callable[[str], None] | None = None, weather: Weather | None = None
+        self, seed: int, trace: Callable[[str], None] | None = None, plan: FaultPlan | None = None
     ) -> None:
         rng = Random(seed)
         self.world = World(rng, trace)
-        self.weather = weather = weather or draw(rng)
-        self.checker = Checker(lambda: self.world.now_us)
+        self.plan = plan = plan or draw(rng)
+        self.checker = Checker(lambda: self.world.true_us)
         WatchedMint.watching = self.checker
         self.disk = Disk(self.checker.stored, self.checker.settled, self.checker.used)
         self.routes: Counter[str] = Counter()
         self.served = 0
-        self.world.note("", f"seed {seed}: {weather}")
-        self._steps_us = [0] * weather.delegators
-        self.hosts = [self._host() for _ in range(max(weather.delegators, weather.workers))]
+        self.world.note("", f"seed {seed}: {plan}")
+        self._steps_us = [0] * plan.delegators
+        self.hosts = [self._host() for _ in range(max(plan.delegators, plan.workers))]
         self.workers: list[Worker] = []
         self.gone: list[Worker] = []
         self.workers_by_address: dict[str, Worker] = {}
         self.workers_by_identity: dict[bytes, Worker] = {}
         self.clients_by_prefix: dict[bytes, Client] = {}
-        self.delegators: list[Delegator | None] = [None] * weather.delegators
+        self.delegators: list[Delegator | None] = [None] * plan.delegators
         self.started: list[Delegator] = []
         """Every delegator's process that there was."""
         self._numbers = 0
@@ -69,25 +70,25 @@ class Cluster:
         self._snapshot = self.disk.snapshot()
         self._seen: bytes | None = None
         self._wishes = Wishes(
-            layout=weather.layout,
-            ttl_ms=weather.ttl_ms,
-            machines=weather.machines,
+            layout=plan.layout,
+            ttl_ms=plan.ttl_ms,
+            machines=plan.machines,
             new=True,
         )
         self.checker.wall_us = lambda: max(host.wall_us() for host in self.hosts)
-        for number in range(weather.delegators):
+        for number in range(plan.delegators):
             self._start_delegator(number)
         # Before that nobody was running, and to listen for others took only time.
-        self.disk.shared = weather.delegators > 1
-        for _ in range(weather.workers):
+        self.disk.shared = plan.delegators > 1
+        for _ in range(plan.workers):
             self._start_worker()
-        self.clients = [Client(self, n) for n in range(weather.clients)]
+        self.clients = [Client(self, n) for n in range(plan.clients)]
 
     def _host(self) -> Host:
-        weather, rng = self.weather, self.world.rng
-        drift = rng.randint(-weather.drift, weather.drift)
-        skew_us = rng.randint(-weather.skew_us, weather.skew_us)
-        return Host(self.world, weather.wall_us + skew_us, rng.randrange(10**12), drift)
+        plan, rng = self.plan, self.world.rng
+        drift = rng.randint(-plan.drift, plan.drift)
+        skew_us = rng.randint(-plan.skew_us, plan.skew_us)
+        return Host(self.world, plan.wall_us + skew_us, rng.randrange(10**12), drift)
 
     # --- who is where ---
 
@@ -98,8 +99,13 @@ class Cluster:
         worker = self.workers_by_address.get(address)
         if worker is not None and worker.dead:
             # A clone advertises the address that it was born with.
-            return next((w for w in self._staying() if w.tenant._holder.address == address), worker)
+            return next((w for w in self._staying() if w.lease.lessee._holder.address == address), worker)
         return worker
+
+    def started_as(self, process: Process) -> Delegator:
+        """A process that is a delegator, as one."""
+        assert isinstance(process, Delegator)
+        return process
 
     def client_hears(self, client: Process, body: bytes) -> None:
         """A message reaches a client."""
@@ -110,17 +116,17 @@ class Cluster:
 
     def run(self) -> None:
         """Live through it; raises `Violation` where something happened that must not."""
-        world, weather = self.world, self.weather
-        world.drop, world.duplicate = weather.drop, weather.duplicate
-        world.delay, world.delay_us = weather.delay, weather.delay_us
+        world, plan = self.world, self.plan
+        world.drop, world.duplicate = plan.drop, plan.duplicate
+        world.delay, world.delay_us = plan.delay, plan.delay_us
         disk = self.disk
-        disk.slow, disk.slow_us = weather.slow, weather.slow_us
-        disk.unknown, disk.crash = weather.unknown, weather.crash
+        disk.slow, disk.slow_us = plan.slow, plan.slow_us
+        disk.unknown, disk.crash = plan.unknown, plan.crash
         self._plan_act()
-        if weather.loss or weather.accept:
-            world.after(weather.fault_us * 2 // 3, None, self._lose if weather.loss else self._accept)
-            world.after(world.rng.randrange(weather.fault_us * 2 // 3), None, self._take_snapshot)
-        world.run(weather.fault_us)
+        if plan.loss or plan.accept:
+            world.after(plan.fault_us * 2 // 3, None, self._lose if plan.loss else self._accept)
+            world.after(world.rng.randrange(plan.fault_us * 2 // 3), None, self._take_snapshot)
+        world.run(plan.fault_us)
         self._calm_down()
         self._live()
         self._leave()
@@ -130,19 +136,19 @@ class Cluster:
         tally = self.checker.tally
         counts = Counter({name: getattr(tally, name) for name in tally.__slots__ if name != "ids"})
         counts += Counter({"taken by clients": self.served, **self.routes})
-        return Figures(1, tally.ids, self.world.now_us, +self.world.faults, counts)
+        return Figures(1, tally.ids, self.world.true_us, +self.world.faults, counts)
 
     # --- the demon ---
 
     def _plan_act(self) -> None:
-        if self.weather.acts:
-            wait_us = int(self.world.rng.expovariate(1.0) * self.weather.act_us) + 1_000
+        if self.plan.acts:
+            wait_us = int(self.world.rng.expovariate(1.0) * self.plan.act_us) + 1_000
             self.world.after(wait_us, None, self._act)
 
     def _act(self) -> None:
         if self._calm:
             return
-        rng, acts = self.world.rng, self.weather.acts
+        rng, acts = self.world.rng, self.plan.acts
         (act,) = rng.choices(list(acts), list(acts.values()))
         alive = [worker for worker in self.workers if not worker.dead]
         serving = [d for d in self.delegators if d is not None and not d.dead]
@@ -183,7 +189,7 @@ class Cluster:
             case "pause delegator" if serving:
                 self._pause(act, rng.choice(serving), 3_000_000)
             case "step wall":
-                self._step_wall(rng.randrange(self.weather.delegators))
+                self._step_wall(rng.randrange(self.plan.delegators))
             case "partition":
                 self._partition()
             case "outage":
@@ -194,7 +200,7 @@ class Cluster:
                 self._wish(act, ttl_ms=rng.choice((1_000, 2_000, 4_000)))
             case "new range" if serving and not self._accepting:
                 first = rng.randrange(2)
-                last = min(first + rng.randrange(1, 4), self.weather.layout.machines - 1)
+                last = min(first + rng.randrange(1, 4), self.plan.layout.machines - 1)
                 self._wish(act, machines=(first, last))
             case _:
                 pass
@@ -210,10 +216,10 @@ class Cluster:
     def _pause(self, act: str, process: Process, most_us: int) -> None:
         pause_us = int(self.world.rng.random() ** 2 * most_us)
         self._fault(act, process.name, f"for {pause_us / 1e6:.3f} s")
-        process.paused_until_us = self.world.now_us + pause_us
+        process.paused_until_us = self.world.true_us + pause_us
 
     def _step_wall(self, number: int) -> None:
-        by_us = self.world.rng.randint(-self.weather.step_us, self.weather.step_us)
+        by_us = self.world.rng.randint(-self.plan.step_us, self.plan.step_us)
         if abs(self._steps_us[number] + by_us) > MOST_LEAD_US:
             by_us = -self._steps_us[number]
         self._steps_us[number] += by_us
@@ -241,7 +247,7 @@ class Cluster:
 
     def _wish(self, act: str, **changes: object) -> None:
         """An operator restarts a delegator with another setting."""
-        number = self.world.rng.randrange(self.weather.delegators)
+        number = self.world.rng.randrange(self.plan.delegators)
         if self.disk.contents().records == []:
             return  # a store that was emptied is made anew as the first one was
         self._fault(act, f"d{number}", str(changes))
@@ -252,7 +258,7 @@ class Cluster:
         )
         if (running := self.delegators[number]) is not None:
             running.die()
-        self.delegators[number] = delegators.start(self, number, wishes)
+        self.delegators[number] = delegators.begin(self, number, wishes)
 
     # --- losses ---
 
@@ -261,7 +267,7 @@ class Cluster:
 
     def _lose(self) -> None:
         """The store becomes what it was, or nothing; delegators that notice are those that start."""
-        loss = self.weather.loss
+        loss = self.plan.loss
         assert loss is not None
         self._fault(loss, "disk")
         unnoticed = loss == "rollback unnoticed"
@@ -273,12 +279,12 @@ class Cluster:
             self.disk.life = "life 1"
             self._emptied = True
             self._wishes = Wishes(
-                layout=self.weather.layout,
-                ttl_ms=self.weather.ttl_ms,
-                machines=self.weather.machines,
-                new=self.weather.marked,  # which is no use then
+                layout=self.plan.layout,
+                ttl_ms=self.plan.ttl_ms,
+                machines=self.plan.machines,
+                new=self.plan.marked,  # which is no use then
             )
-            self.disk.had_data = self.weather.marked
+            self.disk.had_data = self.plan.marked
         else:
             self.disk.restore(self._snapshot)
             if unnoticed:
@@ -289,7 +295,7 @@ class Cluster:
         self.checker.store_lost(records, self.disk.meta(), noticed=not unnoticed)
         # A keeper learns a new store's ID where a request went unanswered: it says hello again.
         down_us = 2_500_000 if loss == "emptied" else 0
-        for number in range(self.weather.delegators):
+        for number in range(self.plan.delegators):
             self.world.after(down_us, None, self._start_delegator, number)
 
     def _stop_delegators(self) -> None:
@@ -298,14 +304,14 @@ class Cluster:
 
     def _accept(self) -> None:
         """An operator stops all delegators, and starts them with the word that the clock is right."""
-        number = self.world.rng.randrange(self.weather.delegators)
+        number = self.world.rng.randrange(self.plan.delegators)
         self._fault("accept clock", f"d{number}")
         self._stop_delegators()
         self.disk.out = False
         self._accepting = True  # nobody else is started until this one runs
-        self.delegators[number] = delegators.start(self, number, Wishes(), accept_clock=True)
+        self.delegators[number] = delegators.begin(self, number, Wishes(), accept_clock=True)
         self._accepting = False
-        for other in range(self.weather.delegators):
+        for other in range(self.plan.delegators):
             self._start_delegator(other)
 
     # --- strangers ---
@@ -313,7 +319,7 @@ class Cluster:
     def stranger_sees(self, delegator: Delegator, tag: bytes, body: bytes) -> None:
         """Somebody overhears the tag of a brokered request, and answers what he heard before."""
         rng = self.world.rng
-        if self._calm or self._seen is None or rng.random() >= self.weather.stranger:
+        if self._calm or self._seen is None or rng.random() >= self.plan.stranger:
             return
         answer = self._seen
         msgid = body[2:7] if body[2] == 0xCE else body[2:3]
@@ -321,21 +327,20 @@ class Cluster:
         self._fault("forged answer", "")
         stranger = b"w%d" % rng.randrange(1 + self._numbers)
         owner = self.workers_by_identity.get(stranger)
-        peer = delegator.broker._peers.get(stranger)
+        peer = delegator.service.broker._peers.get(stranger)
         if owner is not None and peer is not None and tag in peer.jobs:
             stranger = b"stranger"  # the tag's own worker would be believed, and rightly so
-        self.world.after(1, delegator, delegator.answered, stranger, [tag, b""], forged)
+        self.world.after(1, delegator, delegator.receive, [stranger, tag, b"", forged])
 
-    def stranger_hears(
-        self, delegator: Delegator, identity: bytes, envelope: list[bytes], body: bytes
-    ) -> None:
-        """A worker's answer is seen by somebody, who may send it again."""
-        if not self.weather.stranger or body[:2] != b"\x94\x01":
+    def stranger_hears(self, delegator: Delegator, frames: list[bytes]) -> None:
+        """A worker's answer is seen by a stranger, who may send it again."""
+        body = frames[-1]
+        if not self.plan.stranger or body[:2] != b"\x94\x01":
             return
         rng = self.world.rng
-        if not self._calm and rng.random() < self.weather.stranger:
+        if not self._calm and rng.random() < self.plan.stranger:
             self._fault("repeated answer", "")
-            self.world.after(rng.randrange(100_000), delegator, delegator.answered, identity, envelope, body)
+            self.world.after(rng.randrange(100_000), delegator, delegator.receive, frames)
         if decode_response(body).error is None:
             self._seen = body
 
@@ -360,7 +365,7 @@ class Cluster:
         if self._accepting:
             self.world.after(300_000, None, self._start_delegator, number)
             return
-        self.delegators[number] = delegators.start(self, number, self._wishes)
+        self.delegators[number] = delegators.begin(self, number, self._wishes)
         if self.delegators[number] is None:
             self.world.after(300_000, None, self._start_delegator, number)
         elif self._wishes.new or self._wishes.layout is not None:
@@ -411,39 +416,39 @@ class Cluster:
         running = [d for d in self.delegators if d is not None]
         assert meta is not None
         fences = [record.fence for record in self.disk.contents().records]
-        behind = min(d.now() for d in running)
+        behind = min(d.clock.tick() for d in running)
         wait = max(0, max([meta.floor, *fences]) - behind) + self.checker.most_ttl
         return wait * meta.layout.tick_us + SETTLE_US
 
     def _ends(self) -> bool:
         """Whether the layout ends: then nobody can be served any more."""
-        layout = self.weather.layout
+        layout = self.plan.layout
         end_us = layout.epoch_us + layout.end_tick * layout.tick_us - 5_000_000
-        return any(d is None or d.now_us() > end_us for d in self.delegators)
+        return any(d is None or d.clock.timeline_us() > end_us for d in self.delegators)
 
     def _live(self) -> None:
         world = self.world
         if self.disk.meta() is None:
             return
         if not all(self.delegators):
-            world.run(world.now_us + 1_000_000)
+            world.run(world.true_us + 1_000_000)
         if not all(self.delegators):
             raise Violation("liveness: a delegator does not start though nothing is wrong any more")
         floor, until_us = -1, 0
         while True:
-            world.run(world.now_us + LOOK_US)
+            world.run(world.true_us + LOOK_US)
             if self._ends():
                 return
             meta = self.disk.meta()
             assert meta is not None
             if meta.floor != floor:  # at first, and where a witness shows a loss
-                floor, until_us = meta.floor, world.now_us + self._bound_us()
-            waiting = [w for w in self._staying() if w.tenant.state is not State.HELD]
+                floor, until_us = meta.floor, world.true_us + self._bound_us()
+            waiting = [w for w in self._staying() if w.lease.lessee.state is not State.HELD]
             # Whoever holds a window from before a loss is served, but not for long.
             if not waiting and not self._resting():
                 break
-            if world.now_us > until_us:
-                states = ", ".join(f"{w.name} {w.tenant.state.name}" for w in waiting)
+            if world.true_us > until_us:
+                states = ", ".join(f"{w.name} {w.lease.lessee.state.name}" for w in waiting)
                 raise Violation(f"liveness: not served though nothing is wrong any more: {states}")
         if self.clients:
             self._serve_clients()
@@ -451,7 +456,9 @@ class Cluster:
     def _resting(self) -> bool:
         """Whether a floor still lies ahead, after a loss."""
         meta = self.disk.meta()
-        return meta is not None and any(d is not None and d.now() < meta.floor for d in self.delegators)
+        return meta is not None and any(
+            d is not None and d.clock.tick() < meta.floor for d in self.delegators
+        )
 
     def _serve_clients(self) -> None:
         world = self.world
@@ -459,14 +466,14 @@ class Cluster:
             client.in_a_row = 0
         # A client reads the directory anew every 10 s; before that it may insist on a delegator that knows
         # of no worker.
-        until_us = world.now_us + CALLS_US
+        until_us = world.true_us + CALLS_US
         while any(client.in_a_row < CALLS for client in self.clients):
-            world.run(world.now_us + LOOK_US)
+            world.run(world.true_us + LOOK_US)
             if self._ends():
                 return
             if self._resting():  # a witness has come late
-                until_us = world.now_us + self._bound_us() + CALLS_US
-            if world.now_us > until_us:
+                until_us = world.true_us + self._bound_us() + CALLS_US
+            if world.true_us > until_us:
                 client = next(client for client in self.clients if client.in_a_row < CALLS)
                 raise Violation(f"liveness: {client.name} is not served: {client.failed}")
 
@@ -478,8 +485,8 @@ class Cluster:
             client.die()
         for worker in leaving:
             worker.leave()
-        world.run(world.now_us + 6_000_000)  # a delegator may still be listening for others
-        if not self.weather.loss and self.disk.meta() is not None:
+        world.run(world.true_us + 6_000_000)  # a delegator may still be listening for others
+        if not self.plan.loss and self.disk.meta() is not None:
             self.checker.traced(self.disk.contents().spans, self.disk.trace)
         kept = [w.name for w in leaving if w.releasing is not None and w.released_at_us is None]
         if kept and not (self._emptied and self._ends()):  # else their store is gone, and none came instead
@@ -488,15 +495,15 @@ class Cluster:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Have every mint that is made show its checker what it gives."""
-    real = vars(tenant_module)["Mint"]
-    vars(tenant_module)["Mint"] = WatchedMint
+    """Have every mint and lessee that is made show its checker what it gives, and is given."""
+    real = vars(lessee_module)["Mint"], vars(lease_module)["Lessee"]
+    vars(lessee_module)["Mint"], vars(lease_module)["Lessee"] = WatchedMint, WatchedLessee
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
-        vars(tenant_module)["Mint"] = real
+        vars(lessee_module)["Mint"], vars(lease_module)["Lessee"] = real
 
 
 def run(seed: int, trace: Callable[[str], None] | None = None) -> Figures:

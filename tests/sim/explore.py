@@ -1,4 +1,4 @@
-"""Every order of events in a small cluster: breadth first over the real lessor, tenant and mint.
+"""Every order of events in a small cluster: breadth first over the real lessor, lessee and mint.
 
 Two machines, three holders (the third begins as a clone of the first, or never), two delegators whose
 clocks differ, a store that compares and swaps, a few ticks of time.  A message may be delivered, delivered
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from zflake.core import lessor
+from zflake.core import lessor, loss
 from zflake.core.layout import Field, Layout
 from zflake.core.lease import (
     Acquire,
@@ -48,9 +48,9 @@ from zflake.core.lease import (
     Swap,
     Token,
 )
+from zflake.core.lessee import Lessee
+from zflake.core.lessee import State as Standing
 from zflake.core.mint import Mint
-from zflake.core.tenant import State as Standing
-from zflake.core.tenant import Tenant
 from zflake.errors import ProtocolError
 
 TICKS: Final = 24
@@ -186,7 +186,7 @@ class Explorer:
         self._messages, self._swaps = Interned(), Interned()
         self._memory: dict[Any, Any] = {}
         self._drawing: list[Token] = []
-        self._template = vars(Tenant(SOMEBODY, draw_token=self._drawing.pop, jitter=lambda: 0.0))
+        self._template = vars(Lessee(SOMEBODY, draw_token=self._drawing.pop, jitter=lambda: 0.0))
 
     def first(self) -> World:
         """Where it all begins."""
@@ -329,7 +329,7 @@ class Explorer:
             return w
         record = self._records.things[w.records[request.machine]]
         request = replace(request, store_id=META.store_id)  # what every holder here was granted by
-        meta = lessor.witnessed(self._meta(w), now, w.t + max(OFFSETS), request, record=record)
+        meta = loss.witnessed(self._meta(w), now, w.t + max(OFFSETS), request, record=record)
         if meta is None:
             return w
         return w._replace(floor=meta.floor, version=w.version + 1)
@@ -396,8 +396,8 @@ class Explorer:
     def _lose(self, w: World, *, noticed: bool) -> World:
         empty = self.first().records
         if noticed:
-            floor = lessor.floor_after_loss(self._meta(w), w.t + max(OFFSETS), TTL)
-            return w._replace(records=empty, floor=floor, version=w.version + 1, lost=1)
+            meta = loss.after_loss(self._meta(w), "", w.t + max(OFFSETS), ttl=TTL, floor=0, version=0)
+            return w._replace(records=empty, floor=meta.floor, version=w.version + 1, lost=1)
         everything = w.owned[0] | w.owned[1] | w.owned[2]
         return w._replace(records=empty, lost=2, forgotten=everything)
 
@@ -462,78 +462,78 @@ class Explorer:
             found = self._memory[key] = do(number, *arguments)
         return found
 
-    def _wake(self, number: int) -> Tenant:
-        """A tenant in the state of a snapshot."""
+    def _wake(self, number: int) -> Lessee:
+        """A lessee in the state of a snapshot."""
         holder: Snapshot = self._holders.things[number]
-        tenant = Tenant.__new__(Tenant)
-        vars(tenant).update(self._template)
-        tenant.state = holder.standing
-        tenant._token, tenant._gen, tenant._next = holder.token, holder.gen, holder.next
-        tenant._send_at_us = 0
-        tenant._draw_token = lambda: bytes([holder.number + 1, holder.draws]) + bytes(14)
+        lessee = Lessee.__new__(Lessee)
+        vars(lessee).update(self._template)
+        lessee.state = holder.standing
+        lessee._token, lessee._gen, lessee._next = holder.token, holder.gen, holder.next
+        lessee._send_at_us = 0
+        lessee._draw_token = lambda: bytes([holder.number + 1, holder.draws]) + bytes(14)
         if holder.machine >= 0:
-            mint = tenant.mint = Mint(LAYOUT, holder.machine)
+            mint = lessee.mint = Mint(LAYOUT, holder.machine)
             mint._windows = deque(holder.windows)
             mint._end, mint._tick, mint._sequence = holder.end, holder.tick, holder.sequence
-        return tenant
+        return lessee
 
-    def _sleep(self, tenant: Tenant, before: int) -> int:
-        """The snapshot of a tenant."""
+    def _sleep(self, lessee: Lessee, before: int) -> int:
+        """The snapshot of a lessee."""
         holder: Snapshot = self._holders.things[before]
-        mint = tenant.mint
-        drawn = tenant._next is not None and tenant._next != holder.next
+        mint = lessee.mint
+        drawn = lessee._next is not None and lessee._next != holder.next
         snapshot = Snapshot(
             holder.number,
             holder.draws + drawn,
-            tenant.state,
+            lessee.state,
             -1 if mint is None else mint.machine,
             () if mint is None else tuple(mint._windows),
             0 if mint is None else mint._end,
             -1 if mint is None else mint._tick,
             0 if mint is None else mint._sequence,
-            tenant._token,
-            tenant._gen,
-            tenant._next,
+            lessee._token,
+            lessee._gen,
+            lessee._next,
         )
         return self._holders.number(snapshot)
 
     def _poll(self, number: int) -> tuple[int, Request]:
-        tenant = self._wake(number)
-        request = tenant.poll(0)
+        lessee = self._wake(number)
+        request = lessee.poll(0)
         assert request is not None
-        return self._sleep(tenant, number), request
+        return self._sleep(lessee, number), request
 
     def _receive(self, number: int, request: Request, answer: Answer, now: int) -> tuple[int, bool | str]:
         """Whether the answer settled the request; or why no sound delegator gives it."""
-        tenant = self._wake(number)
+        lessee = self._wake(number)
         if isinstance(answer, Refusal):
             # It must be the answer to the newest request: the owner sees to that.
-            if self._holders.things[number].standing is Standing.RELEASED or tenant.poll(0) != request:
+            if self._holders.things[number].standing is Standing.RELEASED or lessee.poll(0) != request:
                 return number, False
             lost = answer.reason is Refused.LOST
-            return number if not lost else self._told(tenant, answer, now, number), lost
+            return number if not lost else self._told(lessee, answer, now, number), lost
         if isinstance(answer, Released):
             return number, False
         try:
-            settled = tenant.receive(answer, 0, now)
+            settled = lessee.receive(answer, 0, now)
         except ProtocolError as error:
-            return self._sleep(tenant, number), str(error)
-        return self._sleep(tenant, number), settled
+            return self._sleep(lessee, number), str(error)
+        return self._sleep(lessee, number), settled
 
-    def _told(self, tenant: Tenant, answer: Answer, now: int, number: int) -> int:
-        tenant.receive(answer, 0, now)
-        return self._sleep(tenant, number)
+    def _told(self, lessee: Lessee, answer: Answer, now: int, number: int) -> int:
+        lessee.receive(answer, 0, now)
+        return self._sleep(lessee, number)
 
     def _mint(self, number: int, now: int) -> tuple[int, tuple[int, int, int] | None]:
-        tenant = self._wake(number)
-        run = None if tenant.mint is None else tenant.mint.take(now, 1)
-        return (self._sleep(tenant, number), run) if run else (number, None)
+        lessee = self._wake(number)
+        run = None if lessee.mint is None else lessee.mint.take(now, 1)
+        return (self._sleep(lessee, number), run) if run else (number, None)
 
     def _close(self, number: int) -> tuple[int, Release]:
-        tenant = self._wake(number)
-        release = tenant.close()
+        lessee = self._wake(number)
+        release = lessee.close()
         assert release is not None
-        return self._sleep(tenant, number), release
+        return self._sleep(lessee, number), release
 
 
 def _put(those: tuple[Any, ...], index: int, value: Any) -> Any:

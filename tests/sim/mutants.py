@@ -30,16 +30,19 @@ SEEDS: Final = 6_000
 STATES: Final = 150_000
 """How many states the exploration visits for a mutant, at most."""
 LESSOR: Final = "zflake.core.lessor"
-TENANT: Final = "zflake.core.tenant"
+LESSEE: Final = "zflake.core.lessee"
 MINT: Final = "zflake.core.mint"
 TIMELINE: Final = "zflake.core.timeline"
-LEDGER: Final = "zflake.delegator.ledger"
-SETUP: Final = "zflake.delegator.setup"
+LOSS: Final = "zflake.core.loss"
+LEASE: Final = "zflake.holder.lease"
+EXECUTOR: Final = "zflake.delegator.executor"
+CLOCK: Final = "zflake.delegator.clock"
+COMMITTER: Final = "zflake.delegator.committer"
+START: Final = "zflake.delegator.start"
 BROKER: Final = "zflake.delegator.broker"
 MEMORY: Final = "zflake.stores.memory"
 DISK: Final = "tests.sim.disk"
-# What these do is mirrored in the simulation, since the real ones own sockets.
-DELEGATOR: Final = "tests.sim.delegator"
+# A fork is the simulation's own.
 WORKER: Final = "tests.sim.worker"
 
 
@@ -192,11 +195,11 @@ MUTANTS: Final = (
         "if not meta.first_machine <= record.machine <= meta.last_machine:",
         "if False:",
     ),
-    # --- the desk and the store ---
+    # --- the executor and the store ---
     _mutant(
         "reply before the commit",
         "3.1 (2)",
-        LEDGER,
+        COMMITTER,
         "                tried.update({i: swap.new for i, swap in swaps.items()})\n",
         "                tried.update({i: swap.new for i, swap in swaps.items()})\n"
         "                settled.update({i: Settled(lessor._grant(self.meta, s.new), s.new)"
@@ -205,21 +208,21 @@ MUTANTS: Final = (
     _mutant(
         "reply from the attempt",
         "3.1 (2)",
-        LEDGER,
-        "                self._store.swap(list(swaps.values()), self._mark() if self._mark else None)\n",
-        "                self._store.swap(list(swaps.values()), self._mark() if self._mark else None)\n"
+        COMMITTER,
+        "                self._store.swap(list(swaps.values()), self._mark())\n",
+        "                self._store.swap(list(swaps.values()), self._mark())\n"
         "                settled.update({i: Settled(lessor._grant(self.meta, s.new), s.new)"
         " for i, s in swaps.items() if s.new.token})\n",
     ),
     _mutant(
         "one batch gives a machine twice",
         "3",
-        LEDGER,
+        COMMITTER,
         "free = [r for r in lowest or () if r.machine not in taken]",
         "free = list(lowest or ())",
-        "self._store.swap(list(swaps.values()), self._mark() if self._mark else None)",
+        "self._store.swap(list(swaps.values()), self._mark())",
         "settled.update({i: Settled(lessor._grant(self.meta, swaps[i].new), swaps[i].new) for (i, ok) in zip("
-        "swaps, self._store.swap(list(swaps.values()), self._mark() if self._mark else None)) "
+        "swaps, self._store.swap(list(swaps.values()), self._mark())) "
         "if swaps[i].new.token})",
     ),
     _mutant(
@@ -239,7 +242,7 @@ MUTANTS: Final = (
     _mutant(
         "witness ignored",
         "3.4",
-        LESSOR,
+        LOSS,
         "newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)",
         "newer = False",
     ),
@@ -248,40 +251,40 @@ MUTANTS: Final = (
         "3.4",
         (
             Change(
-                SETUP,
+                START,
                 "        incarnation=store.incarnation(),\n        schema=max",
                 "        schema=max",
             ),
-            Change(LEDGER, "if went_back or incarnation != meta.incarnation:", "if went_back:"),
+            Change(LOSS, " or found.incarnation != incarnation", ""),
             Change(DISK, "self._meta.incarnation == self.life", "True"),
         ),
     ),
     _mutant(
         "an empty store taken for a new one",
         "3.4",
-        SETUP,
+        START,
         "new = wishes.new and not store.had_data",
         "new = True",
     ),
     _mutant(
         "--new believed though there was a store",
         "3.4",
-        SETUP,
+        START,
         "new = wishes.new and not store.had_data",
         "new = wishes.new",
     ),
     _mutant(
         "no rest after a loss",
         "3.4",
-        LESSOR,
-        "rest = max(ms_to_ticks(layout, REST_MS), ttl) + ms_to_ticks(layout, MARGIN_MS)",
+        LOSS,
+        "rest = max(layout.ms_to_ticks(REST_MS), ttl) + layout.ms_to_ticks(MARGIN_MS)",
         "rest = 0",
     ),
     _mutant(
         "rest shorter than what a fast clock has granted",
         "3.4",
-        LESSOR,
-        "rest = max(ms_to_ticks(layout, REST_MS), ttl) + ms_to_ticks(layout, MARGIN_MS)",
+        LOSS,
+        "rest = max(layout.ms_to_ticks(REST_MS), ttl) + layout.ms_to_ticks(MARGIN_MS)",
         "rest = ttl",
     ),
     _mutant(
@@ -302,16 +305,22 @@ MUTANTS: Final = (
     _mutant(
         "mark from the window's end",
         "3.3",
-        DELEGATOR,
-        "return Mark(self.name, self.now_us())",
-        "return Mark(self.name, self.now_us() + self.desk.meta.ttl * self.layout.tick_us)",
+        CLOCK,
+        "return Mark(self._name, self.timeline_us(),",
+        "return Mark(self._name, self.timeline_us() + 1_000_000,",
     ),
-    _mutant(
+    Mutant(
         "mark never written",
         "3.3",
-        DELEGATOR,
-        "            mark=self._mark,\n",
-        "            mark=None,\n",
+        (
+            Change(
+                COMMITTER,
+                "self._store.swap(list(swaps.values()), self._mark())",
+                "self._store.swap(list(swaps.values()))",
+            ),
+            Change(EXECUTOR, "self._store.swap([], self._clock.mark())", "self._store.swap([])"),
+            Change(START, "store.swap([], delegator_clock.mark())", "store.swap([])"),
+        ),
     ),
     _mutant(
         "cold start without the marks", "3.3", TIMELINE, "return max(wall_us, mark_us)", "return wall_us"
@@ -320,53 +329,55 @@ MUTANTS: Final = (
         "timeline follows the wall while it runs",
         "3.3",
         TIMELINE,
-        "self._base = (now_us, local_us, self.lead_us > 0)",
-        "self._base = (max(now_us, wall_us), local_us, self.lead_us > 0)",
+        "self._base = (timeline_us, local_us, self.lead_us > 0)",
+        "self._base = (max(timeline_us, wall_us), local_us, self.lead_us > 0)",
     ),
-    # --- the tenant ---
-    _mutant("retry with a new token", "3", TENANT, "if self._next is None:\n", "if True:\n"),
+    # --- the lessee ---
+    _mutant("retry with a new token", "3", LESSEE, "if self._next is None:\n", "if True:\n"),
     _mutant(
         "unexpected grant accepted",
         "3.1 (4)",
-        TENANT,
+        LESSEE,
         "if answer.token != self._next:",
         "if answer.token == self._token:",
     ),
     _mutant(
         "unexpected grant released",
         "3.1 (4)",
-        WORKER,
-        "        if settled and isinstance(answer, Grant):\n",
-        "        if isinstance(answer, Grant) and not settled:\n"
-        "            self._send(Release(answer.machine, answer.token, None, None), local_us)\n"
-        "        if settled and isinstance(answer, Grant):\n",
+        LESSEE,
+        "                self.dropped += 1\n                return False\n            self._accept",
+        "                self._stray = answer\n                return False\n            self._accept",
+        "        self._send_at_us = local_us + self.retry_us\n",
+        "        self._send_at_us = local_us + self.retry_us\n"
+        '        if stray := vars(self).pop("_stray", None):\n'
+        "            return Release(stray.machine, stray.token, None, None)\n",
     ),
     _mutant(
         "late window taken for a loss",
         "3.1 (5)",
-        TENANT,
-        "        third_us = grant.ttl",
+        LESSEE,
+        "        third_us = self._third_us = grant.ttl",
         "        if grant.end <= now:\n            self._forget(local_us)\n            return\n"
-        "        third_us = grant.ttl",
+        "        third_us = self._third_us = grant.ttl",
     ),
     _mutant(
         "too_early taken for a loss",
         "3.1 (6)",
-        TENANT,
+        LESSEE,
         "if answer.reason is Refused.LOST and self.mint is not None:",
         "if answer.reason in (Refused.LOST, Refused.TOO_EARLY) and self.mint is not None:",
     ),
     _mutant(
         "lost holder keeps its mint",
         "3",
-        TENANT,
+        LESSEE,
         "if answer.reason is Refused.LOST and self.mint is not None:\n                self._forget(local_us)\n",
         "if answer.reason is Refused.LOST and self.mint is not None:\n",
     ),
     _mutant(
         "released holder takes a grant",
         "3.1 (4)",
-        TENANT,
+        LESSEE,
         "if self.state is State.RELEASED:\n            self.dropped += isinstance(answer, Grant)\n"
         "            return False\n",
         "self.state = self.state\n",
@@ -374,7 +385,7 @@ MUTANTS: Final = (
     _mutant(
         "last tick taken from the clock",
         "3",
-        TENANT,
+        LESSEE,
         "lapsed = not self.mint.covers(now)",
         "lapsed, self._clock = not self.mint.covers(now), now",
         "self._next, self.mint.close())",
@@ -383,7 +394,7 @@ MUTANTS: Final = (
     _mutant(
         "release forgets what is pending",
         "3",
-        TENANT,
+        LESSEE,
         "Release(self.mint.machine, self._token, self._next, self.mint.close())",
         "Release(self.mint.machine, self._token, None, self.mint.close())",
     ),
@@ -393,10 +404,39 @@ MUTANTS: Final = (
         WORKER,
         "return Worker(self.cluster, number, self.host)",
         "child = Worker(self.cluster, number, self.host)\n"
-        "        child.tenant, child.estimator = copy.copy(self.tenant), self.estimator\n"
-        "        if isinstance(self.tenant.mint, WatchedMint):\n"
-        "            child.tenant.mint = _copied(self.tenant.mint)\n"
+        "        child.lease.clock, child.lease.lessee = self.lease.clock, copy.copy(self.lease.lessee)\n"
+        "        if isinstance(self.lease.mint, WatchedMint):\n"
+        "            child.lease.lessee.mint = _copied(self.lease.mint)\n"
         "        return child",
+    ),
+    # --- the conversation about the lease ---
+    _mutant(
+        "old answers count",
+        "5",
+        LEASE,
+        "if self._pending is not None and response.msgid == self._msgid:",
+        "if self._pending is not None:",
+    ),
+    _mutant(
+        "a delegator of another cluster is asked to renew",
+        "3.4",
+        LEASE,
+        "if self.mint is not None and hello.store_id != self.store_id:",
+        "if False:",
+    ),
+    _mutant(
+        "a release that is refused is given up",
+        "3",
+        LEASE,
+        "            self._hold_until_us = local_us + RELEASE_RETRY_US\n            self._go_on()\n            return\n",
+        "            self._release = None\n            return\n",
+    ),
+    _mutant(
+        "no hello before the lease is spoken of",
+        "3.4",
+        LEASE,
+        "if not self._greeted:\n            return self._ask(Method.HELLO, local_us)",
+        "self._greeted = True",
     ),
     # --- the mint ---
     _mutant(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.sim import cluster, soak
+from zflake.holder import lease
 
 HISTORIES = 20_000 if os.environ.get("CI") == "true" else 5_000
 
@@ -32,3 +33,14 @@ def test_a_seed_replays_its_history() -> None:
             cluster.run(7, trace.append)
     assert len(traces[0]) > 10
     assert traces[0] == traces[1]
+
+
+def test_the_patience_of_the_real_conversation_is_that_of_the_histories(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traces: list[list[str]] = [[], []]
+    with cluster.watched():
+        cluster.run(4, traces[0].append)
+        monkeypatch.setattr(lease, "MAX_PATIENCE_US", 300_000)
+        cluster.run(4, traces[1].append)
+    assert traces[0] != traces[1]

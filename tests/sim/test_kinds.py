@@ -10,10 +10,10 @@ import pytest
 
 from tests.sim import cluster
 from tests.sim.cluster import Cluster
-from tests.sim.weather import SMALL, TODAY_US, Weather
+from tests.sim.fault_plan import SMALL, TODAY_US, FaultPlan
 from zflake.core.lease import Mark, Swap
 
-CALM: Final = Weather(
+CALM: Final = FaultPlan(
     layout=SMALL,
     ttl_ms=1_000,
     machines=(0, 3),
@@ -37,7 +37,7 @@ def _watched() -> Iterator[None]:
 
 
 def test_a_late_write_of_a_dead_delegator_sets_no_timeline_back() -> None:
-    sim = Cluster(1, weather=CALM)
+    sim = Cluster(1, plan=CALM)
     world = sim.world
     world.run(2 * SECOND_US)
     sim._stop_delegators()
@@ -50,11 +50,11 @@ def test_a_late_write_of_a_dead_delegator_sets_no_timeline_back() -> None:
     (delegator, _) = sim.delegators
     assert delegator is not None
     assert not delegator.dead
-    assert abs(delegator.now_us() - delegator.host.wall_us()) < SECOND_US
+    assert abs(delegator.clock.timeline_us() - delegator.host.wall_us()) < SECOND_US
 
 
 def test_a_delegator_that_runs_is_joined_whatever_the_wall_clock_shows() -> None:
-    sim = Cluster(1, weather=CALM)
+    sim = Cluster(1, plan=CALM)
     sim.world.run(2 * SECOND_US)
     first, second = sim.delegators
     assert first is not None
@@ -65,29 +65,31 @@ def test_a_delegator_that_runs_is_joined_whatever_the_wall_clock_shows() -> None
     joined = sim.delegators[1]
     assert joined is not None
     assert joined is not second
-    assert abs(joined.now_us() - first.now_us()) < SECOND_US
+    assert abs(joined.clock.timeline_us() - first.clock.timeline_us()) < SECOND_US
 
 
 def test_a_worker_with_a_window_far_ahead_hears_soon_that_its_lease_was_lost() -> None:
-    sim = Cluster(1, weather=replace(CALM, delegators=1, workers=1))
+    sim = Cluster(1, plan=replace(CALM, delegators=1, workers=1))
     world, (worker,) = sim.world, sim.workers
     world.run(2 * SECOND_US)
     (delegator,) = sim.delegators
     assert delegator is not None
     # One renewal is granted by a timeline an hour ahead, and then the timeline is right again.
-    right, mint = delegator.timeline, worker.tenant.mint
+    right, mint = delegator.clock._timeline, worker.lease.lessee.mint
     sim.checker.cold_start(delegator.host.wall_us() + 2 * HOUR_US)
-    delegator.timeline = type(right)(delegator.now_us() + HOUR_US, delegator.host.local_us())
-    while mint is not None and mint.end < delegator.now():
-        world.run(world.now_us + SECOND_US // 10)
-    delegator.timeline = right
-    world.run(world.now_us + 5 * SECOND_US)
-    assert worker.tenant.state.name == "LAPSED"
+    delegator.clock._timeline = type(right)(
+        delegator.clock.timeline_us() + HOUR_US, delegator.host.local_us()
+    )
+    while mint is not None and mint.end < delegator.clock.tick():
+        world.run(world.true_us + SECOND_US // 10)
+    delegator.clock._timeline = right
+    world.run(world.true_us + 5 * SECOND_US)
+    assert worker.lease.lessee.state.name == "LAPSED"
     # Somebody ends that tenancy, as a rewind does, which keeps the fence.
     (record,) = sim.disk.contents().records
     meta = sim.disk.meta()
     assert meta is not None
     ended = replace(record, gen=record.gen + 1, token=None)
     assert sim.disk.apply([Swap(ended, meta.version)], None) == [True]
-    world.run(world.now_us + 5 * SECOND_US)
-    assert worker.tenant.state.name == "HELD"
+    world.run(world.true_us + 5 * SECOND_US)
+    assert worker.lease.lessee.state.name == "HELD"

@@ -2,7 +2,7 @@
 
 Everything happens in one thread: an event is a call at a virtual time.  A process that waits (for a slow
 store) lets the world go on by `World.elapse`, a loop inside the loop; so races come about without threads.
-All times are in microseconds.  `World.now_us` is the true time, which no process ever sees.
+All times are in microseconds.  `World.true_us` is the true time, which no process ever sees.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Host:
         self._rate = MILLION + ppm
 
     def local_us(self) -> int:
-        return self._local_us + self._world.now_us * self._rate // MILLION
+        return self._local_us + self._world.true_us * self._rate // MILLION
 
     def wall_us(self) -> int:
-        return self._wall_us + self._world.now_us * self._rate // MILLION
+        return self._wall_us + self._world.true_us * self._rate // MILLION
 
     def step_wall(self, by_us: int) -> None:
         self._wall_us += by_us
@@ -66,11 +66,11 @@ class Process:
 
 
 class World:
-    """The queue of what will happen, and the network's weather."""
+    """The queue of what will happen, and the network's plan."""
 
     def __init__(self, rng: Random, trace: Callable[[str], None] | None = None) -> None:
         self.rng = rng
-        self.now_us = 0
+        self.true_us = 0
         self.tracing = trace is not None
         self.faults: Counter[str] = Counter()
         self._trace = trace
@@ -86,7 +86,7 @@ class World:
 
     def note(self, who: str, text: str) -> None:
         if self._trace is not None:
-            self._trace(f"{self.now_us / 1e6:11.6f} {who:<4} {text}")
+            self._trace(f"{self.true_us / 1e6:11.6f} {who:<4} {text}")
 
     def fault(self, kind: str, who: str, text: str = "") -> None:
         """Count a fault, and tell of it."""
@@ -97,11 +97,11 @@ class World:
     def at(self, when_us: int, process: Process | None, do: Callable[..., object], *args: Any) -> None:
         """Call `do(*args)` at a true time, unless `process` is dead by then; a paused one is late."""
         self._count += 1
-        when_us = max(when_us, self.now_us)
+        when_us = max(when_us, self.true_us)
         heapq.heappush(self._queue, (when_us, self._count, process, do, args))
 
     def after(self, wait_us: int, process: Process | None, do: Callable[..., object], *args: Any) -> None:
-        self.at(self.now_us + wait_us, process, do, *args)
+        self.at(self.true_us + wait_us, process, do, *args)
 
     def run(self, until_us: int) -> None:
         """Let happen what happens until a true time."""
@@ -110,22 +110,22 @@ class World:
         while queue and queue[0][0] <= until_us:
             event = pop(queue)
             when_us, _, process, do, args = event
-            self.now_us = max(self.now_us, when_us)  # it was less where somebody waited in between
+            self.true_us = max(self.true_us, when_us)  # it was less where somebody waited in between
             if process is not None:
                 if process.dead:
                     continue
-                if process.paused_until_us > self.now_us:
+                if process.paused_until_us > self.true_us:
                     heapq.heappush(queue, (process.paused_until_us, *event[1:]))
                     continue
             do(*args)
-        self.now_us = max(self.now_us, until_us)
+        self.true_us = max(self.true_us, until_us)
 
     def elapse(self, wait_us: int) -> None:
         """Let the others go on while the caller waits; at once where too many wait already."""
         if self._depth < DEEPEST:
             self._depth += 1
             try:
-                self.run(self.now_us + wait_us)
+                self.run(self.true_us + wait_us)
             finally:
                 self._depth -= 1
 
@@ -142,8 +142,8 @@ class World:
         if self.delay and rng.random() < self.delay:
             self.faults["delay"] += 1
             flight_us += int(rng.random() * self.delay_us)
-        self.at(self.now_us + flight_us, target, do, *args)
+        self.at(self.true_us + flight_us, target, do, *args)
         if self.duplicate and rng.random() < self.duplicate:
             self.fault("duplicate", source.name, f"to {target.name}: {do.__name__}")
             again_us = int(rng.random() * (self.delay_us or 20_000))
-            self.at(self.now_us + flight_us + again_us, target, do, *args)
+            self.at(self.true_us + flight_us + again_us, target, do, *args)

@@ -21,13 +21,15 @@ import pytest
 from tests.conftest import brief
 from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, SqlitePlace
 from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, find_program
-from zflake.cli.store import copy, facts_of, restore, rewind
-from zflake.core import lessor
+from zflake.cli.store import facts_of
 from zflake.core.layout import PRESETS, Layout
 from zflake.core.lease import Acquire, Grant, Holder, Mark, Meta, Record, Renew, Span, Swap
+from zflake.core.loss import REST_MS
 from zflake.core.timeline import tick_of
-from zflake.delegator.ledger import Ledger
-from zflake.delegator.setup import Wishes, settle_meta
+from zflake.delegator.committer import Committer
+from zflake.delegator.moves import copy, restore
+from zflake.delegator.moves import rewind_url as rewind
+from zflake.delegator.start import Wishes, settle_meta
 from zflake.errors import ConfigError, StoreError
 from zflake.stores import Store, open_store
 from zflake.stores.contract import Contents
@@ -52,7 +54,7 @@ def now(layout: Layout = LAYOUT) -> int:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens for other delegators as long as a delegator does."""
-    monkeypatch.setattr("zflake.delegator.setup.LISTEN_S", 0.5)
+    monkeypatch.setattr("zflake.delegator.clock.LISTEN_S", 0.5)
 
 
 @pytest.fixture(params=brief(PLACES, ["sqlite", "etcd"]))
@@ -84,14 +86,14 @@ def settled(url: str, **wishes: Any) -> Meta:
 def rests(url: str) -> bool:
     """Whether a delegator that starts there grants nothing for as long as forgotten windows may run."""
     meta = settled(url)
-    return meta.floor > now(meta.layout) + lessor.ms_to_ticks(meta.layout, lessor.REST_MS)
+    return meta.floor > now(meta.layout) + meta.layout.ms_to_ticks(REST_MS)
 
 
-def ledger_on(store: Store, meta: Meta) -> Ledger:
+def committer_on(store: Store, meta: Meta) -> Committer:
     def complain(error: StoreError) -> None:
         raise error
 
-    return Ledger(store, meta, now=now, latest=now, mark=None, complain=complain)
+    return Committer(store, meta, now=now, latest=now, mark=lambda: Mark("here", now_us()), complain=complain)
 
 
 def contents_of(url: str) -> Contents:
@@ -103,7 +105,9 @@ def grant_on(url: str, token: bytes = b"a" * 16) -> Grant:
     """Have a new cluster there lease a machine ID."""
     meta = settled(url, new=True, ttl_ms=TTL_MS)
     with opened(url) as store:
-        (settlement,) = ledger_on(store, meta).settle([Acquire(token, Holder("w", "host", 7, "tcp://h:1"))])
+        (settlement,) = committer_on(store, meta).settle(
+            [Acquire(token, Holder("w", "host", 7, "tcp://h:1"))]
+        )
     assert isinstance(settlement.answer, Grant)
     return settlement.answer
 
@@ -155,7 +159,7 @@ def test_a_copy_holds_the_same_and_holders_keep_what_they_hold(
     # The next delegator there grants at once, to its old holder first.
     assert settled(target.url, new=True) == meta
     with opened(target.url) as store:
-        (settlement,) = ledger_on(store, meta).settle([renewal_of(grant)])
+        (settlement,) = committer_on(store, meta).settle([renewal_of(grant)])
         answer = settlement.answer
         assert isinstance(answer, Grant), answer
         assert (answer.machine, answer.gen, answer.store_id) == (grant.machine, grant.gen + 1, grant.store_id)
@@ -270,7 +274,7 @@ def test_a_copy_that_fails_frees_the_store_and_can_be_done_again(
     assert facts_of(other.url)["moved_to"] is None
     meta = settled(other.url)
     with opened(other.url) as store:
-        (settlement,) = ledger_on(store, meta).settle([renewal_of(grant)])
+        (settlement,) = committer_on(store, meta).settle([renewal_of(grant)])
         assert isinstance(settlement.answer, Grant)
     held = contents_of(other.url)
     copy(other.url, place.url)
@@ -427,9 +431,9 @@ def test_who_is_killed_while_copying_can_bring_the_store_back(place: Place, tmp_
     held = contents_of(place.url)
     target, third = f"sqlite:///{tmp_path}/target.db", f"sqlite:///{tmp_path}/third.db"
     program = (
-        "import os, zflake.delegator.setup as setup\n"
+        "import os, zflake.delegator.start as setup\n"
         "from zflake.stores.sqlite import SqliteStore\n"
-        "from zflake.cli.store import copy\n"
+        "from zflake.delegator.moves import copy\n"
         "setup.LISTEN_S = 0.5\n"
         "SqliteStore.initialise = lambda *_: os._exit(9)\n"
         f"copy({place.url!r}, {target!r})"
@@ -497,7 +501,7 @@ def test_a_restored_store_holds_the_same_and_rests(
     meta = settled(target.url)
     assert meta.store_id == grant.store_id
     with opened(target.url) as store:
-        (settlement,) = ledger_on(store, meta).settle([Acquire(b"z" * 16, Holder("new"))])
+        (settlement,) = committer_on(store, meta).settle([Acquire(b"z" * 16, Holder("new"))])
         assert not isinstance(settlement.answer, Grant)
     assert settled(source.url).floor == 0
 

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from zflake.core.lease import Renew, Swap
-from zflake.core.tenant import Tenant
-from zflake.delegator import desk
-from zflake.delegator.server import Delegator
-from zflake.holder.keeper import LeaseKeeper
+from zflake.core.lessee import Lessee
+from zflake.delegator import executor, server, service
+from zflake.holder.lease import LeaseConversation
+from zflake.holder.lease_client import LeaseClient
 from zflake.stores.sqlite import SqliteStore
 from zflake.stores.sqlite_file import DatabaseFile
 from zflake.worker.handler import Handler
@@ -154,45 +154,54 @@ def wrap_answers(point: Point) -> None:
         original(request, settled)
         point.passed("after the log", ["answer"])
 
-    def store_answer(original: Any, delegator: Delegator, *args: Any) -> Any:
+    def store_result(original: Any, *args: Any) -> Any:
         nonlocal answers
         answers = True
         point.passed("before the send", ["answer"])
-        return original(delegator, *args)
+        return original(*args)
 
-    def send(original: Any, delegator: Delegator, *args: Any) -> None:
+    def send(original: Any, *args: Any) -> Any:
         nonlocal answers
-        original(delegator, *args)
+        sent = original(*args)
         if answers:
             point.passed("after the send", ["answer"])
         answers = False
+        return sent
 
-    wrap(desk, "_record_grant", record_grant)
-    wrap_method(Delegator, "_store_answer", store_answer)
-    wrap_method(Delegator, "_send", send)
+    wrap(executor, "_record_grant", record_grant)
+    wrap(service, "store_result", store_result)
+    wrap(server, "send", send)
 
 
 def wrap_worker(point: Point) -> None:
-    def send(original: Any, keeper: LeaseKeeper, what: Any, now_local_us: int) -> None:
-        kinds = ["renewal"] if isinstance(what, Renew) else [""]
-        point.passed("before the send", kinds)
-        original(keeper, what, now_local_us)
-        point.passed("after the send", kinds)
+    asked: list[str] = []
 
-    def accept(original: Any, tenant: Tenant, *args: Any) -> None:
-        kinds = [""] if tenant.mint is None else ["renewal"]
+    def ask(original: Any, lease: LeaseConversation, what: Any, local_us: int) -> Any:
+        asked.append("renewal" if isinstance(what, Renew) else "")
+        point.passed("before the send", asked)
+        return original(lease, what, local_us)
+
+    def serve(original: Any, client: LeaseClient, local_us: int) -> None:
+        original(client, local_us)
+        if asked:
+            point.passed("after the send", asked)
+        asked.clear()
+
+    def accept(original: Any, lessee: Lessee, *args: Any) -> None:
+        kinds = [""] if lessee.mint is None else ["renewal"]
         point.passed("before the grant is taken in", kinds)
-        original(tenant, *args)
+        original(lessee, *args)
         point.passed("after the grant is taken in", kinds)
 
-    def mint(original: Any, handler: Handler, *args: Any) -> Any:
+    def mint(original: Any, handler: Handler[Any], *args: Any) -> Any:
         point.passed("before they are minted", ["ids"])
         answer = original(handler, *args)
         point.passed("after they are minted", ["ids"])
         return answer
 
-    wrap_method(LeaseKeeper, "_send", send)
-    wrap_method(Tenant, "_accept", accept)
+    wrap_method(LeaseConversation, "_ask", ask)
+    wrap_method(LeaseClient, "service", serve)
+    wrap_method(Lessee, "_accept", accept)
     wrap_method(Handler, "_mint", mint)
 
 

@@ -313,7 +313,7 @@ def test_a_worker_that_takes_a_worker_for_its_delegator_says_so_and_serves_nobod
     (other, *_) = cluster.workers
     worker = daemons.worker(to=other)
     assert worker.address
-    until(lambda: worker.said("is no delegator for us"), "it to say so")
+    until(lambda: worker.said("rejected delegator"), "it to say so")
     (warning,) = (event["message"] for event in worker.events() if event["level"] == "warning")
     assert other.address in warning
     with (

@@ -31,7 +31,7 @@ from tests.system.daemons import (
     until,
 )
 from zflake.core.layout import DEFAULT
-from zflake.daemon.alarm import AGAIN_S
+from zflake.daemon.waker import AGAIN_S
 from zflake.wire.codec import Response
 
 BUDGET_MS: Final = 20_000

@@ -53,7 +53,7 @@ def test_an_id_that_nobody_was_granted_says_so_and_fails(cluster: Cluster) -> No
     assert json.loads(done.stdout)["minted_by"] is None
     done = tool("trace", hex(stranger), "--to", cluster.delegator.address)
     assert done.returncode == 1
-    assert "nobody with a lease of this cluster" in done.stdout
+    assert "no holder of this cluster" in done.stdout
 
 
 def test_a_worker_and_nobody_trace_nothing(cluster: Cluster) -> None:

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from tests.conftest import serving, until
-from tests.holder.conftest import ANY, delegator, in_child
+from tests.embedded.conftest import ANY, delegator, in_child
 from zflake import Client, Closed, ConfigError, LeasedGenerator, layouts
 from zflake.errors import NoFreeMachine, Timeout
 from zflake.web import SETTINGS, ZFlake, create_app, refuse
@@ -92,7 +92,7 @@ def test_a_forked_server_process_takes_a_lease_of_its_own(shared: str, apps: lis
 
 
 def test_the_mode_client_has_workers_mint(shared: str, apps: list[Flask]) -> None:
-    with serving(lambda alarm: Worker(WorkerConfig([parse_endpoint(shared)], ANY), alarm)) as worker:
+    with serving(lambda waker: Worker(WorkerConfig([parse_endpoint(shared)], ANY), waker)) as worker:
         until(lambda: worker.machine is not None)
         config = {"ZFLAKE_MODE": "client", "ZFLAKE_TIMEOUT": "9", "ZFLAKE_ROUTE": "direct"}
         app = app_of(apps, ZFLAKE_ENDPOINTS=shared, **config)

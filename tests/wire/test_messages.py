@@ -37,30 +37,21 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
+from zflake.wire.cluster import LOAD, check_heartbeat, check_ready
 from zflake.wire.codec import WireError, decode_request, decode_response, encode_request, encode_result
-from zflake.wire.messages import (
-    LOAD,
-    MAX_COUNT,
-    MAX_TEXT,
-    MAX_TIMEOUT_MS,
-    STORE_REQUESTS,
-    Code,
-    Method,
+from zflake.wire.dispatch import METHODS
+from zflake.wire.fields import MAX_TEXT, no_params, timeline_us
+from zflake.wire.ids import MAX_COUNT, MAX_TIMEOUT_MS, check_next, check_run
+from zflake.wire.leases import (
     check_acquire,
-    check_beat,
-    check_next,
-    check_no_params,
-    check_ready,
     check_release,
     check_renew,
-    check_run,
     check_trace,
-    exception_of,
     lease_answer,
     lease_call,
-    now_of,
     store_result,
 )
+from zflake.wire.methods import Code, Method, exception_of
 
 thorough = settings(deadline=None, max_examples=200)
 
@@ -230,8 +221,8 @@ def test_a_run_of_anything_but_integers_is_refused(place: int, wrong: Any) -> No
 
 @pytest.mark.parametrize("params", [[None], [0], [[]], [deep()], [0] * 200], ids=shown)
 def test_a_method_without_params_takes_none(params: list[Any]) -> None:
-    check_no_params([])
-    refused(lambda: check_no_params(params))
+    no_params([])
+    refused(lambda: no_params(params))
 
 
 # --- lease requests ---
@@ -242,11 +233,11 @@ def test_a_method_without_params_takes_none(params: list[Any]) -> None:
 def test_a_lease_request_comes_out_of_the_wire_as_it_went_in(request: Request) -> None:
     method, params = lease_call(request)
     _, name, received = decode_request(encode_request(1, method, params))
-    assert STORE_REQUESTS[name](received) == request
+    assert METHODS[Method(name)].check(received) == request
 
 
-def test_every_lease_method_has_its_check() -> None:
-    assert set(STORE_REQUESTS) == {*LEASES, Method.CLUSTER_TRACE}
+def test_every_method_has_its_rule() -> None:
+    assert set(METHODS) == set(Method)
 
 
 ACQUIRE: Final = [A, "worker-1", "host-1", 4711, ADDRESS]
@@ -349,25 +340,25 @@ BEAT: Final = dict.fromkeys(LOAD, 7)
 @thorough
 @given(st.fixed_dictionaries(dict.fromkeys(LOAD, numbers)))
 def test_a_beat_comes_out_of_the_wire_as_it_went_in(load: dict[str, int]) -> None:
-    _, _, params = decode_request(encode_request(1, Method.WORKER_BEAT, [load]))
-    assert check_beat(params) == load
+    _, _, params = decode_request(encode_request(1, Method.WORKER_HEARTBEAT, [load]))
+    assert check_heartbeat(params) == load
 
 
 @pytest.mark.parametrize("key", LOAD)
 def test_a_beat_with_a_wrong_or_no_number_is_refused(key: str) -> None:
     for value in [*NO_NUMBER, None]:
-        refused(lambda value=value: check_beat([BEAT | {key: value}]))  # type: ignore[misc]
-    refused(lambda: check_beat([{other: 7 for other in LOAD if other != key}]))
+        refused(lambda value=value: check_heartbeat([BEAT | {key: value}]))  # type: ignore[misc]
+    refused(lambda: check_heartbeat([{other: 7 for other in LOAD if other != key}]))
 
 
 @pytest.mark.parametrize("params", [[], [BEAT, None], [None], [7], [[7] * 5], ["load"], [deep()]], ids=shown)
 def test_a_beat_of_anything_but_one_map_is_refused(params: list[Any]) -> None:
-    refused(lambda: check_beat(params))
+    refused(lambda: check_heartbeat(params))
 
 
 def test_of_a_beat_only_what_is_known_is_kept() -> None:
     # It is shown to people, and kept: nothing of a peer's own making.
-    assert check_beat([BEAT | {"new": "\x1b[31m", 5: 6}]) == BEAT
+    assert check_heartbeat([BEAT | {"new": "\x1b[31m", 5: 6}]) == BEAT
 
 
 # --- lease answers ---
@@ -391,14 +382,14 @@ def test_of_a_beat_only_what_is_known_is_kept() -> None:
 def test_a_grant_comes_out_of_the_wire_as_it_went_in(grant: Grant, now_us: int, method: Method) -> None:
     response = decode_response(encode_result(1, store_result(grant, now_us)))
     assert lease_answer(method, response.error, response.result) == grant
-    assert now_of(response.result) == now_us
+    assert timeline_us(response.result) == now_us
 
 
 @given(st.builds(Released, numbers, numbers), numbers)
 def test_a_release_s_answer_comes_out_of_the_wire_as_it_went_in(released: Released, now_us: int) -> None:
     response = decode_response(encode_result(1, store_result(released, now_us)))
     assert lease_answer(Method.LEASE_RELEASE, response.error, response.result) == released
-    assert now_of(response.result) == now_us
+    assert timeline_us(response.result) == now_us
 
 
 GRANT: Final = store_result(Grant(5, 1, 1000, 31_000, A, PRESETS["snowcloud"], 30_000), 1_767_225_600_000_000)
@@ -513,17 +504,17 @@ def test_a_layout_of_one_s_own_travels() -> None:
 
 @pytest.mark.parametrize("now_us", [0, 1, MAX_INT])
 def test_a_result_s_now_is_read(now_us: int) -> None:
-    assert now_of({"now_us": now_us}) == now_us
+    assert timeline_us({"now_us": now_us}) == now_us
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBER, None], ids=shown)
 def test_a_now_that_is_no_time_is_as_good_as_none(value: Any) -> None:
-    assert now_of({"now_us": value}) is None
+    assert timeline_us({"now_us": value}) is None
 
 
 @pytest.mark.parametrize("result", [None, {}, [], 5, "x", [["now_us", 5]], deep()], ids=shown)
 def test_a_result_without_a_now_has_none(result: Any) -> None:
-    assert now_of(result) is None
+    assert timeline_us(result) is None
 
 
 # --- errors ---

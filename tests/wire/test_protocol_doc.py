@@ -24,12 +24,13 @@ from zflake.core.layout import PRESETS, Field, Layout
 from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Meta, Record, Release, Renew, Swap
 from zflake.core.mint import Mint
 from zflake.core.timeline import tick_of
-from zflake.daemon import Alarm
+from zflake.daemon import Waker
 from zflake.delegator.broker import CREDIT, MAX_QUEUE, TAG_BYTES, Broker, Outgoing
 from zflake.delegator.directory import MISSED_US
 from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.setup import Wishes
-from zflake.wire import codec, endpoint, frames, messages
+from zflake.delegator.start import Wishes
+from zflake.wire import codec, endpoint, fields, frames, ids
+from zflake.wire.cluster import LOAD, check_ready
 from zflake.wire.codec import (
     REQUEST_HEAD,
     RESPONSE_HEAD,
@@ -40,21 +41,13 @@ from zflake.wire.codec import (
     encode_request,
     encode_result,
 )
+from zflake.wire.dispatch import METHODS
 from zflake.wire.endpoint import parse_endpoint
-from zflake.wire.messages import (
-    LOAD,
-    STORE_REQUESTS,
-    Code,
-    Method,
-    check_beat,
-    check_next,
-    check_no_params,
-    check_ready,
-    check_run,
-    lease_answer,
-    now_of,
-)
-from zflake.worker.link import BEAT_US
+from zflake.wire.fields import timeline_us
+from zflake.wire.ids import check_next, check_run
+from zflake.wire.leases import lease_answer
+from zflake.wire.methods import Code, Method
+from zflake.worker.link import HEARTBEAT_US
 from zflake.worker.server import Worker, WorkerConfig
 
 TEXT: Final = (Path(zflake.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -158,8 +151,8 @@ class Peer:
 
 @contextmanager
 def running(make: type[Worker | Delegator], config: Any) -> Iterator[Peer]:
-    with Alarm() as alarm:
-        daemon = make(config, alarm)
+    with Waker() as waker:
+        daemon = make(config, waker)
         thread = threading.Thread(target=daemon.run)
         thread.start()
         try:
@@ -170,8 +163,8 @@ def running(make: type[Worker | Delegator], config: Any) -> Iterator[Peer]:
                 finally:
                     peer.close()
         finally:
-            alarm.stopping = True
-            alarm.ring()
+            waker.stopping = True
+            waker.wake()
             thread.join(10)
             assert not thread.is_alive()
 
@@ -232,16 +225,7 @@ def test_the_dumped_error_is_what_the_codec_makes_and_reads() -> None:
 
 def test_the_dumped_params_pass_the_daemons_checks() -> None:
     for method in Method:
-        if method in STORE_REQUESTS:
-            STORE_REQUESTS[method](request_of(method))
-        elif method is Method.IDS_NEXT:
-            assert check_next(request_of(method))
-        elif method is Method.WORKER_READY:
-            assert check_ready(request_of(method))
-        elif method is Method.WORKER_BEAT:
-            assert [check_beat(request_of(method))] == request_of(method)
-        else:
-            check_no_params(request_of(method))
+        METHODS[method].check(request_of(method))
 
 
 def test_the_dumped_worker_shows_the_machine_and_the_token_of_the_dumped_grant() -> None:
@@ -297,11 +281,11 @@ def test_the_lease_in_the_dumps_is_what_the_lessor_grants() -> None:
     meta = Meta(result_of("cluster.status")["store_id"], layout, 30_000, 0, layout.machines - 1)
 
     def now(method: str) -> int:
-        now_us = now_of(result_of(method))
+        now_us = timeline_us(result_of(method))
         assert now_us is not None
         return tick_of(layout, now_us)
 
-    acquire, renew, release, _ = (STORE_REQUESTS[m](request_of(m)) for m in list(STORE_REQUESTS))
+    acquire, renew, release = (METHODS[m].check(request_of(m)) for m in Method if m.startswith("lease."))
     assert isinstance(acquire, Acquire)
     assert isinstance(renew, Renew)
     assert isinstance(release, Release)
@@ -480,19 +464,19 @@ def test_the_numbers_in_the_document_are_the_code_s() -> None:
         frames.MAX_RESPONSE_BYTES,
         codec.MAX_MSGID,
         codec.MAX_RESPONSE_ITEMS,
-        messages.MAX_COUNT,
-        messages.MAX_TIMEOUT_MS,
+        ids.MAX_COUNT,
+        ids.MAX_TIMEOUT_MS,
     ):
         assert f"{number:,}" in TEXT
     assert f"a queue of at most {MAX_QUEUE:,}" in TEXT
     assert f"at most {CREDIT} requests under way" in TEXT
     assert f"not been heard of for {MISSED_US // 1000:,} ms" in TEXT
-    assert f"`worker.beat` every {BEAT_US // 1000} ms" in TEXT
+    assert f"`worker.beat` every {HEARTBEAT_US // 1000} ms" in TEXT
     assert f"begins with the bytes `{REQUEST_HEAD.hex(' ')}`" in TEXT
     assert f"begin with `{RESPONSE_HEAD.hex(' ')}`" in TEXT
     assert f"the envelope has at most {frames.MAX_ENVELOPE} frames" in TEXT
     assert f"at most {codec.MAX_REQUEST_ITEMS} elements" in TEXT
-    assert f"at most {messages.MAX_TEXT} printable characters" in TEXT
+    assert f"at most {fields.MAX_TEXT} printable characters" in TEXT
     assert f"{TOKEN_BYTES} random bytes" in TEXT
     assert endpoint.DEFAULT_DELEGATOR in TEXT
 

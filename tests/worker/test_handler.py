@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from zflake.core.layout import PRESETS, Field, Layout
 from zflake.core.mint import Mint
+from zflake.holder.clock import HolderClock
 from zflake.wire.codec import Response, decode_response, encode_error, encode_request, encode_result
-from zflake.wire.messages import MAX_COUNT, MAX_TIMEOUT_MS
-from zflake.worker.handler import GONE_MS, Handler
+from zflake.wire.ids import MAX_COUNT, MAX_TIMEOUT_MS
+from zflake.worker.handler import LEAVING_MS, Handler
 
 EPOCH_MS: Final = 1_577_836_800_000
 # Eight IDs a tick: a few requests use it up.
@@ -28,16 +29,31 @@ REQUEST = [b"", b"client", b""]
 thorough = settings(deadline=None, max_examples=100)
 
 
-class Hold:
-    """A machine ID with a window that the test chooses."""
+class FixedClock(HolderClock):
+    """The timeline at the time that the test chooses."""
 
-    retry_after_ms = 250
-    store_id = "here"
+    us: int | None = None
+
+    def timeline_us(self) -> int | None:
+        return self.us
+
+
+class Hold:
+    """A machine ID with a window that the test chooses, and a clock that only the test moves."""
+
+    store_id: str | None = "here"
+    state = "HELD"
+    token = b""
+    is_open = True
 
     def __init__(self, layout: Layout = SMALL, window: tuple[int, int] | None = (0, 1 << 40)) -> None:
         self.mint: Mint | None = Mint(layout, 5)
+        self.clock = FixedClock(lambda: 0)
         if window:
             self.mint.grant(*window)
+
+    def retry_after_ms(self, _local_us: int) -> int:
+        return 250
 
 
 class World:
@@ -45,10 +61,19 @@ class World:
 
     def __init__(self, hold: Hold | None = None) -> None:
         self.hold = hold or Hold()
-        self.us: int | None = EPOCH_MS * 1000 + 1_000_500
+        self.us = EPOCH_MS * 1000 + 1_000_500
         self.local_us = 7 * SECOND
-        self.handler = Handler(self.hold, lambda: self.us, lambda: {"name": "me"})
+        self.handler: Handler[list[bytes]] = Handler(self.hold, lambda: {"name": "me"})
         self._msgid = 0
+
+    @property
+    def us(self) -> int | None:
+        """The timeline's now."""
+        return self.hold.clock.us
+
+    @us.setter
+    def us(self, us: int | None) -> None:
+        self.hold.clock.us = us
 
     def tick(self, ticks: float = 1) -> None:
         assert self.us is not None
@@ -204,13 +229,13 @@ def test_more_requests_than_the_next_tick_has_ids_are_overloaded_with_a_time_to_
 
 def test_a_request_with_no_time_left_is_a_timeout_and_mints_nothing(world: World) -> None:
     assert code(world.next(timeout_ms=0)) == "timeout"
-    assert world.handler.figures.ids == 0
+    assert world.handler.ids == 0
 
 
 def test_a_request_whose_time_ran_out_before_it_was_read_mints_nothing(world: World) -> None:
     assert code(world.next(timeout_ms=1000, age_us=SECOND)) == "timeout"
     assert code(world.next(timeout_ms=1000, age_us=60 * SECOND)) == "timeout"
-    assert world.handler.figures.ids == 0
+    assert world.handler.ids == 0
     assert len(ids(world.next(timeout_ms=1000, age_us=SECOND - 1))) == 1
 
 
@@ -231,7 +256,7 @@ def expired(response: Response | None) -> None:
     assert code(response) == "lease_expired"
     assert response is not None
     assert response.error is not None
-    assert response.error.retry_after_ms == Hold.retry_after_ms
+    assert response.error.retry_after_ms == Hold().retry_after_ms(0)
 
 
 def test_without_a_machine_id_the_lease_has_expired(world: World) -> None:
@@ -295,8 +320,8 @@ def test_a_draining_worker_is_unavailable_and_says_for_how_long(world: World) ->
     assert code(refused) == "unavailable"
     assert refused is not None
     assert refused.error is not None
-    assert refused.error.retry_after_ms == GONE_MS
-    assert world.handler.figures.ids == 0
+    assert refused.error.retry_after_ms == LEAVING_MS
+    assert world.handler.ids == 0
 
 
 # --- the other methods ---
@@ -360,7 +385,7 @@ def test_the_figures_count_what_happened(world: World) -> None:
     }
     world.tick()
     world.turn()
-    assert world.handler.figures.ids == FULL + 1
+    assert world.handler.ids == FULL + 1
 
 
 # --- malformed requests ---
@@ -383,12 +408,12 @@ methods = st.sampled_from(["ids.next", "hello", "ping", "cluster.status", "lease
 def handled(world: World, body: bytes) -> Response | None:
     """Handle a body as a server would, and hold the handler to: an answer, or a place among the counted."""
     handler = world.handler
-    before = (handler.figures.dropped, handler.parked)
+    before = (handler.requests.dropped, handler.parked)
     answer = handler.handle(REQUEST, body, world.local_us, world.local_us)
     if answer is not None:
-        assert (handler.figures.dropped, handler.parked) == before
+        assert (handler.requests.dropped, handler.parked) == before
         return decode_response(answer)
-    assert handler.figures.dropped + handler.parked == sum(before) + 1
+    assert handler.requests.dropped + handler.parked == sum(before) + 1
     return None
 
 
@@ -422,7 +447,7 @@ def test_wrong_params_are_answered_and_mint_nothing(msgid: int, method: str, par
         and 1 <= params[0] <= MAX_COUNT
         and 1 <= params[1] <= MAX_TIMEOUT_MS
     )
-    assert (world.handler.figures.ids > 0) == right
+    assert (world.handler.ids > 0) == right
 
 
 @pytest.mark.parametrize(
@@ -449,7 +474,7 @@ def test_wrong_params_are_answered_and_mint_nothing(msgid: int, method: str, par
 )
 def test_params_of_ids_next_out_of_range_are_bad_requests(world: World, params: list[Any]) -> None:
     assert code(world.ask("ids.next", *params)) == "bad_request"
-    assert world.handler.figures.ids == 0
+    assert world.handler.ids == 0
 
 
 @pytest.mark.parametrize("depth", [1, 100, 500, 900, 1000, 1015, 1020, 1021, 1022, 1023, 10_000])
@@ -469,7 +494,7 @@ def test_nested_arrays_are_a_bad_request_at_any_depth(world: World, depth: int) 
 def test_a_response_and_a_notification_get_no_answer(world: World) -> None:
     for body in (encode_result(1, {}), encode_error(1, "timeout", ""), msgpack.packb([2, "ping", []])):
         assert handled(world, body) is None
-    assert world.handler.figures.dropped == 3
+    assert world.handler.requests.dropped == 3
 
 
 def test_huge_declared_lengths_are_a_bad_request(world: World) -> None:
@@ -520,7 +545,7 @@ def test_no_id_is_answered_twice_and_ids_ascend_whatever_the_clock_does(seed: in
     world.us = EPOCH_MS * 1000
     got = [i for run in traffic(seed, world) for i in run]
     assert all(a < b for a, b in pairwise(got))
-    assert len(got) == world.handler.figures.ids
+    assert len(got) == world.handler.ids
 
 
 def test_random_traffic_does_get_ids() -> None:
@@ -557,6 +582,6 @@ def test_a_request_for_another_cluster_is_refused() -> None:
 
 def test_a_static_worker_serves_any_cluster() -> None:
     world = World()
-    world.hold.store_id = None  # type: ignore[assignment]
+    world.hold.store_id = None
     body = encode_request(1, "ids.next", [1, 1000, "elsewhere"])
     assert decode_response(world.handler.handle([b""], body, 0, 0) or b"").error is None

@@ -13,9 +13,9 @@ import zmq
 
 from tests.conftest import Bell, Connect, Peer, Script, Scripts, serving, until
 from zflake.core.layout import PRESETS
-from zflake.daemon import Alarm
+from zflake.daemon import Waker
 from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.setup import Wishes
+from zflake.delegator.start import Wishes
 from zflake.errors import ConfigError, LayoutError
 from zflake.wire.codec import encode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
@@ -33,7 +33,7 @@ def static(**more: Any) -> WorkerConfig:
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    with serving(lambda alarm: Worker(static(), alarm)) as worker:
+    with serving(lambda waker: Worker(static(), waker)) as worker:
         yield worker
 
 
@@ -164,7 +164,7 @@ def test_the_bound_port_is_filled_in_to_what_is_advertised(connect: Connect) -> 
     bind = parse_endpoint("tcp://0.0.0.0:*", to_bind=True)
     advertise = parse_endpoint("tcp://localhost:*", to_bind=True)
     with (
-        serving(lambda alarm: Worker(static(bind=bind, advertise=advertise, insecure=True), alarm)) as worker,
+        serving(lambda waker: Worker(static(bind=bind, advertise=advertise, insecure=True), waker)) as worker,
     ):
         assert worker.address.startswith("tcp://localhost:")
         peer = connect(worker.address.replace("localhost", "127.0.0.1"))
@@ -174,7 +174,7 @@ def test_the_bound_port_is_filled_in_to_what_is_advertised(connect: Connect) -> 
 
 def test_an_advertised_port_stands_as_it_is() -> None:
     advertise = parse_endpoint("tcp://ids.example.org:80")
-    with serving(lambda alarm: Worker(static(advertise=advertise), alarm)) as worker:
+    with serving(lambda waker: Worker(static(advertise=advertise), waker)) as worker:
         assert worker.address == "tcp://ids.example.org:80"
 
 
@@ -184,7 +184,7 @@ def test_a_port_in_use_is_refused(worker: Worker) -> None:
 
 def test_an_ipc_path_that_is_served_is_not_taken_over(tmp_path: Path) -> None:
     bind = parse_endpoint(f"ipc://{tmp_path}/w", to_bind=True)
-    with serving(lambda alarm: Worker(static(bind=bind), alarm)):
+    with serving(lambda waker: Worker(static(bind=bind), waker)):
         refused(static(bind=bind), "in use")
 
 
@@ -202,7 +202,7 @@ def test_a_static_machine_must_fit_the_layout() -> None:
 @pytest.fixture
 def delegator() -> Iterator[Delegator]:
     config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
-    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+    with serving(lambda waker: Delegator(config, waker)) as delegator:
         yield delegator
 
 
@@ -214,7 +214,7 @@ def test_a_worker_takes_a_lease_serves_is_listed_and_gives_it_back(
     connect: Connect, delegator: Delegator
 ) -> None:
     directory = connect(delegator.address)
-    with serving(lambda alarm: Worker(leased(delegator), alarm)) as worker:
+    with serving(lambda waker: Worker(leased(delegator), waker)) as worker:
         (listed,) = until(lambda: directory.ask("cluster.workers").result["workers"])
         assert (listed["address"], listed["name"]) == (worker.address, "w1")
         peer = connect(worker.address)
@@ -226,7 +226,7 @@ def test_a_worker_takes_a_lease_serves_is_listed_and_gives_it_back(
 
 def test_a_worker_without_a_delegator_says_that_it_holds_no_window(connect: Connect) -> None:
     config = WorkerConfig([parse_endpoint("tcp://127.0.0.1:1")], ANY)
-    with serving(lambda alarm: Worker(config, alarm)) as worker:
+    with serving(lambda waker: Worker(config, waker)) as worker:
         response = connect(worker.address).ask("ids.next", 1, 1000)
         assert response.error is not None
         assert response.error.code == "lease_expired"
@@ -256,7 +256,7 @@ def test_requests_that_sat_while_the_process_was_stopped_mint_nothing(connect: C
 
     def served() -> bool:
         worker._tick()
-        return worker._handler.figures.requests == 2
+        return worker.handler.requests.taken == 2
 
     until(served)
     answers = [peer.receive(), peer.receive()]
@@ -270,14 +270,14 @@ def test_what_is_queued_when_it_is_told_to_stop_is_answered(connect: Connect) ->
     asked = 40
     peers: list[Peer] = []
 
-    def make(alarm: Alarm) -> Worker:
-        worker = Worker(static(), alarm)
+    def make(waker: Waker) -> Worker:
+        worker = Worker(static(), waker)
         peers.append(connect(worker.address))
         # More than one tick holds: some of these are parked in the midst of the drain.
         for _ in range(asked):
             peers[0].request("ids.next", 4096, 5000)
         until(lambda: worker._router.poll(1))
-        alarm.stopping = True
+        waker.stopping = True
         return worker
 
     with serving(make):
@@ -291,10 +291,10 @@ def test_whoever_asks_while_it_stops_is_sent_to_another(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "DRAIN_US", 1_000_000)
-    with serving(lambda alarm: Worker(static(), alarm)) as worker:
+    with serving(lambda waker: Worker(static(), waker)) as worker:
         peer = connect(worker.address)
         one_id(peer)
-        worker._alarm.stopping = True
+        worker._waker.stopping = True
         refused = until(lambda: peer.ask("ids.next", 1, 1000).error)
     assert refused.code == "unavailable"
 
@@ -324,8 +324,8 @@ def test_a_stopped_worker_gives_back_its_machine_with_the_last_tick_it_minted_in
 
     delegator: Script = script(answer)
 
-    def make(alarm: Alarm) -> Worker:
-        return Worker(WorkerConfig([parse_endpoint(delegator.address)], ANY), alarm)
+    def make(waker: Waker) -> Worker:
+        return Worker(WorkerConfig([parse_endpoint(delegator.address)], ANY), waker)
 
     with serving(make) as worker:
         peer = connect(worker.address)

@@ -8,13 +8,13 @@ from typing import Any
 from zflake.client.conversation import Ask
 from zflake.client.transport import Transport
 from zflake.errors import Timeout
-from zflake.wire.messages import Method, exception_of
+from zflake.wire.methods import Method, exception_of
 
 
 def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float) -> Any:
     """The result of a request.
 
-    Raises `Timeout` where nobody answers, and what an error in the answer stands for.
+    Raises `Timeout` if no daemon answers, and the exception that an error in the answer stands for.
     """
     transport = Transport()
     deadline, response = time.monotonic() + timeout_s, None

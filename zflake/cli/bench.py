@@ -24,11 +24,14 @@ from typing import Any, Final
 
 import zmq
 
+from zflake import clock
 from zflake.client.sync import Client
 from zflake.core.layout import DEFAULT, parse
 from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Meta, Renew, Request
-from zflake.delegator.desk import BATCH, LeaseDesk
-from zflake.holder.generator import LeasedGenerator
+from zflake.core.timeline import Timeline
+from zflake.delegator.clock import DelegatorClock
+from zflake.delegator.executor import BATCH, LeaseExecutor
+from zflake.embedded.generator import LeasedGenerator
 from zflake.stores.sqlite import SqliteStore
 from zflake.wire.codec import encode_request
 
@@ -132,7 +135,7 @@ def _median_us(call: Callable[[], object], times: int) -> float:
 
 
 def _ratio_to_package(generator: LeasedGenerator) -> tuple[float, str] | None:
-    """Against the package `snowflake-id`, which is not thread-safe; None where it is not installed."""
+    """Against the package `snowflake-id`, which is not thread-safe; None if it is not installed."""
     try:
         from snowflake import SnowflakeGenerator  # noqa: PLC0415
     except ImportError:
@@ -191,27 +194,21 @@ def _commit_rate(folder: Path) -> float:
 
 
 @contextmanager
-def _desk(folder: Path, machines: int) -> Iterator[LeaseDesk]:
+def _executor(folder: Path, machines: int) -> Iterator[LeaseExecutor]:
     path = folder / f"{secrets.token_hex(4)}.db"
     store = SqliteStore(path)
     layout = parse("time:42,machine:16,sequence:6")
-    meta = Meta("bench", layout, 30_000, 0, machines - 1)
+    meta = Meta("bench", layout, 30_000, 0, machines - 1, incarnation=store.incarnation())
     store.initialise(meta)
-    begun = time.monotonic()
-    yield LeaseDesk(
-        store,
-        meta,
-        now=lambda: int((time.monotonic() - begun) * 1000),
-        local_us=lambda: 0,
-        ring=lambda: None,
-    )
+    delegator_clock = DelegatorClock(Timeline(layout.epoch_us + 1_000_000, clock.local_us()), layout, "bench")
+    yield LeaseExecutor(store, meta, delegator_clock, wake=lambda: None)
     store.close()
 
 
-def _grants(desk: LeaseDesk, requests: list[Request]) -> list[Grant]:
+def _grants(executor: LeaseExecutor, requests: list[Request]) -> list[Grant]:
     grants = []
     for at in range(0, len(requests), BATCH):
-        for answer, _ in desk.settle(requests[at : at + BATCH]):
+        for answer, _ in executor.settle(requests[at : at + BATCH]):
             assert isinstance(answer, Grant), answer
             grants.append(answer)
     return grants
@@ -222,21 +219,21 @@ def _token() -> bytes:
 
 
 def _lease_rate(folder: Path) -> float:
-    with _desk(folder, 65_536) as desk:
-        held = _grants(desk, [Acquire(_token()) for _ in range(HOLDERS)])
+    with _executor(folder, 65_536) as executor:
+        held = _grants(executor, [Acquire(_token()) for _ in range(HOLDERS)])
         begun, done = time.perf_counter(), 0
         for _ in range(4):
             time.sleep(0.002)  # or it would be too early for the next window
-            held = _grants(desk, [Renew(g.machine, g.token, g.gen, _token()) for g in held])
+            held = _grants(executor, [Renew(g.machine, g.token, g.gen, _token()) for g in held])
             done += len(held)
         return done / (time.perf_counter() - begun)
 
 
 def _acquire_us(folder: Path, machines: int) -> float:
-    with _desk(folder, machines) as desk:
+    with _executor(folder, machines) as executor:
         # Half of them are held already.
-        _grants(desk, [Acquire(_token()) for _ in range(machines // 2)])
-        return _median_us(lambda: desk.settle([Acquire(_token())]), min(30, machines // 3))
+        _grants(executor, [Acquire(_token()) for _ in range(machines // 2)])
+        return _median_us(lambda: executor.settle([Acquire(_token())]), min(30, machines // 3))
 
 
 def _first_id_s() -> float:
@@ -279,5 +276,5 @@ def _environment() -> dict[str, Any]:
 
 
 def headline() -> str:
-    """What was measured on."""
+    """The machine and the versions that were measured."""
     return ", ".join(f"{key} {value}" for key, value in _environment().items())

@@ -1,4 +1,4 @@
-"""How the commands behave: one line on stderr for an error, an exit code that says which kind, logs."""
+"""The conduct of all commands: one line on stderr for an error, an exit code that says which kind, logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 import click
 
-from zflake.daemon import Pulse
+from zflake.daemon import Liveness
 from zflake.errors import ConfigError, ZflakeError
 
 FAILED: Final = 1
@@ -45,7 +45,7 @@ def run(command: click.Command, prefix: str) -> NoReturn:
         _say(name, str(error))
         sys.exit(FAILED)
     except BrokenPipeError:
-        # Whoever read our output has enough.  Nothing may be written any more, by the interpreter's exit either.
+        # The reader of the output has enough.  Nothing may be written any more, by the interpreter's exit either.
         sys.stdout = None
         sys.exit(FAILED)
     except OSError as error:  # such as a full disk behind the output
@@ -82,7 +82,7 @@ class _Json(logging.Formatter):
 
 
 def prepare_daemon(log_format: str, log_level: str) -> None:
-    """What a daemon needs before it starts: logs, and a file descriptor for every peer that may come."""
+    """Set up logs, and allow a file descriptor for every peer that may come."""
     set_up_logs(log_format, log_level)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # some systems do not allow what they promise
@@ -90,9 +90,9 @@ def prepare_daemon(log_format: str, log_level: str) -> None:
 
 
 class Daemon(Protocol):
-    """What `serve` needs of a daemon."""
+    """A daemon, as `serve` runs it."""
 
-    pulse: Pulse
+    liveness: Liveness
 
     def run(self) -> None:
         """Serve until told to stop."""
@@ -106,7 +106,7 @@ def serve(daemon: Daemon, http: tuple[str, int] | None, metrics: str) -> None:
     from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
 
     measure = importlib.import_module(metrics).measure
-    with HealthServer(http, daemon.pulse, lambda: measure(daemon)):
+    with HealthServer(http, daemon.liveness, lambda: measure(daemon)):
         daemon.run()
 
 

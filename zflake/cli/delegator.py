@@ -7,9 +7,9 @@ import click
 from zflake.cli.conduct import prepare_daemon, run, serve
 from zflake.cli.options import BIND, DURATION, EPOCH, LAYOUT, MACHINES, daemon_options
 from zflake.core.layout import Layout
-from zflake.daemon import Alarm
+from zflake.daemon import Waker
 from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.setup import Wishes, check_wishes
+from zflake.delegator.start import Wishes, check_wishes
 from zflake.stores import check_url
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
@@ -22,7 +22,8 @@ from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
     "--store",
     default="sqlite:///zflake.db",
     show_default=True,
-    help="Where leases are durable: sqlite:///relative/path, sqlite:////absolute/path or memory:.",
+    help="Where leases are durable: sqlite:///relative/path, sqlite:////absolute/path, postgresql://, etcd://, "
+    "redis:// or memory:.",
 )
 @click.option("--layout", type=LAYOUT, help="The layout of a new store; checked against an old one's.")
 @click.option("--epoch", type=EPOCH, help="The layout's epoch: an ISO 8601 time or milliseconds since 1970.")
@@ -75,8 +76,8 @@ def command(
         check_url(store)
         print("zflake-delegator: the configuration is sound")
         return
-    with Alarm(follow_stdin=follow_stdin) as alarm:
-        serve(Delegator(config, alarm), http, "zflake.delegator.metrics")
+    with Waker(follow_stdin=follow_stdin) as waker:
+        serve(Delegator(config, waker), http, "zflake.delegator.metrics")
 
 
 def main() -> None:

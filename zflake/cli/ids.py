@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import Any, Final
 
-from zflake.core.layout import Decomposed, Layout
+from zflake.core.layout import Decomposed, Layout, iso
 from zflake.errors import ConfigError
 
 CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 BASE32_DIGITS: Final = 13
 MAX_DIGITS: Final = 20
-"""Of a decimal ID, zeros in front aside."""
+"""Digits of a decimal ID, zeros in front aside."""
 
 
 def formatter(format_: str, layout: Layout) -> Callable[[int], str]:
@@ -65,7 +64,7 @@ def show_ids(ids: list[int], layout: Layout) -> Iterator[str]:
 
 
 def show_parts(fields: Decomposed) -> str:
-    """The parts of a machine ID in brackets, where it has any."""
+    """The parts of a machine ID in brackets, if it has any."""
     return (
         f" ({', '.join(f'{name} {value}' for name, value in fields.parts.items())})" if fields.parts else ""
     )
@@ -91,8 +90,3 @@ def spell_out(layout: Layout) -> str:
         for name, bits in layout.fields
     )
     return f"{fields} bits; tick {layout.tick_ms} ms; epoch {iso(layout.epoch)}"
-
-
-def iso(time: datetime) -> str:
-    """ISO 8601 with milliseconds and a Z."""
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")

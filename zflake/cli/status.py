@@ -1,4 +1,4 @@
-"""What `zflake status` asks and shows."""
+"""`zflake status`: a cluster's state, once or live."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rich.text import Text
 from zflake.cli.ask import ask
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, ProtocolError, Timeout
-from zflake.wire.messages import Method
+from zflake.wire.methods import Method
 
 WIDE = 200
 LOOK_S = 1.0
-"""How often a live view is taken anew."""
+"""Seconds between two looks of a live view."""
 
 
 def ask_status(endpoint: str, timeout_s: float) -> dict[str, Any]:
-    """What a daemon says of itself, as PROTOCOL.md describes `cluster.status`.
+    """A daemon's state, as PROTOCOL.md describes `cluster.status`.
 
-    Raises `Timeout` where nobody answers, `ProtocolError` where it is no daemon of zflake's.
+    Raises `Timeout` if no daemon answers, `ProtocolError` if it is not a zflake daemon.
     """
     facts = ask(endpoint, Method.CLUSTER_STATUS, (), timeout_s)
     if not isinstance(facts, dict) or "service" not in facts:
@@ -37,7 +37,7 @@ def ask_status(endpoint: str, timeout_s: float) -> dict[str, Any]:
 
 def show_status(facts: dict[str, Any]) -> None:
     """Print what `ask_status` gave, for people."""
-    # Where nobody looks at it, a table has no reason to be narrow.
+    # Without a terminal a table has no reason to be narrow.
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDE)
     for name, value in _headlines(facts):
         console.print(f"[bold]{name:<10}[/] {value}")
@@ -97,13 +97,13 @@ def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None 
             f"{lease['pid']}@{lease['host']}",
             f"{lease['ends_in_ms'] / 1000:.1f} s",
             *figures,
-            "ready" if worker else "not there" if lease["address"] else "serves nobody",
+            "ready" if worker else "not there" if lease["address"] else "serves no clients",
         )
     return table
 
 
 class Rates:
-    """What goes on between one look and the next."""
+    """Rates between one look and the next."""
 
     def __init__(self) -> None:
         self._at = time.monotonic()
@@ -119,7 +119,7 @@ class Rates:
         now = time.monotonic()
         passed_s = max(now - self._at, 1e-9)
         ids = {lease["machine"]: lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"]}
-        # Who was not there at the last look has no rate yet.
+        # A worker that was not there at the last look has no rate yet.
         self.ids = {
             machine: max(0, count - self._ids.get(machine, count)) / passed_s
             for machine, count in ids.items()

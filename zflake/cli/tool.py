@@ -11,11 +11,11 @@ from typing import Final
 import click
 
 from zflake.cli.conduct import FAILED, run
-from zflake.cli.ids import as_object, formatter, iso, read_id, show_ids, show_parts, spell_out
+from zflake.cli.ids import as_object, formatter, read_id, show_ids, show_parts, spell_out
 from zflake.cli.options import DURATION, EPOCH, LAYOUT, choose_layout
 from zflake.client.roster import ROUTES
 from zflake.client.sync import Client
-from zflake.core.layout import DEFAULT, PRESETS, Layout
+from zflake.core.layout import DEFAULT, PRESETS, Layout, iso
 from zflake.errors import ConfigError
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
@@ -217,7 +217,7 @@ def status(*, to: str, watch: bool, as_json: bool, timeout: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
 @_timeout
 def trace(*, ids: tuple[str, ...], to: str, as_json: bool, timeout: int) -> None:
-    """Say who minted IDs, or that nobody knows (any more); then the exit code is 1."""
+    """Say who minted IDs; if the record does not know (any more), the exit code is 1."""
     from zflake.cli.trace import show_trace, trace_ids  # noqa: PLC0415  (it loads what only it needs)
 
     traced = trace_ids([read_id(text) for text in ids], parse_endpoint(to).text, timeout / 1000)
@@ -258,9 +258,9 @@ def restore(*, backup: str, url: str) -> None:
 
     A delegator that starts on it grants nothing until all that the backup does not know of has ended.
     """
-    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+    from zflake.delegator import moves  # noqa: PLC0415  (it loads what only it needs)
 
-    print(store_.restore(backup, url))
+    print(moves.restore(backup, url))
 
 
 @store.command()
@@ -272,9 +272,9 @@ def copy(*, url: str, to: str) -> None:
     Stop all delegators first, and start them on the new store: the old one refuses them from then on.
     Workers may go on meanwhile, to the end of their windows.
     """
-    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+    from zflake.delegator import moves  # noqa: PLC0415  (it loads what only it needs)
 
-    print(store_.copy(url, to))
+    print(moves.copy(url, to))
 
 
 @store.command()
@@ -284,9 +284,9 @@ def rewind(*, url: str) -> None:
 
     Everything that was granted stays granted: what IDs there are already can't come again.
     """
-    from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
+    from zflake.delegator import moves  # noqa: PLC0415  (it loads what only it needs)
 
-    print(store_.rewind(url))
+    print(moves.rewind_url(url))
 
 
 @command.command()

@@ -1,20 +1,21 @@
-"""What `zflake trace` asks and shows: who minted an ID."""
+"""`zflake trace`: who minted an ID."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from zflake.cli.ask import ask
-from zflake.cli.ids import as_object, iso
-from zflake.core.layout import Layout
+from zflake.cli.ids import as_object
+from zflake.core.layout import Layout, iso
 from zflake.errors import ProtocolError
-from zflake.wire.messages import Method, check_hello
+from zflake.wire.cluster import check_hello
+from zflake.wire.methods import Method
 
 
 def trace_ids(ids: list[int], endpoint: str, timeout_s: float) -> list[dict[str, Any]]:
-    """What the delegator knows of each ID, as `--json` shows it; `minted_by` is None where it knows of nobody.
+    """The delegator's record of each ID, as `--json` shows it; `minted_by` is None if there is none.
 
-    Raises `Timeout` where nobody answers, `ProtocolError` where it is no delegator, `LayoutError` for an ID
+    Raises `Timeout` if no delegator answers, `ProtocolError` if it is no delegator, `LayoutError` for an ID
     that is none of the cluster's layout.
     """
     layout = check_hello(None, ask(endpoint, Method.HELLO, (), timeout_s), service="delegator").layout
@@ -42,10 +43,10 @@ def show_trace(facts: dict[str, Any]) -> None:
         )
         print(f"  lease      from {by['from']} to {by['to']}")
     elif facts["time"] < facts["complete_since"]:
-        print(f"  minted by  somebody before {facts['complete_since']}: the record no longer reaches so far")
+        print(f"  minted by  a holder before {facts['complete_since']}: the record no longer reaches so far")
     else:
         print(
-            "  minted by  nobody with a lease of this cluster: another cluster or a static worker, or no ID at all"
+            "  minted by  no holder of this cluster: another cluster or a static worker minted it, or it is no ID at all"
         )
 
 

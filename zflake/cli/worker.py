@@ -7,11 +7,11 @@ import click
 from zflake.cli.conduct import prepare_daemon, run, serve
 from zflake.cli.options import BIND, ENDPOINT, EPOCH, LAYOUT, choose_layout, daemon_options
 from zflake.core.layout import DEFAULT, Layout
-from zflake.daemon import Alarm
+from zflake.daemon import Waker
 from zflake.errors import ConfigError
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
-from zflake.wire.messages import check_name
+from zflake.wire.fields import check_name
 from zflake.worker.server import Worker, WorkerConfig, check_addresses
 
 
@@ -76,8 +76,8 @@ def command(
         check_name(name)
         print("zflake-worker: the configuration is sound")
         return
-    with Alarm(follow_stdin=follow_stdin) as alarm:
-        serve(Worker(config, alarm), http, "zflake.worker.metrics")
+    with Waker(follow_stdin=follow_stdin) as waker:
+        serve(Worker(config, waker), http, "zflake.worker.metrics")
 
 
 def main() -> None:

@@ -23,9 +23,11 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
+from zflake.wire.cluster import check_hello
 from zflake.wire.codec import Response
 from zflake.wire.endpoint import parse_endpoint
-from zflake.wire.messages import MAX_COUNT, Method, check_hello, check_run, exception_of
+from zflake.wire.ids import MAX_COUNT, check_run
+from zflake.wire.methods import Method, exception_of
 
 ATTEMPT_S: Final = 1.0
 """How long one endpoint has for an answer, at most; less where the budget is small."""

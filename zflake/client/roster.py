@@ -14,7 +14,7 @@ from typing import Final
 
 from zflake.core.layout import Layout
 from zflake.errors import LayoutError
-from zflake.wire.messages import Hello
+from zflake.wire.cluster import Hello
 
 ROUTES: Final = ("auto", "direct", "broker")
 REFRESH_S: Final = 10.0

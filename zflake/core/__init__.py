@@ -3,7 +3,7 @@
 layout.py    bit fields of an ID: compose, decompose, presets
 lease.py     the words of the lease protocol: requests, records, answers
 lessor.py    how a delegator decides on a request, given a record
-tenant.py    how a holder takes, renews, loses and gives back a lease
+lessee.py    how a holder takes, renews, loses and gives back a lease
 mint.py      how IDs come out of a lease's windows
 timeline.py  how a holder follows the cluster's clock
 

@@ -51,7 +51,7 @@ class Decomposed:
     machine: int
     sequence: int
     parts: Mapping[str, int]
-    """The machine field's own parts, high to low, where the layout names any (Discord: worker, process)."""
+    """The machine field's own parts, high to low, if the layout names any (Discord: worker, process)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Layout:
     `epoch_ms` is in milliseconds since the Unix epoch, `tick_ms` in milliseconds (1 to 86,400,000).
     `machine_parts` may divide the machine field for people to read (Discord: worker and process).
 
-    Raises `LayoutError` where these do not hold.
+    Raises `LayoutError` if these do not hold.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Layout:
     machine_shift: int = field(init=False, repr=False, compare=False)
     sequence_shift: int = field(init=False, repr=False, compare=False)
     machines: int = field(init=False, repr=False, compare=False)
-    """How many machine IDs there are: 0 to machines - 1."""
+    """The number of machine IDs, which go from 0 to machines - 1."""
     ids_per_tick: int = field(init=False, repr=False, compare=False)
-    """How many IDs one machine can mint in one tick."""
+    """IDs that one machine can mint in one tick."""
     epoch_us: int = field(init=False, repr=False, compare=False)
     tick_us: int = field(init=False, repr=False, compare=False)
     end_tick: int = field(init=False, repr=False, compare=False)
@@ -111,11 +111,11 @@ class Layout:
         calendar = (CALENDAR_END_MS - self.epoch_ms) // self.tick_ms
         object.__setattr__(self, "end_tick", min(1 << bits["time"], calendar))
 
-    # --- what a layout knows of itself ---
+    # --- its limits ---
 
     @property
     def bits(self) -> int:
-        """How many bits its IDs have, at most 64."""
+        """Bits of its IDs, at most 64."""
         return sum(f.bits for f in self.fields)
 
     @property
@@ -136,7 +136,7 @@ class Layout:
     def fits_until(self, bits: int) -> datetime:
         """The first instant, UTC, whose IDs need more than `bits` bits (53: a JavaScript `Number`).
 
-        Where that is never, the answer is `overflows`.
+        If that never comes, the answer is `overflows`.
         """
         return self.time_of(min(self.end_tick, (1 << bits) >> self.time_shift))
 
@@ -150,12 +150,20 @@ class Layout:
         """The tick that `time` (with a time zone) falls in, rounded down; negative before the epoch."""
         return (_unix_us(time) - self.epoch_ms * 1000) // (self.tick_ms * 1000)
 
+    def ms_to_ticks(self, ms: int) -> int:
+        """The ticks that `ms` milliseconds take, rounded up."""
+        return -(-ms // self.tick_ms)
+
+    def ticks_to_ms(self, ticks: int) -> int:
+        """The milliseconds that `ticks` last; 0 if they have passed."""
+        return max(0, ticks) * self.tick_ms
+
     # --- fields <-> integer ---
 
     def compose(self, tick: int, machine: int, sequence: int) -> int:
         """The ID of these fields.
 
-        Raises `LayoutError` where one of them is not a whole number or does not fit its field.
+        Raises `LayoutError` if one of them is not a whole number or does not fit its field.
         """
         for name, value, limit in (
             ("time", tick, self.end_tick),
@@ -171,7 +179,7 @@ class Layout:
     def decompose(self, id_: int) -> Decomposed:
         """The fields of an ID.
 
-        Raises `LayoutError` where the number can't be an ID of this layout.
+        Raises `LayoutError` if the number can't be an ID of this layout.
         """
         if type(id_) is not int or not 0 <= id_ < 1 << self.bits:
             hint = "; a negative one came out of a signed column: add 2**64" if _is_negative(id_) else ""
@@ -197,7 +205,7 @@ class Layout:
         For queries: `WHERE id >= low AND id < high`.  A span that reaches beyond the layout is cut to it.
         `high` may be 2**64, one more than any ID.  Both ends need a time zone.
 
-        Raises `LayoutError` where `end` comes before `start`, or one has no time zone.
+        Raises `LayoutError` if `end` comes before `start`, or one has no time zone.
         """
         if _unix_us(end) < _unix_us(start):
             raise LayoutError("a range's end lies before its start")
@@ -205,7 +213,7 @@ class Layout:
         return first << self.time_shift, last << self.time_shift
 
     def check_machine(self, machine: int) -> int:
-        """Give `machine` back, or raise `LayoutError` where the machine field can't hold it."""
+        """Give `machine` back, or raise `LayoutError` if the machine field can't hold it."""
         if type(machine) is not int or not 0 <= machine < self.machines:
             raise LayoutError(
                 f"machine {machine!r} does not fit layout {self.name}, which takes 0 to {self.machines - 1}"
@@ -240,7 +248,7 @@ class Layout:
 
     @classmethod
     def from_map(cls, values: Mapping[str, Any]) -> Layout:
-        """The layout of a map that `to_map` made; raises `LayoutError` where it is not one."""
+        """The layout of a map that `to_map` made; raises `LayoutError` if it is not one."""
         try:
             name, fields, parts = values["name"], values["fields"], values["machine_parts"]
             epoch_ms, tick_ms = values["epoch_ms"], values["tick_ms"]
@@ -265,6 +273,16 @@ class Layout:
     def same_ids(self, other: Layout) -> bool:
         """Whether both read every ID alike, whatever their names."""
         return (self.fields, self.epoch_ms, self.tick_ms) == (other.fields, other.epoch_ms, other.tick_ms)
+
+
+def iso(time: datetime) -> str:
+    """ISO 8601 with milliseconds and a Z, of a UTC time."""
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def iso_us(us: int) -> str:
+    """The same of microseconds since the Unix epoch."""
+    return iso(UNIX_EPOCH + timedelta(microseconds=us))
 
 
 _SPEC = re.compile(r"(?P<fields>[a-z]+:\d{1,2}(?:,[a-z]+:\d{1,2})*)(?:@(?P<tick>\d{1,8})ms)?")

@@ -1,4 +1,4 @@
-"""The words of the lease protocol: what a holder asks, what a delegator records, what it answers.
+"""The words of the lease protocol: a holder's requests, a delegator's records, its answers.
 
 Requests travel from holder to delegator, `Record` and `Meta` lie in the store, answers travel back.  All
 are immutable.  Ticks count from the layout's epoch; tokens are 16 random bytes, drawn by the holder.
@@ -14,26 +14,26 @@ from zflake.core.layout import Layout
 
 TOKEN_BYTES: Final = 16
 SCHEMA: Final = 3
-"""Of what this zflake writes into a store."""
+"""Number of the schema that this zflake writes."""
 READER: Final = 3
 """The oldest schema whose zflake may use what this one writes.  It rises with whatever that would misread or lose."""
 OLDEST: Final = 3
 """The oldest schema that this zflake reads."""
 VERSIONS: Final = 1 << 48
-"""Out of how many numbers the version of a meta is drawn that begins a new life."""
+"""Exclusive upper bound of the random version of a new incarnation's meta."""
 
 Token: TypeAlias = bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lease, for people and for the directory; no rule reads it."""
+    """The holder of a lease, for people and for the directory; no rule reads it."""
 
     name: str = ""
     host: str = ""
     pid: int = 0
     address: str = ""
-    """The endpoint at which the holder serves ID requests; empty where it serves none."""
+    """The endpoint at which the holder serves ID requests; empty if it serves none."""
 
 
 # --- requests ---
@@ -56,7 +56,7 @@ class Renew:
     gen: int
     next: Token
     end: int | None = None
-    """Where the holder's last window ends.  If the store knows less than that, it is a witness of a loss."""
+    """The end of the holder's last window.  If the store knows less, the renewal is a witness of a loss."""
     store_id: str | None = None
     """The store that granted the lease: of another one it bears no witness."""
 
@@ -66,7 +66,7 @@ class Release:
     """Gives a machine ID back.
 
     `next` is the token of a renewal that was never answered, or None.  `last` is the last tick minted in,
-    as the mint says and no clock, or None where nothing was minted.
+    as the mint says and no clock, or None if nothing was minted.
     """
 
     machine: int
@@ -77,7 +77,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Asks who was granted tick `tick` on a machine ID."""
+    """Asks which holder was granted tick `tick` on a machine ID."""
 
     machine: int
     tick: int
@@ -91,7 +91,7 @@ Request: TypeAlias = Acquire | Renew | Release
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What holds for the whole store."""
+    """The settings and the state of the whole store."""
 
     store_id: str
     layout: Layout
@@ -103,21 +103,21 @@ class Meta:
     floor: int = 0
     """No window begins below this tick, on any machine."""
     version: int = 1
-    """+1 with every change of this record.  It begins anew at a number drawn at random where the store is made,
-    and where it may have forgotten something, so that none comes twice: a `Swap` names it."""
+    """+1 with every change of this record.  It begins anew at a number drawn at random when the store is made,
+    and when it may have forgotten something, so that none comes twice: a `Swap` names it."""
     incarnation: str = ""
-    """Which life of the store this is.  Where the store says another one, it may have lost what it promised."""
+    """The life of the store.  If the store says another one, it may have lost what it promised."""
     moved: str = ""
-    """Where this cluster was moved to: nothing is granted from here any more.  Empty where it was not."""
+    """The store that this cluster was moved to: nothing is granted from here any more.  Empty if it was not."""
     schema: int = SCHEMA
-    """The latest that was written into this store; it is raised by the first delegator that has a later one."""
+    """The latest that was written into this store; the first delegator that has a later one raises it."""
     reader: int = READER
     """The oldest schema whose zflake may use this store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is durable of one machine ID.  One that was never used is all zeros."""
+    """The durable state of one machine ID.  One that was never used is all zeros."""
 
     machine: int
     fence: int = 0
@@ -125,14 +125,14 @@ class Record:
     gen: int = 0
     """+1 with every write of this record."""
     token: Token | None = None
-    """What the next renewal must show; None after a release."""
+    """The token that the next renewal must show; None after a release."""
     start: int = 0
-    """Where the newest window begins; it ends at the fence."""
+    """The start of the newest window, which ends at the fence."""
     tenancy_start: int = 0
-    """Where the first window of this tenancy began."""
+    """The start of the first window of this tenancy."""
     holder: Holder = field(default_factory=Holder)
     span_start: int = 0
-    """Where the unbroken row of windows that ends at the fence began."""
+    """The start of the unbroken row of windows that ends at the fence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +164,9 @@ class Mark:
     """Names the process; the next one after a restart may have another name."""
     now_us: int
     lead_us: int = 0
-    """How far the timeline was ahead of that delegator's wall clock."""
+    """Microseconds that the timeline was ahead of that delegator's wall clock."""
     address: str = ""
-    """Where it serves."""
+    """The endpoint at which it serves."""
 
 
 # --- answers ---
@@ -201,7 +201,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """Who was granted a tick: the span that holds it, or None where the record knows of nobody."""
+    """The holder that was granted a tick: the span that holds it, or None if the record knows of none."""
 
     span: Span | None
     since: int

@@ -26,9 +26,9 @@ Window: TypeAlias = tuple[int, int]
 
 
 def first_open(windows: Iterable[Window], now: int) -> int | None:
-    """The first tick, `now` or later, that one of the windows (in order) holds; None where none does.
+    """The first tick, `now` or later, that one of the windows (in order) holds; None if none does.
 
-    Rule 2 at the tick's turn: `now` may be minted in where it is that tick.
+    Rule 2 at the tick's turn: `now` may be minted in if it is that tick.
     """
     for start, end in windows:
         if now < end:
@@ -39,9 +39,9 @@ def first_open(windows: Iterable[Window], now: int) -> int | None:
 class Mint:
     """The sequence machine of one machine ID in one tenancy.
 
-    Ticks count from the layout's epoch.  Not thread-safe: whoever owns it serialises its calls.
+    Ticks count from the layout's epoch.  Not thread-safe: its owner serialises the calls.
 
-    Raises `LayoutError` where the layout has no such machine.
+    Raises `LayoutError` if the layout has no such machine.
     """
 
     __slots__ = (
@@ -72,7 +72,7 @@ class Mint:
     def grant(self, start: int, end: int) -> None:
         """Add the window `[start, end)`, which must lie after all earlier ones and inside the layout.
 
-        Raises `LayoutError` where it does not: to mint in it could repeat IDs.
+        Raises `LayoutError` if it does not: to mint in it could repeat IDs.
         """
         if not self._end <= start < end <= self.layout.end_tick:
             raise LayoutError(
@@ -87,7 +87,7 @@ class Mint:
     def take(self, now: int, count: int) -> Run | None:
         """Mint up to `count` IDs (at least 1) at tick `now`: one run, inside one tick.
 
-        None when nothing can be minted at `now`; `opens` then says when it can.  Raises `LayoutError` where
+        None when nothing can be minted at `now`; `opens` then says when it can.  Raises `LayoutError` if
         `count` is less than 1.
         """
         if now > self._tick:
@@ -114,7 +114,7 @@ class Mint:
         return first, 1 << self._sequence_shift, minted
 
     def opens(self, now: int) -> int | None:
-        """The first tick, `now` or later, at which `take` gives IDs; None where no window is left."""
+        """The first tick, `now` or later, at which `take` gives IDs; None if no window is left."""
         if now <= self._tick:
             if self._sequence < self._full:
                 return now
@@ -126,7 +126,7 @@ class Mint:
         return first_open(self._windows, now) == now
 
     def spend(self, tick: int) -> None:
-        """Count all ticks up to `tick` as minted in to the full, by whoever shares this tenancy's windows."""
+        """Count all ticks up to `tick` as minted in to the full, by another mint of this tenancy's windows."""
         if tick > self._tick:
             self._tick = tick
             self._sequence = self._full
@@ -143,7 +143,7 @@ class Mint:
 
     @property
     def last(self) -> int | None:
-        """The last tick minted in, None where nothing was minted."""
+        """The last tick minted in, None if nothing was minted."""
         return None if self._tick < 0 else self._tick
 
     def close(self) -> int | None:

@@ -1,9 +1,10 @@
 """The cluster's one clock, the timeline: how a delegator carries it, and how a holder follows it.
 
-A delegator reads its wall clock at a cold start only, when no other one is running.  From then on its local clock, which neither steps
-nor stops, moves the timeline: never stepped, never sped up, slowed a little while it is ahead of the wall.
-What it has used is marked in the store, so that the timeline goes on where it was after a restart, and
-others may follow: a mark that moves is a delegator that runs, and the latest of them is the timeline.
+A delegator reads its wall clock at a cold start only, when no other delegator runs.  From then on its local clock,
+which neither steps nor stops, moves the timeline: never stepped, never sped up, slowed a little while it is ahead
+of the wall.  A delegator marks in the store how much of the timeline it has used, so that the timeline goes on there
+after a restart, and others may follow: a mark that keeps moving is a delegator that runs, and the latest of them is
+the timeline.
 
 A holder never reads a wall clock.  Its time is its local clock plus an offset.  Every message from a
 delegator carries the timeline's now, stamped when it was sent.  (sent - received) is the offset less the
@@ -14,8 +15,7 @@ and since a mint never goes back, each overshoot would stay.
 The offset steps forward and slews backward.  Nothing that this module says can make a duplicate: windows
 and the mint's last tick see to that.
 
-All times are in microseconds: `local_us` and `received_us` on the local clock, the others since the Unix
-epoch.
+Three clocks, all in microseconds: `timeline_us` and `wall_us` count from the Unix epoch, `local_us` from anywhere.
 """
 
 from __future__ import annotations
@@ -29,27 +29,25 @@ from zflake.core.lease import Mark
 from zflake.errors import ConfigError
 
 HORIZON_US: Final = 2_000_000
-"""How old an exchange may be, against the newest one, to have a say."""
+"""Microseconds that an exchange counts for, before the newest one."""
 SLEW: Final = 10
-"""While the offset is too large, time passes 1/SLEW slower."""
-
-
+"""Divisor of the rate at which time passes slower while the offset is too large."""
 MAX_SLEEP_US: Final = 366 * 86_400 * 1_000_000
-"""A cold start further than this past the last mark looks like a wall clock that is wrong."""
+"""Microseconds past the last mark from which a cold start's wall clock looks wrong."""
 MAX_BACK_US: Final = 3_600 * 1_000_000
-"""So does one further than this before it."""
+"""Microseconds before the last mark from which it looks wrong, too."""
 DRAG: Final = 10_000
-"""While it is ahead of the wall, the timeline passes 1/DRAG (100 ppm) slower."""
+"""Divisor of the rate (100 ppm) at which the timeline passes slower while it is ahead of the wall."""
 PROOF: Final = 2
 """Moves of a mark that prove a running delegator."""
 LEAD_US: Final = 10_000_000
-"""How far ahead of the wall the timeline may be before that is worth a warning."""
+"""Microseconds ahead of the wall from which the timeline's lead is worth a warning."""
 
 
 def cold_start_us(wall_us: int, marks_us: Sequence[int]) -> int:
-    """Where the timeline begins when a delegator starts and no other is running.
+    """The beginning of the timeline when a delegator starts and no other is running.
 
-    Raises `ConfigError` where the wall clock can't be right, judged by the marks.
+    Raises `ConfigError` if the wall clock can't be right, judged by the marks.
     """
     mark_us = max(marks_us, default=wall_us)
     off_us = wall_us - mark_us
@@ -97,7 +95,7 @@ class Marks:
         return max((now_us for now_us, times in self._moves.values() if times >= PROOF), default=None)
 
 
-class Carrier:
+class Timeline:
     """The timeline in the hands of a delegator, from `start_us` on.
 
     May be read by one thread while another one compares or raises.
@@ -109,24 +107,24 @@ class Carrier:
         # (timeline, local clock, whether it drags), replaced as a whole: a reader sees all of it or none.
         self._base = (start_us, local_us, False)
         self.lead_us = 0
-        """How far the timeline was ahead of the wall when that was last looked at; negative: behind."""
+        """Microseconds that the timeline was ahead of the wall at the last comparison; negative: behind."""
 
-    def now_us(self, local_us: int) -> int:
+    def at(self, local_us: int) -> int:
         """The timeline's now when the local clock shows `local_us`."""
         base_us, base_local_us, dragging = self._base
         passed_us = max(0, local_us - base_local_us)
         return base_us + passed_us - (passed_us // DRAG if dragging else 0)
 
-    def raise_to(self, now_us: int, local_us: int) -> None:
-        """Go on from `now_us`, another delegator's, where that is later."""
-        if now_us > self.now_us(local_us):
-            self._base = (now_us, local_us, self._base[2])
+    def raise_to(self, timeline_us: int, local_us: int) -> None:
+        """Go on from `timeline_us`, another delegator's now, if that is later."""
+        if timeline_us > self.at(local_us):
+            self._base = (timeline_us, local_us, self._base[2])
 
     def compare(self, wall_us: int, local_us: int) -> None:
         """Look at the wall clock, to be slower while ahead of it.  Nothing steps."""
-        now_us = self.now_us(local_us)
-        self.lead_us = now_us - wall_us
-        self._base = (now_us, local_us, self.lead_us > 0)
+        timeline_us = self.at(local_us)
+        self.lead_us = timeline_us - wall_us
+        self._base = (timeline_us, local_us, self.lead_us > 0)
 
 
 class Estimator:
@@ -146,11 +144,10 @@ class Estimator:
         return self._offset_us is not None
 
     def exchange(self, sent_us: int, received_us: int, *, step: bool) -> None:
-        """Learn that a delegator's now was `sent_us` before the local clock came to `received_us`.
+        """Learn that the timeline showed `sent_us` before the local clock came to `received_us`.
 
-        With `step` the offset takes its new value at once also where that is backward: right while no
-        window holds the holder's now, since a holder far ahead of the timeline would else stay out for
-        hours.
+        With `step` the offset takes its new value at once even if that is backward: right while no window holds
+        the holder's now, since a holder far ahead of the timeline would stay out for hours otherwise.
         """
         offset = sent_us - received_us
         recent = self._exchanges
@@ -166,29 +163,29 @@ class Estimator:
         elif steady:
             self._slewed_at_us = received_us
 
-    def now_us(self, local_us: int) -> int:
+    def timeline_us(self, local_us: int) -> int:
         """The timeline's now when the local clock shows `local_us`; only after a first `exchange`."""
-        offset = self._offset_us
-        assert offset is not None
-        if offset != self._target_us:
-            offset = self._slew(local_us)
-        return local_us + offset
+        offset_us = self._offset_us
+        assert offset_us is not None
+        if offset_us != self._target_us:
+            offset_us = self._slew(local_us)
+        return local_us + offset_us
 
     def _slew(self, local_us: int) -> int:
         assert self._offset_us is not None
         passed = max(0, local_us - self._slewed_at_us)
         correction = min(self._offset_us - self._target_us, passed // SLEW)
-        # What is too short for a whole microsecond of correction counts at the next call.
+        # A time too short for a whole microsecond of correction counts at the next call.
         self._slewed_at_us += correction * SLEW
         self._offset_us -= correction
         return self._offset_us
 
 
-def tick_of(layout: Layout, now_us: int) -> int:
-    """The layout's tick at `now_us` (since the Unix epoch), rounded down."""
-    return (now_us - layout.epoch_us) // layout.tick_us
+def tick_of(layout: Layout, timeline_us: int) -> int:
+    """The layout's tick at `timeline_us`, rounded down."""
+    return (timeline_us - layout.epoch_us) // layout.tick_us
 
 
-def us_until(layout: Layout, tick: int, now_us: int) -> int:
-    """How many microseconds after `now_us` `tick` begins; 0 where it has begun."""
-    return max(0, layout.epoch_us + tick * layout.tick_us - now_us)
+def us_until(layout: Layout, tick: int, timeline_us: int) -> int:
+    """Microseconds from `timeline_us` until `tick` begins; 0 if it has begun."""
+    return max(0, layout.epoch_us + tick * layout.tick_us - timeline_us)

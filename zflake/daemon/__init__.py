@@ -1,11 +1,11 @@
-"""The conduct of a daemon: when to stop, how to wake its loop, whom to tell how it is.
+"""The conduct of a daemon: when to stop, how to wake its loop, how it fares.
 
-alarm.py    signals and other threads wake the poll loop
-pulse.py    the loop's heartbeat, for systemd and for probes
-health.py   /livez, /readyz and /metrics
+waker.py     signals and other threads wake the poll loop
+liveness.py  whether the loop goes round, for systemd and for probes
+health.py    /livez, /readyz and /metrics
 """
 
-from zflake.daemon.alarm import Alarm
-from zflake.daemon.pulse import Pulse
+from zflake.daemon.liveness import Liveness
+from zflake.daemon.waker import Waker
 
-__all__ = ["Alarm", "Pulse"]
+__all__ = ["Liveness", "Waker"]

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from zflake.daemon.pulse import Pulse
+from zflake.daemon.liveness import Liveness
 from zflake.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ class _Facts(Collector):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    pulse: Pulse
+    liveness: Liveness
     registry: CollectorRegistry
 
 
@@ -44,12 +44,12 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        pulse = self.server.pulse
+        liveness = self.server.liveness
         match self.path:
             case "/livez":
-                self._say(pulse.is_alive)
+                self._say(liveness.is_alive)
             case "/readyz":
-                self._say(pulse.is_alive and pulse.is_ready)
+                self._say(liveness.is_alive and liveness.is_ready)
             case "/metrics":
                 self._send(HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.server.registry))
             case _:
@@ -79,17 +79,17 @@ class HealthServer:
 
     `measure` gives the metrics; it is called in this server's threads.
 
-    Raises `ConfigError` where the address can't be bound.
+    Raises `ConfigError` if the address can't be bound.
     """
 
     def __init__(
-        self, address: tuple[str, int], pulse: Pulse, measure: Callable[[], Iterable[Metric]]
+        self, address: tuple[str, int], liveness: Liveness, measure: Callable[[], Iterable[Metric]]
     ) -> None:
         try:
             self._server = _Server(address, _Handler)
         except OSError as error:
             raise ConfigError(f"can't serve HTTP at {address[0]}:{address[1]}: {error.strerror}") from error
-        self._server.pulse = pulse
+        self._server.liveness = liveness
         self._server.registry = CollectorRegistry()
         self._server.registry.register(_Facts(measure))
         ProcessCollector(registry=self._server.registry)

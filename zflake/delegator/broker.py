@@ -5,11 +5,11 @@ Three rules:
 1. A client's envelope never leaves the broker.  A request travels under a tag, 16 random bytes, and an
    answer counts only from the worker that was given that tag, and once.  Everything else is counted and
    dropped: peers' identities can be guessed, and a stranger's forged answer would be a duplicate key.
-2. A worker has so much credit and no more: what a frozen one can swallow is bounded, and is given to others
-   as soon as it is found missing.  Whatever it answers later comes under a tag that nobody holds.
+2. A worker has so much credit and no more: the requests that a frozen one can swallow are bounded, and are given
+   to others as soon as it is found missing.  A later answer of its comes under a tag that is not in use.
 3. A request waits no longer than its budget, in a queue that has an end.
 
-What is to be sent is left in `outbox`.  Times are in microseconds on the delegator's local clock.
+The broker leaves what is to be sent in `outbox`.  Times are in microseconds on the delegator's local clock.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Final, NamedTuple
 
 from zflake.errors import ProtocolError
 from zflake.wire.codec import Response, decode_response, encode_error, encode_request
-from zflake.wire.messages import Code, Method
+from zflake.wire.methods import Code, Method
 
 CREDIT: Final = 64
-"""How many requests one worker may have under way."""
+"""Requests that one worker may have under way."""
 MAX_QUEUE: Final = 4096
-"""How many requests may wait for a worker."""
+"""Requests that may wait for a worker."""
 OVERLOADED_MS: Final = 20
-"""After how long whoever found the queue full may come again."""
-NOBODY_MS: Final = 250
-"""The same for who found no worker at all."""
+"""Milliseconds after which a client that found the queue full may come again."""
+NO_WORKER_MS: Final = 250
+"""The same for a client that found no worker at all."""
 TAG_BYTES: Final = 16
 
 # Answers that say something of the worker, not of the request: another worker may do better.
@@ -54,7 +54,7 @@ class Peer:
 
     identity: bytes
     jobs: dict[bytes, Job] = field(default_factory=dict)
-    """What it has under way, by tag."""
+    """The requests that it has under way, by tag."""
     open: bool = False
     """Whether it takes more."""
     lined_up: bool = False
@@ -67,12 +67,12 @@ class Outgoing(NamedTuple):
     prefix: list[bytes]
     body: bytes
     worker: bytes | None
-    """Whom to `lose` where it can't be sent; None for an answer to a client."""
+    """The worker to `lose` if it can't be sent; None for an answer to a peer that asked."""
 
 
 @dataclass
-class Figures:
-    """What the broker has done since it started."""
+class BrokerCounts:
+    """Counts of the broker's work since it started."""
 
     brokered: int = 0
     """Requests that a worker answered."""
@@ -83,7 +83,7 @@ class Figures:
     refused: int = 0
     """Requests that found the queue full, or no worker."""
     strays: int = 0
-    """Answers that nobody waits for: forged, late or repeated."""
+    """Answers that no client waits for: forged, late or repeated."""
 
 
 class Broker:
@@ -93,24 +93,31 @@ class Broker:
     """
 
     def __init__(self, draw_tag: Callable[[], bytes]) -> None:
-        self.figures = Figures()
+        self.counts = BrokerCounts()
         self.outbox: list[Outgoing] = []
         self._draw_tag = draw_tag
         self._peers: dict[bytes, Peer] = {}
-        self._line: deque[Peer] = deque()  # who is open and has credit; whose turn it is comes first
+        self._line: deque[Peer] = deque()  # those that are open and have credit, in turn
         self._open = 0
         self._queue: deque[Job] = deque()
 
+    def collect(self) -> list[Outgoing]:
+        """The messages to send, which are the caller's from here on."""
+        outbox = self.outbox
+        if outbox:
+            self.outbox = []
+        return outbox
+
     # --- workers ---
 
-    def join(self, identity: bytes, now_us: int) -> None:
+    def join(self, identity: bytes, local_us: int) -> None:
         """Give this worker requests from now on, or again."""
         peer = self._peers.setdefault(identity, Peer(identity))
         if not peer.open:
             peer.open = True
             self._open += 1
         self._line_up(peer)
-        self._dispatch(now_us)
+        self._dispatch(local_us)
 
     def leave(self, identity: bytes) -> None:
         """Give this worker nothing more; what it has under way it may still answer."""
@@ -118,7 +125,7 @@ class Broker:
         if peer is not None:
             self._close(peer)
 
-    def lose(self, identity: bytes, now_us: int) -> None:
+    def lose(self, identity: bytes, local_us: int) -> None:
         """Forget a worker that has gone, and give what it had to others."""
         peer = self._peers.get(identity)
         if peer is None:
@@ -126,67 +133,67 @@ class Broker:
         self._take_back(list(peer.jobs.values()))
         peer.jobs.clear()
         self._close(peer)
-        self._dispatch(now_us)
+        self._dispatch(local_us)
 
-    def answer(self, identity: bytes, envelope: list[bytes], body: bytes, now_us: int) -> None:
-        """Take a worker's answer in; `envelope` is what stands between its identity and the body."""
+    def answer(self, identity: bytes, envelope: list[bytes], body: bytes, local_us: int) -> None:
+        """Take a worker's answer in; `envelope` is the frames between its identity and the body."""
         peer = self._peers.get(identity)
         job = peer.jobs.get(envelope[0]) if peer is not None and len(envelope) == 2 else None  # noqa: PLR2004
         response = None if job is None else _read(body)
         if peer is None or job is None or response is None or response.msgid != job.msgid:
-            self.figures.strays += 1
+            self.counts.strays += 1
             return
         del peer.jobs[envelope[0]]
         if response.error is not None and response.error.code in ELSEWHERE:
             self._close(peer)  # until it says that it is ready again
             self._take_back([job])
         else:
-            self.figures.brokered += 1
+            self.counts.brokered += 1
             self.outbox.append(Outgoing(job.client, body, None))
         self._settle(peer)
-        self._dispatch(now_us)
+        self._dispatch(local_us)
 
     # --- clients ---
 
-    def submit(self, client: list[bytes], msgid: int, count: int, deadline_us: int, now_us: int) -> None:
+    def submit(self, client: list[bytes], msgid: int, count: int, deadline_us: int, local_us: int) -> None:
         """Take a client's request for `count` IDs in."""
         job = Job(client, msgid, count, deadline_us)
-        if deadline_us <= now_us:
+        if deadline_us <= local_us:
             self._expire(job)
         elif not self._open:
-            self._refuse(job, Code.UNAVAILABLE, "no worker is ready", NOBODY_MS)
+            self._refuse(job, Code.UNAVAILABLE, "no worker is ready", NO_WORKER_MS)
         elif len(self._queue) >= MAX_QUEUE:
             self._refuse(job, Code.OVERLOADED, f"{MAX_QUEUE} requests wait already", OVERLOADED_MS)
         else:
             self._queue.append(job)
-            self._dispatch(now_us)
+            self._dispatch(local_us)
 
     # --- time ---
 
-    def sweep(self, now_us: int) -> None:
-        """Answer whatever has outlived its budget; to be called every now and then."""
+    def sweep(self, local_us: int) -> None:
+        """Answer the requests that have outlived their budget; to be called every now and then."""
         for peer in list(self._peers.values()):
             for tag, job in list(peer.jobs.items()):
-                if job.deadline_us <= now_us:
+                if job.deadline_us <= local_us:
                     del peer.jobs[tag]
                     self._expire(job)
             self._settle(peer)
-        if any(job.deadline_us <= now_us for job in self._queue):
+        if any(job.deadline_us <= local_us for job in self._queue):
             waiting, self._queue = self._queue, deque()
             for job in waiting:
-                if job.deadline_us <= now_us:
+                if job.deadline_us <= local_us:
                     self._expire(job)
                 else:
                     self._queue.append(job)
         if self._queue and not self._open:
             for job in self._queue:
-                self._refuse(job, Code.UNAVAILABLE, "no worker is ready any more", NOBODY_MS)
+                self._refuse(job, Code.UNAVAILABLE, "no worker is ready any more", NO_WORKER_MS)
             self._queue.clear()
-        self._dispatch(now_us)
+        self._dispatch(local_us)
 
     @property
     def queued(self) -> int:
-        """How many requests wait for a worker."""
+        """Requests that wait for a worker."""
         return len(self._queue)
 
     @property
@@ -196,7 +203,7 @@ class Broker:
 
     @property
     def open(self) -> int:
-        """How many workers take requests."""
+        """Workers that take requests."""
         return self._open
 
     def is_open(self, identity: bytes) -> bool:
@@ -205,7 +212,7 @@ class Broker:
         return peer is not None and peer.open
 
     def in_flight(self, identity: bytes) -> int:
-        """How many requests a worker has under way."""
+        """Requests that a worker has under way."""
         peer = self._peers.get(identity)
         return 0 if peer is None else len(peer.jobs)
 
@@ -232,31 +239,31 @@ class Broker:
             peer.lined_up = True
             self._line.append(peer)
 
-    def _dispatch(self, now_us: int) -> None:
+    def _dispatch(self, local_us: int) -> None:
         while self._queue and self._line:
             peer = self._line.popleft()
             peer.lined_up = False
             job = self._queue.popleft()
-            if job.deadline_us <= now_us:
+            if job.deadline_us <= local_us:
                 self._expire(job)
             else:
                 tag = self._draw_tag()
                 peer.jobs[tag] = job
-                left_ms = max(1, (job.deadline_us - now_us) // 1000)
+                left_ms = max(1, (job.deadline_us - local_us) // 1000)
                 body = encode_request(job.msgid, Method.IDS_NEXT, (job.count, left_ms))
                 self.outbox.append(Outgoing([peer.identity, tag, b""], body, peer.identity))
             self._line_up(peer)
 
     def _take_back(self, jobs: list[Job]) -> None:
-        self.figures.requeued += len(jobs)
+        self.counts.requeued += len(jobs)
         self._queue.extendleft(reversed(jobs))
 
     def _expire(self, job: Job) -> None:
-        self.figures.expired += 1
+        self.counts.expired += 1
         self._say(job, Code.TIMEOUT, "the time ran out before a worker answered", None)
 
     def _refuse(self, job: Job, code: Code, message: str, retry_after_ms: int) -> None:
-        self.figures.refused += 1
+        self.counts.refused += 1
         self._say(job, code, message, retry_after_ms)
 
     def _say(self, job: Job, code: Code, message: str, retry_after_ms: int | None) -> None:

@@ -1,8 +1,8 @@
-"""The directory: who holds a lease, and which of them are there to serve.
+"""The directory: who holds a lease, and which of the holders are registered to serve.
 
-A *lease* is in the directory as long as its window lasts, as the store says.  A *worker* is there from the
-moment that it has shown its lease's token until it leaves, misses its beats, lapses, or loses the lease.
-Only its token says that a peer is the worker that it claims to be: nobody else but the store knows that.
+A *lease* is in the directory as long as its window lasts, as the store says.  A *registered worker* has shown its
+lease's token; it is there until it leaves, misses its heartbeats, lapses, or loses the lease.  Only the token proves
+that a peer is the worker that it claims to be: the holder and the store alone know it.
 
 Times are in microseconds on the delegator's local clock; ticks are the timeline's.
 """
@@ -15,36 +15,36 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from zflake.core.lease import Record, Token
-from zflake.wire.messages import LOAD
+from zflake.wire.cluster import LOAD
 
 MISSED_US: Final = 1_000_000
-"""A worker that has not been heard of for this long is out: four beats."""
+"""Microseconds without a sign of life after which a worker is taken out: four heartbeats."""
 
 
 @dataclass(slots=True)
-class Presence:
+class RegisteredWorker:
     """A worker that is there to serve."""
 
     identity: bytes
     """Its routing identity at this delegator."""
     machine: int
     tenancy_start: int
-    """Which tenancy of the machine it showed the token of."""
+    """The tenancy of the machine that it showed the token of."""
     heard_us: int
     load: dict[str, Any]
-    """What it last said of itself; all zero until then."""
+    """The load that it last reported; all zero until then."""
 
 
 class Directory:
-    """The records of the machine IDs that are held, as they were last seen stored, and the workers there."""
+    """The records of the machine IDs that are held, as they were last seen stored, and the registered workers."""
 
     def __init__(self, held: Iterable[Record]) -> None:
         self._held = {record.machine: record for record in held}
-        self._present: dict[bytes, Presence] = {}
+        self._workers: dict[bytes, RegisteredWorker] = {}
 
     @property
     def count(self) -> int:
-        """How many machine IDs are held, or were until lately."""
+        """Machine IDs that are held, or were until lately."""
         return len(self._held)
 
     # --- leases ---
@@ -60,7 +60,7 @@ class Directory:
             self._held[record.machine] = record
 
     def replace(self, held: Iterable[Record]) -> None:
-        """Take in all leases as they are stored now; what is not among them has been given back."""
+        """Take in all leases as they are stored now; any other has been given back."""
         known = self._held
         self._held = {}
         for record in held:
@@ -68,14 +68,14 @@ class Directory:
             self._held[record.machine] = before if before is not None and before.gen > record.gen else record
 
     def held(self, now: int) -> list[Record]:
-        """The records whose window reaches beyond tick `now`, by machine; the others are forgotten."""
-        self._held = {machine: record for machine, record in self._held.items() if record.fence > now}
-        return sorted(self._held.values(), key=lambda record: record.machine)
+        """The records whose window reaches beyond tick `now`, by machine."""
+        running = (record for record in self._held.values() if record.fence > now)
+        return sorted(running, key=lambda record: record.machine)
 
     # --- workers ---
 
-    def arrive(self, identity: bytes, machine: int, token: Token, now: int, local_us: int) -> bool:
-        """Take in a worker that says it holds this machine ID; False where its token is not the lease's."""
+    def register(self, identity: bytes, machine: int, token: Token, now: int, local_us: int) -> bool:
+        """Take in a worker that says it holds this machine ID; False if its token is not the lease's."""
         record = self._held.get(machine)
         if (
             record is None
@@ -85,55 +85,59 @@ class Directory:
         ):
             return False
         load = dict.fromkeys(LOAD, 0)
-        self._present[identity] = Presence(identity, machine, record.tenancy_start, local_us, load)
+        self._workers[identity] = RegisteredWorker(identity, machine, record.tenancy_start, local_us, load)
         return True
 
     def hear(self, identity: bytes, load: dict[str, Any], local_us: int) -> bool:
-        """Take in a worker's beat; False where nobody of that identity is known to be there."""
-        presence = self._present.get(identity)
-        if presence is None:
+        """Take in a worker's heartbeat; False if no worker of that identity is registered."""
+        worker = self._workers.get(identity)
+        if worker is None:
             return False
-        presence.heard_us = local_us
-        presence.load = load
+        worker.heard_us = local_us
+        worker.load = load
         return True
 
     def see(self, identity: bytes, local_us: int) -> None:
-        """Note a sign of life that is no beat: under a flood beats wait behind a worker's answers."""
-        if (presence := self._present.get(identity)) is not None:
-            presence.heard_us = local_us
+        """Note a sign of life that is no heartbeat: under a flood these wait behind a worker's answers."""
+        if (worker := self._workers.get(identity)) is not None:
+            worker.heard_us = local_us
 
     def leave(self, identity: bytes) -> None:
-        """Take a worker out that says it goes."""
-        self._present.pop(identity, None)
+        """Take out a worker that says it goes."""
+        self._workers.pop(identity, None)
 
-    def is_present(self, identity: bytes) -> bool:
+    def is_registered(self, identity: bytes) -> bool:
         """Whether a worker of that identity is there."""
-        return identity in self._present
+        return identity in self._workers
 
     def sweep(self, now: int, local_us: int) -> list[bytes]:
-        """Take out who missed its beats, lapsed or lost its lease; gives their identities."""
-        gone = [p.identity for p in self._present.values() if not self._is_there(p, now, local_us)]
+        """Forget what has ended, and take out the workers that missed their heartbeats, lapsed or lost their lease.
+
+        Gives the identities of these workers.
+        """
+        gone = [w.identity for w in self._workers.values() if not self._is_there(w, now, local_us)]
         for identity in gone:
-            del self._present[identity]
+            del self._workers[identity]
+        self._held = {machine: record for machine, record in self._held.items() if record.fence > now}
         return gone
 
     def excuse(self, lost_us: int) -> None:
         """Do not blame the workers for the time that this process itself was stopped."""
-        for presence in self._present.values():
-            presence.heard_us += lost_us
+        for worker in self._workers.values():
+            worker.heard_us += lost_us
 
-    def workers(self, now: int, local_us: int) -> list[tuple[Record, Presence]]:
-        """Who is there to serve, by machine, with the lease that it serves on."""
-        # One that reconnected is there twice, until the beats of its former connection are missed.
-        latest = sorted(self._present.values(), key=lambda p: p.heard_us)
-        present = {p.machine: p for p in latest if self._is_there(p, now, local_us)}
-        return [(self._held[machine], present[machine]) for machine in sorted(present)]
+    def workers(self, now: int, local_us: int) -> list[tuple[Record, RegisteredWorker]]:
+        """The workers that are there to serve, by machine, each with the lease that it serves on."""
+        # One that reconnected is there twice, until it has missed the heartbeats of its former connection.
+        latest = sorted(self._workers.values(), key=lambda w: w.heard_us)
+        there = {w.machine: w for w in latest if self._is_there(w, now, local_us)}
+        return [(self._held[machine], there[machine]) for machine in sorted(there)]
 
-    def _is_there(self, presence: Presence, now: int, local_us: int) -> bool:
-        record = self._held.get(presence.machine)
+    def _is_there(self, worker: RegisteredWorker, now: int, local_us: int) -> bool:
+        record = self._held.get(worker.machine)
         return (
             record is not None
-            and record.tenancy_start == presence.tenancy_start
+            and record.tenancy_start == worker.tenancy_start
             and record.fence > now
-            and local_us - presence.heard_us < MISSED_US
+            and local_us - worker.heard_us < MISSED_US
         )

@@ -1,12 +1,8 @@
-"""What every holder of a machine ID shares: its clock, the keeping of its lease, and minting without a worker.
+"""The common part of all holders of a machine ID: workers, and generators in an application's process.
 
-clock.py      the timeline as this process sees it
-keeper.py     a leased machine ID: the tenant's conversation with the delegators
-static.py     a machine ID that somebody assigned: no delegator, the wall clock
-
-generator.py  IDs minted in this very process, for threads, signal handlers and forks
-ticks.py      the ticks that these share, each begun once
-session.py    one lease of a generator's, kept by a thread in the background
-fork.py       how a generator knows that it is still in its own process
-waiting.py    waiting for another thread's news
+hold.py          a machine ID as its users see it
+clock.py         the timeline as this process sees it
+lease.py         a leased machine ID: the conversation with the delegators, without a socket
+lease_client.py  the socket under that
+static.py        an assigned machine ID: no delegator, the wall clock
 """

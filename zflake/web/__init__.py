@@ -25,8 +25,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
 from zflake.client.sync import Client
+from zflake.embedded.generator import LeasedGenerator
 from zflake.errors import ConfigError, ZflakeError
-from zflake.holder.generator import LeasedGenerator
 from zflake.wire.endpoint import DEFAULT_DELEGATOR
 
 try:
@@ -37,7 +37,7 @@ except ImportError as error:
 Source: TypeAlias = LeasedGenerator | Client
 
 KEY: Final = "zflake"
-"""Where an app's source of IDs is in its `extensions`."""
+"""Key of an app's source of IDs in its `extensions`."""
 MODES: Final = ("leased", "client")
 SETTINGS: Final = ("ZFLAKE_ENDPOINTS", "ZFLAKE_MODE", "ZFLAKE_TIMEOUT", "ZFLAKE_IDLE", "ZFLAKE_ROUTE")
 
@@ -49,7 +49,7 @@ class ZFlake:
 
     - `ZFLAKE_ENDPOINTS`: one endpoint or several, in a list or in one text with commas or spaces between
       (tcp://127.0.0.1:7410)
-    - `ZFLAKE_MODE`: `leased`, where each process leases a machine ID, or `client`, where workers mint
+    - `ZFLAKE_MODE`: `leased`: each process leases a machine ID; or `client`: workers mint
       (`leased`)
     - `ZFLAKE_TIMEOUT`: how long a call may take, in seconds (5)
     - `ZFLAKE_IDLE`: after how many seconds without an ID a lease is given back (600)
@@ -64,16 +64,16 @@ class ZFlake:
     def init_app(self, app: Flask) -> None:
         """Give the app a source of IDs.  Nothing is connected before the first ID.
 
-        Raises `ConfigError` where the app's config is wrong, or it has a source already.
+        Raises `ConfigError` if the app's config is wrong, or it has a source already.
         """
         if KEY in app.extensions:
             raise ConfigError(f"the app {app.name} has its ZFlake already: call init_app once")
         app.extensions[KEY] = source_of(app.config)
 
     def next_id(self) -> int:
-        """One ID for the current app; for the one that was given to `ZFlake` where none is current.
+        """One ID for the current app; for the one that was given to `ZFlake` if none is current.
 
-        Raises what `LeasedGenerator` or `Client` raise; `RuntimeError` where there is no app.
+        Raises what `LeasedGenerator` or `Client` raise; `RuntimeError` if there is no app.
         """
         return self.source.next_id()
 
@@ -96,7 +96,7 @@ class ZFlake:
 def create_app(endpoints: str | Iterable[str] | None = None) -> Flask:
     """An app that gives one ID as text at `/`, for any WSGI server: `gunicorn 'zflake.web:create_app()'`.
 
-    What it is not told it takes from the environment, under the names of ZFlake's config.  Where there is no
+    Settings that it is not given come from the environment, under the names of ZFlake's config.  If there is no
     ID to be had, it answers 503 with `Retry-After`.
     """
     app = Flask("zflake.web")
@@ -120,7 +120,7 @@ def refuse(error: ZflakeError) -> Response:
 
 
 def source_of(config: Mapping[str, Any]) -> Source:
-    """The source of IDs that a config asks for; raises `ConfigError` where it is wrong."""
+    """The source of IDs that a config asks for; raises `ConfigError` if it is wrong."""
     endpoints = config.get("ZFLAKE_ENDPOINTS", DEFAULT_DELEGATOR)
     if isinstance(endpoints, str):
         endpoints = [text for text in re.split(r"[,\s]+", endpoints) if text]

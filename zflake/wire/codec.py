@@ -2,8 +2,9 @@
 
     request   [0, msgid, method, params]
     response  [1, msgid, error, result]     error: nil, or [code, message, retry_after_ms]
+    bundle    [3, [[tag, response], ...]]   zflake's own: a worker's answers to several brokered requests
 
-Whatever bytes come in, the answer is a message or a `ProtocolError`, and memory is bounded by their length.
+Any bytes decode to a message or raise `ProtocolError`, in memory bounded by their length.
 """
 
 from __future__ import annotations
@@ -19,28 +20,27 @@ from zflake.errors import ProtocolError
 
 REQUEST: Final = 0
 RESPONSE: Final = 1
-BUNDLE: Final = 3
-"""zflake's own: a worker's answers to several brokered requests."""
 NOTIFICATION: Final = 2
 """MessagePack-RPC has notifications; zflake has none."""
+BUNDLE: Final = 3
 
 REQUEST_HEAD: Final = b"\x94\x00"
 RESPONSE_HEAD: Final = b"\x94\x01"
 BUNDLE_HEAD: Final = b"\x92\x03"
-"""How the bodies of each kind begin, in MessagePack: enough to tell them apart without unpacking them."""
+"""The first bytes of each kind of body, in MessagePack: enough to tell them apart without unpacking them."""
 MAX_MSGID: Final = 2**32 - 1
 MAX_REQUEST_ITEMS: Final = 256
-"""The longest array or map in a request.
+"""Items of the longest array or map in a request.
 
 An array that declares more than it holds costs as much as if it held it, for every level of nesting.
 """
 MAX_RESPONSE_ITEMS: Final = 2**20
-"""The longest array or map in a response: more workers than a directory of `MAX_RESPONSE_BYTES` lists."""
+"""Items of the longest array or map in a response: more than a directory of `MAX_RESPONSE_BYTES` lists workers."""
 MAX_SHOWN: Final = 60
-"""How many characters of a wrong value an error message repeats."""
+"""Characters of a wrong value that an error message repeats."""
 
-Request: TypeAlias = tuple[int, str, list[Any]]
-"""`(msgid, method, params)` as they came in; what params hold is not checked yet."""
+Call: TypeAlias = tuple[int, str, list[Any]]
+"""`(msgid, method, params)` of a request as it came in; what params hold is not checked yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class WireError:
 
 
 class Response(NamedTuple):
-    """A response as it came in.  `msgid` is None where the peer could not read the request's."""
+    """A response as it came in.  `msgid` is None if the peer could not read the request's."""
 
     msgid: int | None
     error: WireError | None
     result: Any
 
 
-class BadRequest(ProtocolError):  # noqa: N818  (a condition of the peer's, not of ours)
+class BadRequest(ProtocolError):  # noqa: N818  (a condition of the peer's)
     """A body that is no request; `msgid` is what could be read of it.
 
     `answerable` is False for a response or a notification, which must not be answered.
@@ -73,7 +73,7 @@ class BadRequest(ProtocolError):  # noqa: N818  (a condition of the peer's, not 
 
 
 def show(value: object) -> str:
-    """A peer's value for a message: short, and safe where `repr` itself would recurse too deep."""
+    """A peer's value for a message: short, and safe even if `repr` itself would recurse too deep."""
     text = _repr.repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
@@ -118,7 +118,7 @@ def encode_bundle(answers: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def decode_bundle(body: bytes) -> list[tuple[bytes, bytes]]:
-    """The answers in a bundle, each behind its tag; raises `ProtocolError` where it is none."""
+    """The answers in a bundle, each behind its tag; raises `ProtocolError` if it is none."""
     try:
         kind, answers = _unpackb(body, max_array_len=MAX_REQUEST_ITEMS, max_map_len=0)
         pairs = [(tag, answer) for tag, answer in answers]
@@ -129,8 +129,8 @@ def decode_bundle(body: bytes) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
-def decode_request(body: bytes) -> Request:
-    """The request in `body`; raises `BadRequest` where there is none."""
+def decode_request(body: bytes) -> Call:
+    """The request in `body`; raises `BadRequest` if there is none."""
     try:
         message = _unpackb(body, max_array_len=MAX_REQUEST_ITEMS, max_map_len=MAX_REQUEST_ITEMS)
     except _UNPACKABLE as error:
@@ -151,7 +151,7 @@ def decode_request(body: bytes) -> Request:
 
 
 def decode_response(body: bytes) -> Response:
-    """The response in `body`; raises `ProtocolError` where there is none."""
+    """The response in `body`; raises `ProtocolError` if there is none."""
     try:
         message = _unpackb(body, max_array_len=MAX_RESPONSE_ITEMS, max_map_len=MAX_RESPONSE_ITEMS)
     except _UNPACKABLE as why:

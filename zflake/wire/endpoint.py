@@ -83,9 +83,9 @@ def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
 
 
 def check_bind(endpoint: Endpoint, *, insecure: bool) -> None:
-    """Refuse to bind where strangers could connect, unless `insecure` says that this is meant.
+    """Refuse to bind an address that strangers could reach, unless `insecure` says that this is meant.
 
-    Refuse also an ipc path at which somebody serves: ZeroMQ would silently take it over.
+    Refuse also an ipc path at which another process serves: ZeroMQ would silently take it over.
 
     Raises `ConfigError`.
     """
@@ -105,7 +105,7 @@ def _is_served(path: Path) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)  # noqa: FBT003
             # Refused: left behind by a process that ended.  All else, a full queue or another kind of
-            # socket included, has somebody behind it.
+            # socket included, has a process behind it.
             return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
     except OSError:
         return False

@@ -20,7 +20,7 @@ MAX_RESPONSE_BYTES: Final = 64 * 1024 * 1024
 
 
 def split(frames: list[bytes]) -> tuple[list[bytes], bytes] | None:
-    """The prefix to send back and the body; None where the frames are not `[envelope...][b""][body]`."""
+    """The prefix to send back and the body; None if the frames are not `[envelope...][b""][body]`."""
     if len(frames) == 3 and not frames[1] and frames[0]:  # noqa: PLR2004  (a REQ's message, the usual one)
         return frames[:2], frames[2]
     at = len(frames) - 2

@@ -15,7 +15,7 @@ RECONNECT_MAX_MS = 1000
 
 
 def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> zmq.Socket[bytes]:
-    """A server's ROUTER.  Raises `ConfigError` where it can't bind (port in use, no such address)."""
+    """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 500)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that left fails and is counted
@@ -40,7 +40,7 @@ def connected(
 ) -> zmq.Socket[bytes]:
     """A REQ or DEALER (`kind`) to one peer.
 
-    What is sent while the peer is not there waits in vain, or with `queue` until it is.
+    A message that is sent while the peer is away is lost, or with `queue` waits until it is back.
 
     One peer a socket, always: over several, messages are dealt out in turn, to the dead as well.
     No ZMTP heartbeats: on the connecting side they can abort the process (libzmq issue 3937).
@@ -63,7 +63,7 @@ _MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 
 
 class Intake:
-    """What comes in at a socket, message by message.
+    """The input of a socket, message by message.
 
     Of a message with more frames than the protocol knows only the first ones are kept, and it is skipped in
     pieces: one peer with a million frames must not keep the others waiting.
@@ -77,7 +77,7 @@ class Intake:
         self._skipping = False
 
     def receive(self, flags: int = NOW) -> list[bytes] | None:
-        """The frames of the next message that has come in; None where there is none.
+        """The frames of the next message that has come in; None if there is none.
 
         With `flags` 0 it is waited for, as long as the socket's RCVTIMEO says.
         """
@@ -106,7 +106,7 @@ class Intake:
 
 
 def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:
-    """Send a message, never waiting; False where the peer has gone or takes no more."""
+    """Send a message, never waiting; False if the peer has gone or takes no more."""
     # Not send_multipart(), which costs more than its parts.
     try:
         for frame in prefix:

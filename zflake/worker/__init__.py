@@ -1,6 +1,8 @@
 """The worker: the daemon that holds a machine ID and serves ID requests.
 
-handler.py   answers requests; knows no socket
-link.py      the link to a delegator: presence, and brokered requests
-server.py    the process: sockets, poll loop, drain
+handler.py      answers requests; knows no socket
+link.py         the talk with one delegator: presence, and brokered requests; knows no socket
+link_client.py  the socket under that
+server.py       the process: sockets, poll loop, drain
+metrics.py      its figures, for Prometheus
 """

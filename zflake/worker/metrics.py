@@ -1,4 +1,4 @@
-"""What a worker measures of itself, for Prometheus."""
+"""A worker's figures, for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from zflake.worker.server import Worker
 
 def measure(worker: Worker) -> Iterator[Metric]:
     """The worker's figures now; safe to call from any thread."""
-    figures = worker.figures
-    yield CounterMetricFamily("zflake_worker_ids", "IDs minted.", figures.ids)
-    yield CounterMetricFamily("zflake_worker_requests", "Requests taken in.", figures.requests)
+    handler = worker.handler
+    yield CounterMetricFamily("zflake_worker_ids", "IDs minted.", handler.ids)
+    yield CounterMetricFamily("zflake_worker_requests", "Requests taken in.", handler.requests.taken)
     errors = CounterMetricFamily("zflake_worker_errors", "Requests answered with an error.", labels=["code"])
-    for code, count in dict(worker.errors).items():
+    for code, count in dict(handler.requests.errors).items():
         errors.add_metric([code], count)
     yield errors
     yield CounterMetricFamily(
         "zflake_worker_dropped",
-        "Messages that could not be answered, and answers nobody took.",
-        figures.dropped,
+        "Messages that could not be answered, and answers that could not be delivered.",
+        handler.requests.dropped,
     )
-    yield GaugeMetricFamily("zflake_worker_parked", "Requests that wait for the next tick.", worker.parked)
+    yield GaugeMetricFamily("zflake_worker_parked", "Requests that wait for the next tick.", handler.parked)
     yield GaugeMetricFamily(
-        "zflake_worker_serving", "1 while a window is open, 0 otherwise.", int(worker.pulse.is_ready)
+        "zflake_worker_serving", "1 while a window is open, 0 otherwise.", int(worker.liveness.is_ready)
     )
     machine = GaugeMetricFamily("zflake_worker_machine", "The machine ID that is held.")
     if worker.machine is not None:

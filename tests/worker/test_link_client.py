@@ -1,0 +1,138 @@
+"""The socket under a worker's link: brokered requests in, answers out, and a delegator that goes and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+import zmq
+
+from tests.conftest import until
+from tests.worker.test_link import HEARTBEAT, LEAVE, NOW_US, READY, TAG, Stage
+from zflake.wire.codec import decode_request, encode_error, encode_request, encode_result
+from zflake.wire.endpoint import parse_endpoint
+from zflake.wire.methods import Code
+from zflake.worker.link import HEARTBEAT_US
+from zflake.worker.link_client import LinkClient
+
+ANSWER: Final = encode_result(1, [1, 1, 1])
+
+
+class Scene(Stage):
+    """A link over a socket, and the ROUTER of a delegator that says only what the test lets it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        super().__init__()
+        self._context = context
+        self.address = "tcp://127.0.0.1:*"
+        self.open()
+        self.client = LinkClient(context, parse_endpoint(self.address), self.link)
+        self.connected()
+
+    def open(self) -> None:
+        """Let the delegator be there, or be there again."""
+        self.router = self._context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.LINGER, 0)
+        until(self._binds)
+        address = self.router.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(address, bytes)
+        self.address = address.rstrip(b"\0").decode()
+
+    def _binds(self) -> bool:
+        try:
+            self.router.bind(self.address)
+        except zmq.ZMQError:  # the system has not let go of the port yet
+            return False
+        return True
+
+    def connected(self) -> None:
+        until(lambda: self.client.socket.poll(1, zmq.POLLOUT))
+
+    def gone(self) -> None:
+        """Let the delegator go."""
+        self.router.close(linger=0)
+        until(lambda: not self.client.socket.poll(1, zmq.POLLOUT))
+
+    def service(self, us: int = 0) -> None:
+        self.us += us
+        self.client.service(self.us)
+
+    def heard(self) -> tuple[str, list[Any]]:
+        """The next thing that the delegator hears."""
+        assert self.router.poll(5000), "the link says nothing"
+        *self.prefix, body = self.router.recv_multipart()
+        self._msgid, method, params = decode_request(body)
+        return method, params
+
+    def answer(self, body: bytes) -> None:
+        """Answer what was heard last, and let the link take it in."""
+        self.router.send_multipart([*self.prefix, body])
+        assert self.client.socket.poll(5000)
+        assert self.client.receive() is None
+
+    def registered(self) -> None:
+        self.service()
+        assert self.heard() == READY
+        self.answer(encode_result(self._msgid, {"now_us": NOW_US}))
+
+    def close(self) -> None:
+        self.router.close(linger=0)
+        self.client.socket.close(linger=0)
+
+
+@pytest.fixture
+def scene(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Scene]:
+    scene = Scene(context)
+    yield scene
+    scene.close()
+
+
+def test_its_last_word_arrives_though_it_closes(scene: Scene) -> None:
+    scene.registered()
+    scene.client.leave()
+    scene.client.close()
+    assert scene.heard() == LEAVE
+
+
+def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(scene: Scene) -> None:
+    scene.registered()
+    worker = scene.prefix[0]
+    requests = [encode_request(number, "ids.next", [1, 1000]) for number in range(3)]
+    for number, request in enumerate(requests):
+        scene.router.send_multipart([worker, TAG + b"%d" % number, b"", request])
+        scene.router.send_multipart([*scene.prefix, encode_result(9, {"now_us": NOW_US})])
+    for number, request in enumerate(requests):
+        prefix, body = until(scene.client.receive)
+        assert (prefix, body) == ([TAG + b"%d" % number, b""], request)
+        assert scene.client.answer(prefix, ANSWER) == 0
+        assert scene.client.flush() == 0
+        assert scene.router.poll(5000)
+        assert scene.router.recv_multipart() == [worker, TAG + b"%d" % number, b"", ANSWER]
+    assert scene.client.receive() is None
+
+
+def test_while_the_delegator_is_away_it_goes_on_and_then_registers(scene: Scene) -> None:
+    scene.registered()
+    scene.gone()
+    for _ in range(10):
+        scene.service(HEARTBEAT_US)
+    assert scene.client.answer([TAG, b""], ANSWER) == 0
+    assert scene.client.flush() == 1, "it is away, and the answer is lost"
+    scene.client.leave()
+    scene.open()
+    scene.connected()
+    scene.service(HEARTBEAT_US)
+    assert scene.heard() == READY
+
+
+def test_a_delegator_that_came_back_between_two_heartbeats_is_told_who_sends_them(scene: Scene) -> None:
+    scene.registered()
+    scene.gone()
+    scene.open()
+    scene.connected()
+    scene.service(HEARTBEAT_US)
+    assert scene.heard() == HEARTBEAT
+    scene.answer(encode_error(scene._msgid, Code.NOT_READY, "m"))
+    scene.service(HEARTBEAT_US)
+    assert scene.heard() == READY

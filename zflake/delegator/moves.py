@@ -1,0 +1,192 @@
+"""A cluster's move: a store is copied to another, restored from a backup, or set back in time.
+
+No delegator may use the store meanwhile.  Each function says in a sentence what it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+
+from zflake import clock
+from zflake.core import loss
+from zflake.core.layout import Layout, iso, iso_us
+from zflake.core.lease import Meta, Swap
+from zflake.core.timeline import LEAD_US, tick_of
+from zflake.delegator.clock import listen
+from zflake.errors import ConfigError, StoreError
+from zflake.stores import Store, name_of, open_store
+
+_log = logging.getLogger("zflake.delegator")
+
+
+def check_moved(store: Store, meta: Meta) -> None:
+    """Raise `ConfigError` if the cluster was moved away from this store."""
+    if meta.moved:
+        raise ConfigError(f"{store.url} was moved to {meta.moved}: start on that store")
+
+
+def rewind(store: Store, meta: Meta, to_us: int) -> int:
+    """Set the store's time back to `to_us` (µs since the Unix epoch), after a clock far ahead was once believed.
+
+    Every fence stays: no tick that was granted is granted again.  Tenancies whose windows lie far ahead are
+    ended, since they could not be renewed for as long: their holders are told `lost`, and acquire afresh.
+    Gives how many these were.
+
+    Raises `StoreError` if the store fails; the rewind can then be repeated.
+    """
+    now = tick_of(meta.layout, to_us)
+    far = now + meta.ttl + meta.layout.ms_to_ticks(loss.MARGIN_MS)
+    ahead = [record for record in store.held(now) if record.fence > far]
+    swaps = [Swap(replace(record, gen=record.gen + 1, token=None), meta.version) for record in ahead]
+    store.set_marks(to_us)
+    ended = sum(store.swap(swaps)) if swaps else 0
+    if ended < len(ahead):
+        raise StoreError(f"{store.url}: another process is writing to it; stop all delegators first")
+    if ahead:
+        _log.warning("gave up %d tenancies whose windows lie ahead of the clock; their fences stay", ended)
+    return ended
+
+
+def restore(backup: str, url: str) -> str:
+    """Fill the store `url` from another one; says what was done.
+
+    Raises `StoreError` if `backup` can't be read or `url` is a cluster's store already.
+    """
+    source = open_store(backup, read_only=True)
+    try:
+        meta, contents = meta_of(source), source.contents()
+        target = open_store(url)
+        try:
+            if target.meta() is not None:
+                raise StoreError(
+                    f"{target.url} is a cluster's store already: move it away first, or name another one"
+                )
+            # No store has an empty incarnation: a delegator that starts on it knows that it was restored.  A
+            # cluster that was copied away since lives on there, and is waited for like all that a backup lacks.
+            target.initialise(replace(meta, incarnation="", moved=""), contents)
+        finally:
+            target.close()
+    finally:
+        source.close()
+    rest = loss.rest_until(meta.layout, 0, meta.ttl) - 1
+    return (
+        f"restored {target.url} from {source.url}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
+        f"grants nothing for the first {_seconds(meta.layout, rest)} s"
+    )
+
+
+def copy(url: str, to: str) -> str:
+    """Move what is in the store `url` to the new store `to`; says what was done.
+
+    From the first moment on `url` refuses delegators; if the copy fails, it is freed again.  One that was
+    killed half way can be made again, to the same `to`.
+
+    Raises `StoreError` if a delegator still uses `url`, or `to` is a cluster's store already.
+    """
+    _must_be_there(url)
+    source = open_store(url)
+    try:
+        found = meta_of(source)
+        if listen(source, "") is not None:
+            raise _in_use(source)
+        if found.moved != name_of(to):  # else it was begun before, and broken off
+            check_moved(source, found)
+        target = open_store(to)
+        try:
+            if target.meta() is not None:
+                check_moved(source, found)
+                raise StoreError(f"{target.url} is a cluster's store already: name a new one")
+            meta = replace(found, moved="")
+            moved = replace(found, version=found.version + 1, moved=target.url)
+            if not source.swap_meta(found, moved):
+                raise StoreError(f"{source.url} was written to meanwhile: stop all delegators first")
+            try:
+                contents = source.contents()
+                target.initialise(replace(meta, incarnation=target.incarnation()), contents)
+            except BaseException:
+                if not _holds(target, meta):
+                    if not source.swap_meta(moved, replace(meta, version=moved.version + 1)):
+                        raise StoreError(
+                            f"{source.url} was written to meanwhile, and stays marked as moved"
+                        ) from None
+                    raise
+        finally:
+            target.close()
+    finally:
+        source.close()
+    return (
+        f"moved {len(list(contents.records))} machine IDs from {source.url} to {target.url}: start the delegators on "
+        "that now; the old store refuses them"
+    )
+
+
+def rewind_url(url: str) -> str:
+    """Set the store's marks back to the wall clock if they are ahead of it; says what was done.
+
+    Raises `StoreError` if the store can't be used, or a delegator uses it.
+    """
+    _must_be_there(url)
+    store = open_store(url)
+    try:
+        meta = meta_of(store)
+        wall_us = clock.wall_us()
+        mark_us = max((mark.now_us for mark in store.marks()), default=0)
+        if mark_us <= wall_us + LEAD_US:
+            return (
+                f"nothing to do: the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock"
+                + _floor_of(meta, wall_us)
+            )
+        if listen(store, "") is not None:
+            raise _in_use(store)
+        ended = rewind(store, meta, wall_us)
+        report = (
+            f"set the time of {store.url} back from {iso_us(mark_us)} to {iso_us(wall_us)}; "
+            f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
+        )
+        return report + _floor_of(meta, wall_us)
+    finally:
+        store.close()
+
+
+def meta_of(store: Store) -> Meta:
+    """The store's meta; raises `StoreError` if it has none."""
+    meta = store.meta()
+    if meta is None:
+        raise StoreError(f"{store.url} holds no cluster")
+    return meta
+
+
+def _must_be_there(url: str) -> None:
+    """Raise `StoreError` if there is no store: to open it without a look first may make it."""
+    store = open_store(url, read_only=True)
+    try:
+        meta_of(store)
+    finally:
+        store.close()
+
+
+def _in_use(store: Store) -> StoreError:
+    return StoreError(f"{store.url} is in use: its marks move. Stop all delegators first")
+
+
+def _holds(target: Store, meta: Meta) -> bool:
+    """Whether a copy that failed is there all the same: a write without an answer may have happened."""
+    with contextlib.suppress(StoreError):
+        found = target.meta()
+        return found is not None and found.store_id == meta.store_id
+    return False
+
+
+def _floor_of(meta: Meta, wall_us: int) -> str:
+    if meta.floor <= (wall_us - meta.layout.epoch_us) // meta.layout.tick_us:
+        return ""
+    return (
+        f". Nothing is granted before {iso(meta.layout.time_of(meta.floor))} all the same: that floor was set when the"
+        " store may have forgotten leases, and stays. If it was set by a wrong clock, begin with a new store"
+    )
+
+
+def _seconds(layout: Layout, ticks: int) -> int:
+    return -(-layout.ticks_to_ms(ticks) // 1000)

@@ -1,0 +1,241 @@
+"""A delegator's answers: messages and time in, messages out.  It knows no socket.
+
+ids.next      goes to the broker, and comes back from a worker
+lease.*       goes to the executor, which asks the store; the answer is collected in a later turn
+worker.*      changes the directory, and which workers the broker gives requests
+the rest      is answered at once, by the report
+
+The owner hands each message that comes to `receive`, calls `turn` in every turn of its loop, sends what `collect` gives,
+and tells `unsent` what it could not send.  Times are in microseconds on the delegator's local clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from zflake.core.lease import Refusal, Renew, Request, Trace
+from zflake.delegator.broker import Broker, Outgoing
+from zflake.delegator.clock import DelegatorClock
+from zflake.delegator.directory import MISSED_US, Directory
+from zflake.delegator.executor import LeaseExecutor, Ticket
+from zflake.delegator.report import Report
+from zflake.errors import ProtocolError
+from zflake.wire.cluster import Ready
+from zflake.wire.codec import BUNDLE_HEAD, RESPONSE_HEAD, decode_bundle, encode_result
+from zflake.wire.dispatch import Dispatcher, Requests, told
+from zflake.wire.frames import split
+from zflake.wire.ids import NextIds
+from zflake.wire.leases import store_result
+from zflake.wire.methods import Code, Method
+
+SWEEP_US: Final = 50_000
+"""Microseconds between looks for requests and workers whose time is over."""
+RESTART_MS: Final = 500
+"""Milliseconds after which clients may come back to a delegator that shuts down: it may be a restart."""
+BEHIND_MS: Final = 1_000
+"""Milliseconds after which a holder may ask again that found too many requests waiting for the store."""
+
+Asker = list[bytes]
+"""The prefix that goes before an answer: the caller's identity, its envelope, an empty frame."""
+
+
+class Service:
+    """Answers the requests of workers, holders and clients.
+
+    `address`, `store_url` and `started_us` (local clock) are for the report; `draw_tag` is the broker's.
+    """
+
+    def __init__(
+        self,
+        executor: LeaseExecutor,
+        clock: DelegatorClock,
+        directory: Directory,
+        *,
+        address: str,
+        store_url: str,
+        draw_tag: Callable[[], bytes],
+    ) -> None:
+        self.broker = Broker(draw_tag)
+        self.directory = directory
+        self.draining = False
+        """Whether ID requests are refused, since the delegator shuts down."""
+        self.brokered_at_us = 0
+        """When an ID request came last."""
+        self._executor = executor
+        self._clock = clock
+        self._known_at: int | None = None  # up to when the leases are known, while the store fails
+        self._sweep_at_us = 0
+        self._leaving: dict[bytes, int] = {}  # until when workers that left may answer what they have
+        self.requests = Requests()
+        self.report = report = Report(
+            address=address,
+            store_url=store_url,
+            started_us=clock.local_us(),
+            clock=clock,
+            executor=executor,
+            directory=directory,
+            broker=self.broker,
+            requests=self.requests,
+            leases_at=self._leases_at,
+        )
+        self._dispatcher: Dispatcher[Asker] = Dispatcher(
+            "delegator",
+            {
+                Method.IDS_NEXT: self._next,
+                Method.LEASE_ACQUIRE: self._ask_store,
+                Method.LEASE_RENEW: self._ask_store,
+                Method.LEASE_RELEASE: self._ask_store,
+                Method.WORKER_READY: self._ready,
+                Method.WORKER_HEARTBEAT: self._heartbeat,
+                Method.WORKER_LEAVE: self._leave,
+                Method.HELLO: told(report.hello),
+                Method.PING: told(report.ping),
+                Method.CLUSTER_WORKERS: told(report.workers),
+                Method.CLUSTER_STATUS: told(report.status),
+                Method.CLUSTER_TRACE: self._ask_store,
+            },
+            self.requests,
+        )
+
+    def collect(self) -> list[Outgoing]:
+        """The messages to send now, which are the caller's from here on."""
+        return self.broker.collect()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any ID request waits or is under way."""
+        return self.broker.busy
+
+    def receive(self, frames: list[bytes], arrived_us: int, local_us: int) -> None:
+        """Take in a message, its sender's identity first, that came at `arrived_us`."""
+        message = split(frames)
+        if message is None:
+            self.requests.dropped += 1
+            return
+        prefix, body = message
+        if body[:2] in (RESPONSE_HEAD, BUNDLE_HEAD):  # only workers send any
+            self._take_answers(prefix, body, local_us)
+            return
+        answer = self._dispatcher.dispatch(prefix, body, arrived_us, local_us)
+        if answer is not None:
+            self._say(prefix, answer)
+
+    def turn(self, local_us: int) -> None:
+        """Take in what the executor has done, answer what it has settled, and sweep if that is due."""
+        outage = self._executor.outage
+        # In this order: what was read at the end of an outage is there once that is over.
+        if (held := self._executor.collect_held()) is not None:
+            self.directory.replace(held)
+        if outage is None:
+            self._known_at = None
+        elif self._known_at is None:
+            self._known_at = self._clock.tick()
+        for ticket, (answer, record) in self._executor.collect():
+            if record is not None:
+                self.directory.learn(record)
+            if isinstance(answer, Refusal):
+                body = self._dispatcher.refuse(
+                    ticket.msgid, Code(answer.reason.value), answer.message, answer.retry_after_ms
+                )
+            else:
+                body = encode_result(ticket.msgid, store_result(answer, self._clock.timeline_us()))
+            self._say(ticket.prefix, body)
+        if local_us >= self._sweep_at_us:
+            self._sweep_at_us = local_us + SWEEP_US
+            self._sweep(local_us)
+
+    def unsent(self, message: Outgoing, local_us: int) -> None:
+        """Note that a message could not be sent: its receiver has gone, or takes no more."""
+        if message.worker is None:
+            self.requests.dropped += 1
+        else:
+            self.directory.leave(message.worker)
+            self.broker.lose(message.worker, local_us)
+
+    # --- inside ---
+
+    def _leases_at(self) -> int:
+        """Up to which tick the leases are known here.
+
+        While the store fails, workers may renew through another delegator: those with a heartbeat are there.
+        """
+        return self._clock.tick() if self._known_at is None else self._known_at
+
+    def _sweep(self, local_us: int) -> None:
+        for identity in self.directory.sweep(self._leases_at(), local_us):
+            self.broker.lose(identity, local_us)
+        for identity, until_us in list(self._leaving.items()):
+            if until_us <= local_us:  # it had the time to answer what it had
+                del self._leaving[identity]
+                if not self.directory.is_registered(identity):
+                    self.broker.lose(identity, local_us)
+        self.broker.sweep(local_us)
+
+    def _take_answers(self, prefix: list[bytes], body: bytes, local_us: int) -> None:
+        identity = prefix[0]
+        if body[:2] == RESPONSE_HEAD:
+            self.broker.answer(identity, prefix[1:], body, local_us)
+        else:
+            try:
+                for tag, answer in decode_bundle(body):
+                    self.broker.answer(identity, [tag, b""], answer, local_us)
+            except ProtocolError:
+                self.requests.dropped += 1
+        self.directory.see(identity, local_us)
+
+    def _next(
+        self, asker: Asker, msgid: int, request: NextIds, arrived_us: int, local_us: int
+    ) -> bytes | None:
+        count, timeout_ms, store_id = request
+        self.brokered_at_us = local_us
+        refuse = self._dispatcher.refuse
+        if store_id is not None and store_id != self._executor.meta.store_id:
+            return refuse(msgid, Code.OTHER_CLUSTER, "this delegator belongs to another cluster")
+        if self.draining:
+            return refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", RESTART_MS)
+        self.broker.submit(asker, msgid, count, arrived_us + timeout_ms * 1000, local_us)
+        return None
+
+    def _ask_store(
+        self, asker: Asker, msgid: int, request: Request | Trace, arrived_us: int, _local_us: int
+    ) -> bytes | None:
+        refuse = self._dispatcher.refuse
+        store_id = request.store_id if isinstance(request, Renew) else None
+        if store_id is not None and store_id != self._executor.meta.store_id:
+            return refuse(msgid, Code.OTHER_CLUSTER, "that lease was granted by another cluster's store")
+        if (outage := self._executor.outage) is not None:
+            return refuse(msgid, Code.UNAVAILABLE, outage.message, outage.retry_after_ms)
+        if self._executor.submit(Ticket(request, arrived_us, asker, msgid)):
+            return None
+        return refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
+
+    def _ready(self, asker: Asker, msgid: int, ready: Ready, _arrived_us: int, local_us: int) -> bytes:
+        identity = asker[0]
+        if not self.directory.register(identity, ready.machine, ready.token, self._leases_at(), local_us):
+            self._executor.hurry()
+            why = f"that is not the token of machine {ready.machine}'s lease"
+            return self._dispatcher.refuse(msgid, Code.NOT_READY, why)
+        self.broker.join(identity, local_us)
+        return self._heard(msgid)
+
+    def _heartbeat(
+        self, asker: Asker, msgid: int, load: dict[str, int], _arrived_us: int, local_us: int
+    ) -> bytes:
+        known = self.directory.hear(asker[0], load, local_us)
+        if not known or not self.broker.is_open(asker[0]):
+            return self._dispatcher.refuse(msgid, Code.NOT_READY, "say worker.ready first")
+        return self._heard(msgid)
+
+    def _leave(self, asker: Asker, msgid: int, _none: None, _arrived_us: int, local_us: int) -> bytes:
+        identity = asker[0]
+        self.directory.leave(identity)
+        self.broker.leave(identity)
+        self._leaving[identity] = local_us + MISSED_US
+        return self._heard(msgid)
+
+    def _heard(self, msgid: int) -> bytes:
+        return encode_result(msgid, self.report.ping())
+
+    def _say(self, prefix: list[bytes], body: bytes) -> None:
+        self.broker.outbox.append(Outgoing(prefix, body, None))

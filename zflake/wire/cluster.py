@@ -1,0 +1,74 @@
+"""`hello`, `worker.*` and the directory: what daemons say of themselves and of each other."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from zflake.core.layout import Layout
+from zflake.errors import LayoutError, ProtocolError
+from zflake.wire import fields
+from zflake.wire.codec import WireError, show
+from zflake.wire.methods import PROTOCOL_VERSION
+
+
+class Hello(NamedTuple):
+    """A daemon's identity, as it states it."""
+
+    service: str
+    """`delegator` or `worker`."""
+    layout: Layout | None
+    """None for a worker without a lease."""
+    store_id: str | None
+    """Whose cluster it belongs to; None for a static worker, and for one without a lease."""
+
+
+def check_hello(error: WireError | None, result: Any, *, service: str | None = None) -> Hello:
+    """The identity in an answer to `hello`.
+
+    Raises `ProtocolError` if it is no daemon that this zflake can talk to, or not the `service` that was wanted.
+    """
+    wanted = service
+    service = result.get("service") if error is None and type(result) is dict else None
+    if service not in ("delegator", "worker"):
+        raise ProtocolError("not a zflake daemon")
+    if wanted is not None and service != wanted:
+        raise ProtocolError(f"it is a {service}, not a {wanted}")
+    if result.get("protocol") != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"it speaks version {show(result.get('protocol'))} of the protocol, this zflake speaks {PROTOCOL_VERSION}"
+        )
+    layout = result.get("layout")
+    if layout is None and service == "delegator":
+        raise ProtocolError("it is a delegator without a layout")
+    store_id = result.get("store_id")
+    if store_id is not None and type(store_id) is not str:
+        raise ProtocolError(f"its store_id is no string but {show(store_id)}")
+    try:
+        return Hello(service, None if layout is None else Layout.from_map(layout), store_id)
+    except LayoutError as error_:
+        raise ProtocolError(f"its layout can't be read: {error_}") from error_
+
+
+class Ready(NamedTuple):
+    """A worker says that it is there to serve, and shows its lease's token."""
+
+    machine: int
+    token: bytes
+
+
+def check_ready(params: list[Any]) -> Ready:
+    """The params of a `worker.ready`; raises `ProtocolError` if they are not right."""
+    machine, token = fields.take(params, "machine", "token")
+    return Ready(fields.number("machine", machine), fields.token("token", token))
+
+
+LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
+"""Counts that a heartbeat says of a worker, since its start but for `parked`."""
+
+
+def check_heartbeat(params: list[Any]) -> dict[str, int]:
+    """The load that a heartbeat carries; raises `ProtocolError` if it is not right."""
+    (load,) = fields.take(params, "load")
+    if type(load) is not dict:
+        raise ProtocolError(f"load is a map, not {show(load)}")
+    return {key: fields.number(key, load.get(key)) for key in LOAD}

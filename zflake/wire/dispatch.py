@@ -1,0 +1,132 @@
+"""Both daemons read requests here: one table says of each method what its params are and who may call it.
+
+A daemon brings a handler for each method that it has.  Everything else (bytes that are no request, methods that
+it lacks, params that are wrong) is answered and counted here, in one place for both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+
+from zflake.errors import ProtocolError
+from zflake.wire import fields
+from zflake.wire.cluster import check_heartbeat, check_ready
+from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result
+from zflake.wire.ids import check_next
+from zflake.wire.leases import check_acquire, check_release, check_renew, check_trace
+from zflake.wire.methods import Code, Method
+
+MAX_SHOWN: Final = 60
+"""Characters of an unknown method's name that the answer repeats."""
+
+A = TypeVar("A")
+"""A daemon's reply address: the dispatcher hands it to the handler unchanged."""
+Handler: TypeAlias = Callable[[A, int, Any, int, int], bytes | None]
+"""Called with reply address, msgid, checked params, time of arrival and time now (both on the local clock, µs).
+Gives the answer; None if that comes later, or never."""
+
+
+ANYONE: Final = "anyone"
+"""The role of a caller without a key, and the only one there is."""
+EVERYBODY: Final = frozenset({ANYONE})
+
+
+class Rule(NamedTuple):
+    """The rules of a method, the same in every daemon that has it."""
+
+    check: Callable[[list[Any]], Any]
+    """Turns params into what the handler takes; raises `ProtocolError` if they are wrong."""
+    callers: frozenset[str] = EVERYBODY
+    """The roles of the callers that may call it."""
+
+
+METHODS: Final[Mapping[Method, Rule]] = {
+    Method.HELLO: Rule(fields.no_params),
+    Method.PING: Rule(fields.no_params),
+    Method.IDS_NEXT: Rule(check_next),
+    Method.LEASE_ACQUIRE: Rule(check_acquire),
+    Method.LEASE_RENEW: Rule(check_renew),
+    Method.LEASE_RELEASE: Rule(check_release),
+    Method.WORKER_READY: Rule(check_ready),
+    Method.WORKER_HEARTBEAT: Rule(check_heartbeat),
+    Method.WORKER_LEAVE: Rule(fields.no_params),
+    Method.CLUSTER_WORKERS: Rule(fields.no_params),
+    Method.CLUSTER_STATUS: Rule(fields.no_params),
+    Method.CLUSTER_TRACE: Rule(check_trace),
+}
+
+
+@dataclass
+class Requests:
+    """Counts of a daemon's requests since it started."""
+
+    by_method: Counter[str] = field(default_factory=Counter)
+    """Requests by method, of those that the daemon has."""
+    strange: int = 0
+    """Requests that could not be read, or of a method that the daemon lacks."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Errors answered, by code."""
+    dropped: int = 0
+    """Messages that could not be answered, and answers that could not be delivered."""
+
+    @property
+    def taken(self) -> int:
+        """All requests that came in."""
+        return self.by_method.total() + self.strange
+
+
+class Dispatcher(Generic[A]):
+    """Reads requests and hands each to its handler; `daemon` names the daemon in errors, `requests` counts."""
+
+    __slots__ = ("_daemon", "_table", "requests")
+
+    def __init__(self, daemon: str, handlers: Mapping[Method, Handler[A]], requests: Requests) -> None:
+        self.requests = requests
+        self._daemon = daemon
+        # Keyed by the text of the method, and flat: this is looked up for every ID.
+        self._table = {
+            str(m): (METHODS[m].check, METHODS[m].callers, handler) for m, handler in handlers.items()
+        }
+
+    def dispatch(
+        self, asker: A, body: bytes, arrived_us: int, local_us: int, role: str = ANYONE
+    ) -> bytes | None:
+        """The answer to one request; None if it comes later, or must not be answered."""
+        msgid = None
+        try:
+            msgid, method, params = decode_request(body)
+            known = self._table.get(method)
+            if known is None:
+                self.requests.strange += 1
+                what = f"a {self._daemon} has no method {method[:MAX_SHOWN]!r}"
+                return self.refuse(msgid, Code.UNKNOWN_METHOD, what)
+            self.requests.by_method[method] += 1
+            check, callers, handler = known
+            if role not in callers:
+                return self.refuse(msgid, Code.DENIED, f"{method} is not for callers of the role {role}")
+            return handler(asker, msgid, check(params), arrived_us, local_us)
+        except BadRequest as error:
+            self.requests.strange += 1
+            if error.answerable:
+                return self.refuse(error.msgid, Code.BAD_REQUEST, str(error))
+            self.requests.dropped += 1
+            return None
+        except ProtocolError as error:
+            return self.refuse(msgid, Code.BAD_REQUEST, str(error))
+
+    def refuse(self, msgid: int | None, code: Code, message: str, retry_after_ms: int | None = None) -> bytes:
+        """The answer that is this error, which is counted."""
+        self.requests.errors[code] += 1
+        return encode_error(msgid, code, message, retry_after_ms)
+
+
+def told(tell: Callable[[], Any]) -> Handler[Any]:
+    """The handler of a method that takes nothing and tells something."""
+
+    def handler(_asker: Any, msgid: int, _none: None, _arrived_us: int, _local_us: int) -> bytes:
+        return encode_result(msgid, tell())
+
+    return handler

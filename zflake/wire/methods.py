@@ -1,0 +1,81 @@
+"""The names on the wire: methods, error codes, and the exception that each code stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+from zflake.errors import (
+    AuthError,
+    LayoutError,
+    LeaseExpired,
+    LeaseLost,
+    NoFreeMachine,
+    Overloaded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+    ZflakeError,
+)
+from zflake.wire.codec import WireError
+
+PROTOCOL_VERSION: Final = 1
+
+
+class Method(StrEnum):
+    """The methods that a daemon may know; `dispatch.py` has the rules of each."""
+
+    HELLO = "hello"
+    PING = "ping"
+    IDS_NEXT = "ids.next"
+    LEASE_ACQUIRE = "lease.acquire"
+    LEASE_RENEW = "lease.renew"
+    LEASE_RELEASE = "lease.release"
+    WORKER_READY = "worker.ready"
+    WORKER_HEARTBEAT = "worker.beat"
+    WORKER_LEAVE = "worker.leave"
+    CLUSTER_WORKERS = "cluster.workers"
+    CLUSTER_STATUS = "cluster.status"
+    CLUSTER_TRACE = "cluster.trace"
+
+
+class Code(StrEnum):
+    """The codes of error responses."""
+
+    BAD_REQUEST = "bad_request"
+    UNKNOWN_METHOD = "unknown_method"
+    TIMEOUT = "timeout"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    LEASE_EXPIRED = "lease_expired"
+    LOST = "lost"
+    TOO_EARLY = "too_early"
+    NO_FREE_MACHINE = "no_free_machine"
+    EXHAUSTED = "exhausted"
+    DENIED = "denied"
+    NOT_READY = "not_ready"
+    OTHER_CLUSTER = "other_cluster"
+
+
+_ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
+    Code.BAD_REQUEST: ProtocolError,
+    Code.UNKNOWN_METHOD: ProtocolError,
+    Code.TIMEOUT: Timeout,
+    Code.OVERLOADED: Overloaded,
+    Code.UNAVAILABLE: Unavailable,
+    Code.LEASE_EXPIRED: LeaseExpired,
+    Code.LOST: LeaseLost,
+    Code.TOO_EARLY: Unavailable,
+    Code.NO_FREE_MACHINE: NoFreeMachine,
+    Code.EXHAUSTED: LayoutError,
+    Code.DENIED: AuthError,
+    Code.NOT_READY: Unavailable,
+    Code.OTHER_CLUSTER: ProtocolError,
+}
+
+
+def exception_of(error: WireError) -> ZflakeError:
+    """The exception that an error response stands for; an unknown code is a `ProtocolError`."""
+    retry_after = None if error.retry_after_ms is None else error.retry_after_ms / 1000
+    return _ERRORS.get(error.code, ProtocolError)(error.message, retry_after=retry_after)
