@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zflake.client.balancer import PROBE_S, REFRESH_S, Balancer
 from zflake.client.conversation import (
     ATTEMPT_S,
     REFRESH_WAIT_S,
@@ -26,7 +27,6 @@ from zflake.client.conversation import (
     run_of,
     take,
 )
-from zflake.client.roster import PROBE_S, REFRESH_S, Roster
 from zflake.core.layout import PRESETS, Layout
 from zflake.errors import (
     LayoutError,
@@ -113,16 +113,16 @@ class World:
         self.now = 1000.0
         self.asked: list[Ask] = []
         rng = random.Random(seed)
-        self.roster = Roster(seeds or [next(iter(peers))], route, now=lambda: self.now, draw=rng.random)
+        self.balancer = Balancer(seeds or [next(iter(peers))], route, now=lambda: self.now, draw=rng.random)
 
     def take(self, count: int = 1, timeout: float = 5.0) -> list[tuple[int, int, int]]:
         """As `Client` does it."""
         budget = self.budget(timeout)
         begun = None
-        if (worker := self.roster.favourite(self.now)) is not None:
-            ask = ask_ids(worker, count, attempt_s(timeout), self.roster.store_id)
+        if (worker := self.balancer.favourite(self.now)) is not None:
+            ask = ask_ids(worker, count, attempt_s(timeout), self.balancer.store_id)
             begun = (ask, run_of(self.ask(ask), ask))
-        runs: list[tuple[int, int, int]] = self.drive(take(self.roster, count, budget, begun))
+        runs: list[tuple[int, int, int]] = self.drive(take(self.balancer, count, budget, begun))
         return runs
 
     def budget(self, timeout: float) -> Budget:
@@ -271,7 +271,7 @@ def test_a_dead_worker_is_passed_over_for_longer_with_each_failure_and_probed_by
     minters[0].fails = None
     probes = []
     for _ in range(4000):
-        world.roster._favourite = None  # choose anew each time
+        world.balancer._favourite = None  # choose anew each time
         start = world.now
         world.take()
         if world.now - start >= PROBE_S:
@@ -288,12 +288,12 @@ def test_while_one_call_probes_others_do_not() -> None:
     minters[0].fails = None
     world.fails(Timeout, 1.0)
     world.now += 30
-    roster = world.roster
-    roster.keep()
-    assert roster.pick() == W1
-    assert roster.pick() is None
+    balancer = world.balancer
+    balancer.keep()
+    assert balancer.pick() == W1
+    assert balancer.pick() is None
     world.now += ATTEMPT_S
-    assert roster.pick() == W1
+    assert balancer.pick() == W1
 
 
 def test_a_worker_that_came_back_is_taken_again_and_forgiven() -> None:
@@ -302,8 +302,8 @@ def test_a_worker_that_came_back_is_taken_again_and_forgiven() -> None:
     world.fails(Timeout)
     minters[0].fails = "no"
     world.take()
-    assert world.roster._health_of(W1).failures == 0
-    assert world.roster.favourite(world.now) == W1
+    assert world.balancer._health_of(W1).failures == 0
+    assert world.balancer.favourite(world.now) == W1
 
 
 @pytest.mark.parametrize("code", ["lease_expired", "overloaded", "unavailable", "timeout"])
@@ -311,7 +311,7 @@ def test_a_worker_that_can_not_serve_now_is_left_for_another(code: str) -> None:
     world, _, minters = cluster(2)
     minters[0].fails = error(code, 5000)
     for _ in range(10):
-        world.roster._favourite = None
+        world.balancer._favourite = None
         world.take()
     assert world.endpoints().count(W1) <= 1
 
@@ -532,7 +532,7 @@ def test_a_worker_that_talks_nonsense_is_left_for_another(nonsense: Outcome) -> 
     world, _, _ = cluster(2)
     world.peers[W1] = lambda _: nonsense
     for _ in range(10):
-        world.roster._favourite = None
+        world.balancer._favourite = None
         world.take()
     assert world.endpoints().count(W1) <= 1
 
@@ -609,10 +609,10 @@ def test_a_cluster_that_goes_on_with_another_store_is_followed(route: str) -> No
     world = World({D1: delegator, W1: worker}, D1, route=route)
     of_store("before", delegator, worker)
     world.take()
-    assert world.roster.store_id == "before"
+    assert world.balancer.store_id == "before"
     of_store("after", delegator, worker)
     world.take()
-    assert world.roster.store_id == "after"
+    assert world.balancer.store_id == "after"
 
 
 def test_every_delegator_may_go_over_one_after_the_other() -> None:
@@ -625,7 +625,7 @@ def test_every_delegator_may_go_over_one_after_the_other() -> None:
         world.now += REFRESH_S
     of_store("after", first, second, worker)
     world.take(timeout=30)
-    assert world.roster.store_id == "after"
+    assert world.balancer.store_id == "after"
 
 
 def test_a_worker_of_another_cluster_at_a_known_address_is_never_asked_twice_for_its_own_ids() -> None:
@@ -636,7 +636,7 @@ def test_a_worker_of_another_cluster_at_a_known_address_is_never_asked_twice_for
     with pytest.raises(ProtocolError):
         world.take()
     assert stranger.minted == 0
-    assert world.roster.store_id == "ours"
+    assert world.balancer.store_id == "ours"
 
 
 @pytest.mark.parametrize("route", ["auto", "broker"])
@@ -658,9 +658,9 @@ def test_two_seeds_of_two_clusters_never_give_ids_of_both(route: str) -> None:
 
 def test_the_layout_is_asked_for_once() -> None:
     world, _, _ = cluster()
-    assert world.drive(introduce(world.roster, world.budget(5))).same_ids(LAYOUT)
+    assert world.drive(introduce(world.balancer, world.budget(5))).same_ids(LAYOUT)
     asked = len(world.asked)
-    world.drive(introduce(world.roster, world.budget(5)))
+    world.drive(introduce(world.balancer, world.budget(5)))
     assert len(world.asked) == asked
 
 
@@ -674,14 +674,14 @@ def test_the_layout_of_a_worker_that_has_none_yet_is_waited_for() -> None:
         return worker(ask)
 
     world.peers[W1] = late
-    assert world.drive(introduce(world.roster, world.budget(5))).same_ids(LAYOUT)
+    assert world.drive(introduce(world.balancer, world.budget(5))).same_ids(LAYOUT)
 
 
 def test_nobody_who_knows_the_layout_is_a_timeout() -> None:
     world = World({}, D1)
     start = world.now
     with pytest.raises(Timeout):
-        world.drive(introduce(world.roster, world.budget(2)))
+        world.drive(introduce(world.balancer, world.budget(2)))
     assert world.now - start < 2.1
 
 
@@ -709,7 +709,7 @@ def test_a_call_ends_within_its_budget_with_all_its_ids_or_an_error(
         for peer in peers:
             if rng.random() < 0.4:
                 peer.fails = rng.choice(faults)
-        if delegator.fails not in ("no", None) and world.roster.service_of(D1) is None:
+        if delegator.fails not in ("no", None) and world.balancer.service_of(D1) is None:
             delegator.fails = None  # a hello is answered or not
         start = world.now
         try:

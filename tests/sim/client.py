@@ -1,12 +1,12 @@
-"""A simulated client: the real conversation and roster, driven in virtual time."""
+"""A simulated client: the real conversation and balancer, driven in virtual time."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from tests.sim.world import Process
+from zflake.client.balancer import Balancer
 from zflake.client.conversation import Ask, Budget, Conversation, Outcome, take
-from zflake.client.roster import Roster
 from zflake.errors import ProtocolError, ZflakeError
 from zflake.wire.codec import Response, decode_response, encode_request
 
@@ -32,17 +32,17 @@ class Client(Process):
         self._count = 0
         self._talk: Conversation | None = None
         self._route = world.rng.choice(("auto", "direct", "broker", "broker"))
-        self._roster = self._new_roster()
+        self._balancer = self._new_balancer()
         cluster.clients_by_prefix[self._prefix] = self
         world.after(world.rng.randrange(1_000_000), self, self._call)
 
     def forget(self) -> None:
-        """Be restarted, as far as the roster goes."""
-        self._roster = self._new_roster()
+        """Be restarted, as far as the balancer goes."""
+        self._balancer = self._new_balancer()
 
-    def _new_roster(self) -> Roster:
+    def _new_balancer(self) -> Balancer:
         draw = self.world.rng.random
-        return Roster(
+        return Balancer(
             [f"tcp://10.0.0.{n + 1}:7410" for n in range(self.cluster.plan.delegators)],
             self._route,
             now=self._now_s,
@@ -55,7 +55,7 @@ class Client(Process):
     def _call(self) -> None:
         self._count = 1 + int(self.world.rng.random() ** 3 * 30)
         now_s = self._now_s()
-        self._talk = take(self._roster, self._count, Budget(BUDGET_S, self._now_s, now_s))
+        self._talk = take(self._balancer, self._count, Budget(BUDGET_S, self._now_s, now_s))
         self._go_on(None)
 
     def _go_on(self, outcome: Outcome) -> None:

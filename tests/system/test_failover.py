@@ -29,7 +29,7 @@ import zflake
 from tests.system import flood
 from tests.system.conftest import Cluster, start_cluster
 from tests.system.daemons import WAIT_S, Daemon, Daemons, environment, names_of, status_of, tool, until
-from zflake.client.roster import ROUTES
+from zflake.client.balancer import ROUTES
 from zflake.core.layout import DEFAULT
 from zflake.wire.codec import decode_response, encode_request
 

@@ -13,7 +13,7 @@ import click
 from zflake.cli.conduct import FAILED, run
 from zflake.cli.ids import as_object, formatter, read_id, show_ids, show_parts, spell_out
 from zflake.cli.options import DURATION, EPOCH, LAYOUT, choose_layout
-from zflake.client.roster import ROUTES
+from zflake.client.balancer import ROUTES
 from zflake.client.sync import Client
 from zflake.core.layout import DEFAULT, PRESETS, Layout, iso
 from zflake.errors import ConfigError

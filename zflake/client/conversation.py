@@ -4,7 +4,7 @@ A conversation is a generator.  It yields what is to be done (`Ask` an endpoint,
 came of it: a `Response`, None where nothing came in time, or a `ProtocolError` for an answer that is none.
 Whoever drives it brings the sockets and the clock, be they real or a test's.
 
-The roster remembers between conversations which endpoints there are and how they fare.
+The balancer remembers between conversations which endpoints there are and how they fare.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from zflake.client.roster import PROBE_S, Roster
+from zflake.client.balancer import PROBE_S, Balancer
 from zflake.core.mint import Run
 from zflake.errors import (
     ConfigError,
@@ -95,7 +95,7 @@ def ask_ids(endpoint: str, count: int, timeout_s: float, store_id: str | None) -
 
 
 def take(
-    roster: Roster, count: int, budget: Budget, begun: tuple[Ask, Run | ZflakeError | None] | None = None
+    balancer: Balancer, count: int, budget: Budget, begun: tuple[Ask, Run | ZflakeError | None] | None = None
 ) -> Conversation:
     """Ask for exactly `count` IDs; returns their runs, in the order in which they were minted.
 
@@ -113,45 +113,45 @@ def take(
     while missing:
         if begun is None:
             if budget.left_s() <= 0:
-                raise _spent(roster, count, missing, budget, reason)
-            endpoint = yield from _choose(roster, budget, brokered=brokered)
+                raise _spent(balancer, count, missing, budget, reason)
+            endpoint = yield from _choose(balancer, budget, brokered=brokered)
             if not isinstance(endpoint, str):
                 reason = endpoint or reason
                 continue
-            attempt = PROBE_S if roster.is_probe(endpoint) and roster.has_fit() else ATTEMPT_S
-            ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()), roster.store_id)
+            attempt = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
+            ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()), balancer.store_id)
             begun = ask, run_of((yield ask), ask)
         (ask, run), begun = begun, None
         if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
-            roster.succeeded(ask.endpoint)
+            balancer.succeeded(ask.endpoint)
         elif run is None:
-            roster.failed(ask.endpoint)
+            balancer.failed(ask.endpoint)
             # One worker that is out of reach may mean that all are.
-            brokered = brokered or roster.is_worker(ask.endpoint)
+            brokered = brokered or balancer.is_worker(ask.endpoint)
         else:
             reason = run
             wait_s = min(reason.retry_after or PAUSE_S, WAIT_S)
             # One that talks nonsense is not what the directory takes it for: as good as away.
             if isinstance(reason, ProtocolError):
-                roster.failed(ask.endpoint)
-                roster.doubt()
+                balancer.failed(ask.endpoint)
+                balancer.doubt()
             else:
-                roster.failed(ask.endpoint, for_s=wait_s)
-            if roster.pick() is None:
+                balancer.failed(ask.endpoint, for_s=wait_s)
+            if balancer.pick() is None:
                 yield Pause(min(wait_s, budget.left_s()))
     return runs
 
 
 def _choose(
-    roster: Roster, budget: Budget, *, brokered: bool
+    balancer: Balancer, budget: Budget, *, brokered: bool
 ) -> Generator[Ask | Pause, Outcome, str | ZflakeError | None]:
     """Whom to ask for IDs; where there is nobody, what stood in the way, after a pause."""
-    if (endpoint := roster.pick(brokered=brokered)) is not None:
+    if (endpoint := balancer.pick(brokered=brokered)) is not None:
         return endpoint
-    reason = yield from _refresh(roster, budget)
-    if (endpoint := roster.pick(brokered=brokered) or roster.last_resort()) is not None:
+    reason = yield from _refresh(balancer, budget)
+    if (endpoint := balancer.pick(brokered=brokered) or balancer.last_resort()) is not None:
         return endpoint
     if isinstance(reason, ProtocolError):
         raise reason
@@ -174,33 +174,35 @@ def run_of(outcome: Outcome, ask: Ask) -> Run | ZflakeError | None:
     raise error
 
 
-def introduce(roster: Roster, budget: Budget) -> Conversation:
+def introduce(balancer: Balancer, budget: Budget) -> Conversation:
     """Learn the layout of the cluster's IDs; returns it.  Raises `Timeout` where nobody can tell."""
-    while roster.layout is None:
-        reason = yield from _refresh(roster, budget)
-        if roster.layout is None:
+    while balancer.layout is None:
+        reason = yield from _refresh(balancer, budget)
+        if balancer.layout is None:
             if isinstance(reason, ProtocolError):
                 raise reason
             if budget.left_s() <= 0:
-                raise _spent(roster, 0, 0, budget, reason)
+                raise _spent(balancer, 0, 0, budget, reason)
             yield Pause(min(PAUSE_S, budget.left_s()))
-    return roster.layout
+    return balancer.layout
 
 
-def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, ZflakeError | None]:
+def _refresh(balancer: Balancer, budget: Budget) -> Generator[Ask | Pause, Outcome, ZflakeError | None]:
     """Read the directory anew; returns what stood in the way where it gave no worker."""
     workers: list[str] = []
     brokers: list[str] = []
     reason: ZflakeError | None = None
     answered = False
-    asked = roster.route == "broker"  # by which nobody needs to know the workers
+    asked = balancer.route == "broker"  # by which nobody needs to know the workers
     # Who can be served must not wait long for a delegator that is away.
-    most_s = REFRESH_WAIT_S if roster.has_fit() else ATTEMPT_S
-    for seed in roster.in_order():
+    most_s = REFRESH_WAIT_S if balancer.has_fit() else ATTEMPT_S
+    for seed in balancer.in_order():
         try:
-            if roster.service_of(seed) is None or roster.layout is None:
-                _introduce(roster, seed, (yield Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s()))))
-            if roster.service_of(seed) == "worker":
+            if balancer.service_of(seed) is None or balancer.layout is None:
+                _introduce(
+                    balancer, seed, (yield Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s())))
+                )
+            if balancer.service_of(seed) == "worker":
                 workers.append(seed)
             else:
                 brokers.append(seed)
@@ -209,26 +211,26 @@ def _refresh(roster: Roster, budget: Budget) -> Generator[Ask | Pause, Outcome, 
                 workers += _addresses((yield ask))
                 asked = bool(workers)  # a delegator that has just started may know of nobody yet
             answered = True
-            roster.succeeded(seed)
+            balancer.succeeded(seed)
         except Timeout:
-            roster.failed(seed)
+            balancer.failed(seed)
         except ProtocolError as error:
-            roster.failed(seed)
+            balancer.failed(seed)
             reason = ProtocolError(f"{seed}: {error}")
-    roster.agree()
+    balancer.agree()
     if not answered:
-        roster.keep()
+        balancer.keep()
         return reason
-    roster.refresh(workers, brokers)
-    if roster.route == "broker":
+    balancer.refresh(workers, brokers)
+    if balancer.route == "broker":
         return None if brokers else reason or Unavailable("the route broker needs a delegator's endpoint")
     return None if workers else reason or Unavailable("no worker is ready: start one")
 
 
-def _introduce(roster: Roster, seed: str, outcome: Outcome) -> None:
+def _introduce(balancer: Balancer, seed: str, outcome: Outcome) -> None:
     response = _answer(outcome)
     hello = check_hello(response.error, response.result)
-    roster.introduce(seed, hello)
+    balancer.introduce(seed, hello)
 
 
 def _addresses(outcome: Outcome) -> list[str]:
@@ -251,13 +253,13 @@ def _answer(outcome: Outcome) -> Response:
 
 
 def _spent(
-    roster: Roster, count: int, missing: int, budget: Budget, reason: ZflakeError | None
+    balancer: Balancer, count: int, missing: int, budget: Budget, reason: ZflakeError | None
 ) -> ZflakeError:
-    seeds = ", ".join(roster.seeds)
+    seeds = ", ".join(balancer.seeds)
     got = f"{count - missing} of {count} IDs" if missing < count else "no answer"
     if reason is None or missing < count:
         # A delegator may be fine, and the workers that it names out of reach.
-        silent = [endpoint for endpoint in roster.silent() if endpoint not in roster.seeds]
+        silent = [endpoint for endpoint in balancer.silent() if endpoint not in balancer.seeds]
         whom = f"{', '.join(silent[:3])}, which {seeds} named," if silent else seeds
         return Timeout(
             f"{got} from {whom} within {budget.total_s:g} s; is it running, and is the timeout enough?"

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from zflake.client import conversation
+from zflake.client.balancer import ROUTES, Balancer
 from zflake.client.conversation import Ask, Budget, Conversation, Outcome, ask_ids, attempt_s, run_of
-from zflake.client.roster import ROUTES, Roster
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
@@ -53,7 +53,7 @@ class Client:
             raise ConfigError(f"a timeout is a positive number of seconds, not {timeout!r}")
         self._timeout = timeout
         self._attempt_s = attempt_s(timeout)
-        self._roster = Roster(
+        self._balancer = Balancer(
             dict.fromkeys(parse_endpoint(seed).text for seed in seeds),
             route,
             now=time.monotonic,
@@ -88,7 +88,7 @@ class Client:
 
         Raises what `next_id` raises.
         """
-        layout: Layout = self._drive(conversation.introduce(self._roster, self._budget(time.monotonic())))
+        layout: Layout = self._drive(conversation.introduce(self._balancer, self._budget(time.monotonic())))
         return layout
 
     def close(self) -> None:
@@ -107,15 +107,17 @@ class Client:
         begun = None
         started_at = time.monotonic()
         # Nearly all calls end here: the worker that answered last answers again.
-        worker = self._roster.favourite(started_at)
+        worker = self._balancer.favourite(started_at)
         if worker is not None:
-            ask = ask_ids(worker, count, self._attempt_s, self._roster.store_id)
+            ask = ask_ids(worker, count, self._attempt_s, self._balancer.store_id)
             outcome = self._ask(ask)
             run = run_of(outcome, ask)
             if isinstance(run, tuple) and run[2] == count:
                 return [run]
             begun = (ask, run)
-        runs: list[Run] = self._drive(conversation.take(self._roster, count, self._budget(started_at), begun))
+        runs: list[Run] = self._drive(
+            conversation.take(self._balancer, count, self._budget(started_at), begun)
+        )
         return runs
 
     def _ask(self, ask: Ask) -> Outcome:
@@ -146,7 +148,7 @@ _all: weakref.WeakSet[Client] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for client in list(_all):
-        client._roster.unlock()  # noqa: SLF001
+        client._balancer.unlock()  # noqa: SLF001
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""The roster: which endpoints a client knows, and how they fare.
+"""The balancer: which endpoints a client knows, and how they fare.
 
 A client stays with one worker, whose IDs ascend, until that fails or the directory is read again.  An
 endpoint that does not answer is passed over for a while, longer with each failure, and then probed by one
@@ -33,7 +33,7 @@ class _Health:
     passed_over_until: float = 0.0
 
 
-class Roster:
+class Balancer:
     """The endpoints that a client knows, shared by its threads.
 
     `seeds` were given by the application.  By the route `direct` only workers are asked for IDs, by
