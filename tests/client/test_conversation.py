@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -17,17 +17,17 @@ from zflake.client.conversation import (
     ATTEMPT_S,
     REFRESH_WAIT_S,
     Ask,
-    Budget,
     Conversation,
     Outcome,
     Pause,
-    ask_ids,
-    attempt_s,
-    introduce,
-    run_of,
+    Wait,
+    begin,
+    fetch_layout,
+    proceed,
     take,
 )
 from zflake.core.layout import PRESETS, Layout
+from zflake.core.mint import Run
 from zflake.errors import (
     LayoutError,
     LeaseExpired,
@@ -46,6 +46,7 @@ W1, W2, W3 = (f"tcp://10.0.1.{n}:7411" for n in (1, 2, 3))
 TRIP_S: Final = 0.001
 
 Answer = Callable[[Ask], Outcome]
+T = TypeVar("T")
 
 
 def result(value: Any) -> Response:
@@ -113,20 +114,25 @@ class World:
         self.now = 1000.0
         self.asked: list[Ask] = []
         rng = random.Random(seed)
-        self.balancer = Balancer(seeds or [next(iter(peers))], route, now=lambda: self.now, draw=rng.random)
+        self.caller: object = None
+        self.balancer = Balancer(
+            seeds or [next(iter(peers))],
+            route,
+            now=lambda: self.now,
+            draw=rng.random,
+            caller=lambda: self.caller,
+        )
 
-    def take(self, count: int = 1, timeout: float = 5.0) -> list[tuple[int, int, int]]:
+    def take(self, count: int = 1, timeout: float = 5.0) -> list[Run]:
         """As `Client` does it."""
-        budget = self.budget(timeout)
-        begun = None
-        if (worker := self.balancer.favourite(self.now)) is not None:
-            ask = ask_ids(worker, count, attempt_s(timeout), self.balancer.store_id)
-            begun = (ask, run_of(self.ask(ask), ask))
-        runs: list[tuple[int, int, int]] = self.drive(take(self.balancer, count, budget, begun))
-        return runs
+        ask = begin(self.balancer, count, timeout)
+        if ask is None:
+            return self.drive(take(self.balancer, count, timeout))
+        then = proceed(self.balancer, count, timeout, ask, self.ask(ask))
+        return then if isinstance(then, list) else self.drive(then)
 
-    def budget(self, timeout: float) -> Budget:
-        return Budget(timeout, lambda: self.now, self.now)
+    def layout(self, timeout: float) -> Layout:
+        return self.drive(fetch_layout(self.balancer, timeout))
 
     def ask(self, ask: Ask) -> Outcome:
         assert 0 <= ask.timeout_s <= ATTEMPT_S * 1.5
@@ -136,14 +142,16 @@ class World:
         self.now += TRIP_S if answer is not None else ask.timeout_s
         return answer
 
-    def drive(self, talk: Conversation) -> Any:
+    def drive(self, talk: Conversation[T]) -> T:
         response: Outcome = None
         for _ in range(100_000):
             try:
                 step = talk.send(response)
             except StopIteration as end:
-                return end.value
+                result: T = end.value
+                return result
             response = None
+            assert not isinstance(step, Wait), "nobody else reads the directory"
             if isinstance(step, Pause):
                 assert step.seconds >= 0
                 self.now += max(step.seconds, 1e-6)
@@ -271,7 +279,7 @@ def test_a_dead_worker_is_passed_over_for_longer_with_each_failure_and_probed_by
     minters[0].fails = None
     probes = []
     for _ in range(4000):
-        world.balancer._favourite = None  # choose anew each time
+        world.balancer._sticky = None  # choose anew each time
         start = world.now
         world.take()
         if world.now - start >= PROBE_S:
@@ -302,8 +310,8 @@ def test_a_worker_that_came_back_is_taken_again_and_forgiven() -> None:
     world.fails(Timeout)
     minters[0].fails = "no"
     world.take()
-    assert world.balancer._health_of(W1).failures == 0
-    assert world.balancer.favourite(world.now) == W1
+    assert world.balancer._health[W1].failures == 0
+    assert world.balancer.sticky(world.now) == W1
 
 
 @pytest.mark.parametrize("code", ["lease_expired", "overloaded", "unavailable", "timeout"])
@@ -311,7 +319,7 @@ def test_a_worker_that_can_not_serve_now_is_left_for_another(code: str) -> None:
     world, _, minters = cluster(2)
     minters[0].fails = error(code, 5000)
     for _ in range(10):
-        world.balancer._favourite = None
+        world.balancer._sticky = None
         world.take()
     assert world.endpoints().count(W1) <= 1
 
@@ -532,7 +540,7 @@ def test_a_worker_that_talks_nonsense_is_left_for_another(nonsense: Outcome) -> 
     world, _, _ = cluster(2)
     world.peers[W1] = lambda _: nonsense
     for _ in range(10):
-        world.balancer._favourite = None
+        world.balancer._sticky = None
         world.take()
     assert world.endpoints().count(W1) <= 1
 
@@ -658,9 +666,9 @@ def test_two_seeds_of_two_clusters_never_give_ids_of_both(route: str) -> None:
 
 def test_the_layout_is_asked_for_once() -> None:
     world, _, _ = cluster()
-    assert world.drive(introduce(world.balancer, world.budget(5))).same_ids(LAYOUT)
+    assert world.layout(5).same_ids(LAYOUT)
     asked = len(world.asked)
-    world.drive(introduce(world.balancer, world.budget(5)))
+    world.layout(5)
     assert len(world.asked) == asked
 
 
@@ -674,14 +682,14 @@ def test_the_layout_of_a_worker_that_has_none_yet_is_waited_for() -> None:
         return worker(ask)
 
     world.peers[W1] = late
-    assert world.drive(introduce(world.balancer, world.budget(5))).same_ids(LAYOUT)
+    assert world.layout(5).same_ids(LAYOUT)
 
 
 def test_nobody_who_knows_the_layout_is_a_timeout() -> None:
     world = World({}, D1)
     start = world.now
     with pytest.raises(Timeout):
-        world.drive(introduce(world.balancer, world.budget(2)))
+        world.layout(2)
     assert world.now - start < 2.1
 
 

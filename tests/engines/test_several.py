@@ -39,6 +39,7 @@ from zflake.client.transport import Transport
 from zflake.core.layout import DEFAULT
 from zflake.errors import ZflakeError
 from zflake.stores import open_store
+from zflake.wire.codec import Response
 from zflake.wire.methods import Method
 
 pytestmark = pytest.mark.timeout(400)
@@ -232,6 +233,7 @@ def _answer(transport: Transport, question: Ask) -> None:
     # A connection that takes a while to make is given up, and begun anew.
     while (response := transport.ask(question)) is None:
         assert time.monotonic() < deadline_s, "no answer"
+    assert isinstance(response, Response), response
     assert response.error is None, response.error
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from tests.sim.world import Process
 from zflake.client.balancer import Balancer
-from zflake.client.conversation import Ask, Budget, Conversation, Outcome, take
+from zflake.client.conversation import Ask, Conversation, Outcome, Pause, take
+from zflake.core.mint import Run
 from zflake.errors import ProtocolError, ZflakeError
 from zflake.wire.codec import Response, decode_response, encode_request
 
@@ -30,7 +31,7 @@ class Client(Process):
         self._msgid = 0
         self._asking = 0
         self._count = 0
-        self._talk: Conversation | None = None
+        self._talk: Conversation[list[Run]] | None = None
         self._route = world.rng.choice(("auto", "direct", "broker", "broker"))
         self._balancer = self._new_balancer()
         cluster.clients_by_prefix[self._prefix] = self
@@ -41,12 +42,12 @@ class Client(Process):
         self._balancer = self._new_balancer()
 
     def _new_balancer(self) -> Balancer:
-        draw = self.world.rng.random
         return Balancer(
             [f"tcp://10.0.0.{n + 1}:7410" for n in range(self.cluster.plan.delegators)],
             self._route,
             now=self._now_s,
-            draw=draw,
+            draw=self.world.rng.random,
+            caller=lambda: self,
         )
 
     def _now_s(self) -> float:
@@ -54,8 +55,7 @@ class Client(Process):
 
     def _call(self) -> None:
         self._count = 1 + int(self.world.rng.random() ** 3 * 30)
-        now_s = self._now_s()
-        self._talk = take(self._balancer, self._count, Budget(BUDGET_S, self._now_s, now_s))
+        self._talk = take(self._balancer, self._count, BUDGET_S)
         self._go_on(None)
 
     def _go_on(self, outcome: Outcome) -> None:
@@ -78,6 +78,7 @@ class Client(Process):
         if isinstance(step, Ask):
             self._ask(step)
         else:
+            assert isinstance(step, Pause)  # a client makes one call at a time, and waits for no other
             self.world.after(int(step.seconds * 1e6) + 1, self, self._go_on, None)
 
     def _done(self) -> None:

@@ -1,28 +1,34 @@
-"""The balancer: which endpoints a client knows, and how they fare.
+"""The balancer: which endpoints a client knows, and how each of them fares.
 
-A client stays with one worker, whose IDs ascend, until that fails or the directory is read again.  An
-endpoint that does not answer is passed over for a while, longer with each failure, and then probed by one
-request.
+A client stays with one worker, whose IDs ascend, until that worker fails or the directory is read again.  The
+balancer ejects an endpoint that does not answer, for longer with each failure, and then lets one request
+probe it.  One caller at a time reads the directory; other callers use what is known, or wait for the reader.
+
+Times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from zflake.core.layout import Layout
-from zflake.errors import LayoutError
+from zflake.errors import LayoutError, ZflakeError
 from zflake.wire.cluster import Hello
 
 ROUTES: Final = ("auto", "direct", "broker")
 REFRESH_S: Final = 10.0
-"""How old the directory may get while calls succeed."""
+"""Seconds after which a client reads the directory again although its calls succeed."""
 EJECT_S: Final = 0.5
+"""Seconds of a first ejection, on average; each further failure doubles them."""
 EJECT_MAX_S: Final = 10.0
+"""Seconds of the longest ejection, on average."""
 PROBE_S: Final = 0.3
-"""How long an endpoint that failed before has for an answer."""
+"""Seconds that an endpoint which failed before has for an answer."""
+_MAX_FAILURES: Final = 10
 
 
 @dataclass(slots=True)
@@ -30,184 +36,261 @@ class _Health:
     """How an endpoint fares."""
 
     failures: int = 0
-    passed_over_until: float = 0.0
+    ejected_until: float = float("-inf")
+    settled_at: float = float("-inf")
+    """When the endpoint last answered or was ejected; the failure of an ask that began earlier is no news."""
+
+
+@dataclass(slots=True, eq=False)
+class Refresh:
+    """One caller's reading of the directory; other callers may wait until it is over."""
+
+    caller: object
+    until: float
+    """When the caller's budget is spent: if the caller has not ended by then, another one takes its place."""
+    error: ZflakeError | None = None
+    """What stood in the caller's way, or None; for the callers that wait as well."""
+    is_over: bool = False
+    wakes: list[Callable[[], object]] = field(default_factory=list)
 
 
 class Balancer:
-    """The endpoints that a client knows, shared by its threads.
+    """The endpoints that a client knows, shared by all its callers.
 
-    `seeds` were given by the application.  By the route `direct` only workers are asked for IDs, by
-    `broker` only delegators, which pass a request on; by `auto` workers, and delegators where no worker
-    answers.  `now` is a monotonic clock in seconds, `draw` gives a number in [0, 1).
+    The application gave `seeds`.  With the route `direct` the client asks only workers for IDs; with `broker`
+    it asks only delegators, which pass a request on; with `auto` it asks workers, and delegators when no
+    worker answers.  `now` is the monotonic clock, `draw` gives a number in [0, 1), and `caller` identifies
+    the thread or task that calls: a signal handler must not wait for the very thread that it interrupted.
     """
 
     def __init__(
-        self, seeds: Iterable[str], route: str, *, now: Callable[[], float], draw: Callable[[], float]
+        self,
+        seeds: Iterable[str],
+        route: str,
+        *,
+        now: Callable[[], float],
+        draw: Callable[[], float],
+        caller: Callable[[], object],
     ) -> None:
         self.seeds = tuple(seeds)
         self.route = route
         self.layout: Layout | None = None
         self.store_id: str | None = None
-        self._now = now
+        self.now = now
         self._draw = draw
+        self._caller = caller
         self._services: dict[str, str] = {}
-        self._stores: dict[str, str] = {}  # of which store each seed spoke that has not failed since
+        self._stores: dict[str, str] = {}  # the store that each seed named; a seed that fails is dropped
         self._workers: list[str] = []
         self._brokers: list[str] = []
-        self._favourite: str | None = None
-        self._health: dict[str, _Health] = {}
+        self._sticky: str | None = None
+        self._health: defaultdict[str, _Health] = defaultdict(_Health)
         self._refreshed_at = float("-inf")
-        self.unlock()
+        self.after_fork()
 
-    def unlock(self) -> None:
-        """Begin with a fresh lock: in the child of a fork the old one may be held by nobody."""
-        # Guards everything from _services to _refreshed_at.  A signal handler may come in, so it is an RLock.
+    def after_fork(self) -> None:
+        """Begin afresh what a thread may have held that a forked child does not have: lock and refresh."""
+        # Guards everything from _services on.  A signal handler may come in, so it is an RLock.
         self._lock = threading.RLock()
+        self._refresh: Refresh | None = None
 
-    def favourite(self, now: float) -> str | None:
-        """The endpoint that answered last; None where that is not so, or the directory has aged by `now`."""
-        # No lock: two reads, of which either may be outdated as soon as they are done.
-        return self._favourite if now < self._refreshed_at + REFRESH_S else None
+    # --- choosing an endpoint ---
+
+    def sticky(self, now: float) -> str | None:
+        """The endpoint that calls stay with; None if there is none, or if the directory is old."""
+        # No lock: two reads, either of which may be outdated as soon as it is done.
+        return self._sticky if now < self._refreshed_at + REFRESH_S else None
 
     def pick(self, *, brokered: bool = False) -> str | None:
-        """Whom to ask for IDs next; None where the directory should be read first.
+        """The endpoint to ask for IDs next; None if the directory should be read first.
 
-        With `brokered` a delegator rather than a worker, where the route leaves the choice.
+        With `brokered` a delegator goes before a worker, if the route leaves the choice.
         """
         with self._lock:
-            now = self._now()
-            if now - self._refreshed_at >= REFRESH_S and any(self._is_fit(seed, now) for seed in self.seeds):
+            now = self.now()
+            is_old = now >= self._refreshed_at + REFRESH_S and not self._is_refreshing(now)
+            if is_old and any(self._is_fit(seed, now) for seed in self.seeds):
                 return None
-            if self._favourite is not None:
-                return self._favourite
+            if self._sticky is not None:
+                return self._sticky
             for tier in reversed(self._tiers()) if brokered else self._tiers():
                 if fit := [endpoint for endpoint in tier if self._is_fit(endpoint, now)]:
                     picked = fit[int(self._draw() * len(fit))]
-                    health = self._health_of(picked)
+                    health = self._health[picked]
                     if health.failures:
-                        health.passed_over_until = now + PROBE_S  # half open: one probe at a time
+                        health.ejected_until = now + PROBE_S  # half open: one probe at a time
                     return picked
             return None
 
+    def last_resort(self) -> str | None:
+        """The endpoint whose ejection ends first; None if none is known."""
+        with self._lock:
+            known = [endpoint for tier in self._tiers() for endpoint in tier]
+            return min(known, key=lambda endpoint: self._health[endpoint].ejected_until, default=None)
+
     def is_probe(self, endpoint: str) -> bool:
         """Whether this endpoint failed when it was last asked."""
-        return self._health_of(endpoint).failures > 0
+        return self._health[endpoint].failures > 0
 
     def is_worker(self, endpoint: str) -> bool:
-        """Whether this endpoint is in the directory of workers."""
+        """Whether the directory lists this endpoint as a worker."""
         return endpoint in self._workers
 
     def has_fit(self) -> bool:
-        """Whether somebody is known to ask for IDs who is not passed over."""
+        """Whether an endpoint that could give IDs is not ejected."""
         with self._lock:
-            now = self._now()
+            now = self.now()
             return any(self._is_fit(endpoint, now) for tier in self._tiers() for endpoint in tier)
 
     def silent(self) -> list[str]:
-        """Who is known to ask for IDs and did not answer when last asked."""
+        """The endpoints that could give IDs and did not answer when last asked."""
         with self._lock:
-            return [e for tier in self._tiers() for e in tier if self._health_of(e).failures]
+            return [e for tier in self._tiers() for e in tier if self._health[e].failures]
 
-    def last_resort(self) -> str | None:
-        """Who has been passed over for longest; None where nobody is known."""
-        with self._lock:
-            everybody = [endpoint for tier in self._tiers() for endpoint in tier]
-            return min(everybody, key=lambda e: self._health_of(e).passed_over_until, default=None)
+    # --- how endpoints fare ---
 
     def succeeded(self, endpoint: str) -> None:
-        """Note an answer: stay with this endpoint, if it is of the kind that the route prefers."""
-        if endpoint == self._favourite:
+        """Note an answer: calls stay with this endpoint if it is of the kind that the route prefers."""
+        if endpoint == self._sticky:
+            self._health[endpoint].settled_at = self.now()  # no lock: it is every call's
             return
         with self._lock:
-            self._health[endpoint] = _Health()
-            if self._favourite is None and endpoint in self._tiers()[0]:
-                self._favourite = endpoint
+            self._health[endpoint] = _Health(settled_at=self.now())
+            if self._sticky is None and endpoint in self._tiers()[0]:
+                self._sticky = endpoint
 
-    def failed(self, endpoint: str, *, for_s: float | None = None) -> None:
-        """Pass an endpoint over: for `for_s` seconds where it said so itself, longer each time otherwise."""
+    def refused(self, endpoint: str, for_s: float) -> None:
+        """Note an answer without IDs: leave this endpoint alone for `for_s` seconds."""
         with self._lock:
-            if self._favourite == endpoint:
-                self._favourite = None
-            health = self._health_of(endpoint)
-            if for_s is None:
-                for_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
-                health.failures = min(health.failures + 1, 10)
-                # Whoever serves there next may be another.
-                self._services.pop(endpoint, None)
-                self._stores.pop(endpoint, None)
-            health.passed_over_until = self._now() + for_s
+            now = self.now()
+            health = self._health[endpoint]
+            health.settled_at, health.ejected_until = now, now + for_s
+            self._unstick(endpoint)
 
-    def doubt(self) -> None:
-        """Have every seed say anew who it is: somebody spoke of another cluster, or nonsense."""
+    def failed(self, endpoint: str, began: float) -> None:
+        """Eject an endpoint that gave no sound answer to an ask, for longer with each failure.
+
+        `began` is when the ask began.  Of many asks that were under way when an endpoint died only the first
+        to fail counts; none counts if the endpoint has answered another ask since.
+        """
         with self._lock:
-            self._services.clear()
+            health = self._health[endpoint]
+            if began < health.settled_at:
+                return
+            now = self.now()
+            eject_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
+            health.settled_at, health.ejected_until = now, now + eject_s
+            health.failures = min(health.failures + 1, _MAX_FAILURES)
+            # The next daemon to serve there may be another one.
+            self._services.pop(endpoint, None)
+            self._stores.pop(endpoint, None)
+            self._unstick(endpoint)
+
+    # --- the directory ---
+
+    def join_refresh(self, until: float) -> tuple[Refresh, bool]:
+        """The refresh that is to be waited for, and False; or a new one, and True if the caller is to do it.
+
+        The caller ends a new one by `end_refresh`, whatever happens, and before `until`.
+        """
+        with self._lock:
+            caller, refresh = self._caller(), self._refresh
+            if refresh is not None and self._is_refreshing(self.now()) and refresh.caller != caller:
+                return refresh, False
+            self._refresh = refresh = Refresh(caller, until)
+            return refresh, True
+
+    def end_refresh(self, refresh: Refresh) -> None:
+        """Make room for the next refresh, and wake the callers that wait for this one."""
+        with self._lock:
+            refresh.is_over = True
+            if self._refresh is refresh:
+                self._refresh = None
+            wakes, refresh.wakes = refresh.wakes, []
+        for wake in wakes:
+            wake()
+
+    def when_over(self, refresh: Refresh, wake: Callable[[], object]) -> None:
+        """Call `wake` once this refresh is over, from the thread that ends it; at once if it is over."""
+        with self._lock:
+            if not refresh.is_over:
+                refresh.wakes.append(wake)
+                return
+        wake()
+
+    def seeds_by_health(self) -> list[str]:
+        """The seeds: the ones that are not ejected first, equals in random order."""
+        with self._lock:
+            now = self.now()
+            rank = {s: (max(0.0, self._health[s].ejected_until - now), self._draw()) for s in self.seeds}
+            return sorted(self.seeds, key=rank.__getitem__)
 
     def service_of(self, endpoint: str) -> str | None:
-        """What an endpoint has said it is: `delegator` or `worker`."""
+        """The service that an endpoint named in its hello: `delegator` or `worker`; None before it did."""
         return self._services.get(endpoint)
 
     def introduce(self, endpoint: str, hello: Hello) -> None:
-        """Note what an endpoint says it is.
+        """Note what an endpoint's hello says.
 
-        Raises `LayoutError` where its layout is another one than that of those before it.
+        Raises `LayoutError` if its layout is not that of the endpoints before it.
         """
         with self._lock:
             layout, store_id = hello.layout, hello.store_id
             if layout is not None and self.layout is not None and not layout.same_ids(self.layout):
                 raise LayoutError(
-                    f"{endpoint} has layout {layout}, epoch {layout.epoch.isoformat()}; an endpoint before it had "
-                    f"{self.layout}, epoch {self.layout.epoch.isoformat()}: they belong to two clusters"
+                    f"these endpoints belong to two clusters: {endpoint} has layout {layout}, epoch "
+                    f"{layout.epoch.isoformat()}; an endpoint before it had {self.layout}, epoch "
+                    f"{self.layout.epoch.isoformat()}; name endpoints of one cluster only"
                 )
             if store_id is not None:
                 self._stores[endpoint] = store_id
             self.layout = layout or self.layout
             self._services[endpoint] = hello.service
 
-    def agree(self) -> None:
-        """See to it that all seeds that said so belong to one cluster.
+    def forget_services(self) -> None:
+        """Have every seed say hello again: an endpoint spoke of another cluster, or nonsense."""
+        with self._lock:
+            self._services.clear()
 
-        One whose store was lost goes on with another: that is taken where no seed speaks of the old one.
+    def check_one_cluster(self) -> None:
+        """Check that all seeds that named a store named the same one.
 
-        Raises `LayoutError` where they belong to several: IDs of two clusters are not unique together.
+        A cluster whose store was lost goes on with another one; the client follows once no seed names the
+        old one.  Raises `LayoutError` if the seeds name several: IDs of two clusters are not unique together.
         """
         with self._lock:
             stores = set(self._stores.values())
             if len(stores) > 1:
                 named = " and ".join(sorted(self._stores))
-                raise LayoutError(f"{named} belong to two clusters, whose IDs are not unique together")
+                raise LayoutError(
+                    f"{named} belong to two clusters, whose IDs are not unique together; "
+                    "name endpoints of one cluster only"
+                )
             if stores and self.store_id not in stores:
-                self._workers, self._brokers, self._favourite = [], [], None
+                self._workers, self._brokers, self._sticky = [], [], None
                 (self.store_id,) = stores
 
-    def refresh(self, workers: list[str], brokers: list[str]) -> None:
+    def update(self, workers: list[str], brokers: list[str]) -> None:
         """Take in a directory that was just read.
 
-        An empty one does not wipe out what is known: a delegator that has just started knows nobody yet.
+        An empty one leaves the known workers: a delegator that has just started knows none yet.
         """
         with self._lock:
             self._workers = workers or self._workers
             self._brokers = brokers
-            self._refreshed_at = self._now()
-            self._favourite = None
+            self._refreshed_at = self.now()
+            self._sticky = None
             known = {*self._workers, *self.seeds}
-            self._health = {e: health for e, health in self._health.items() if e in known}
+            for endpoint in self._health.keys() - known:
+                del self._health[endpoint]
 
     def keep(self) -> None:
-        """Go on with the directory as it is: nobody could be asked for a newer one."""
+        """Go on with the directory as it is: no seed could be asked for a newer one."""
         with self._lock:
-            self._refreshed_at = self._now()
-
-    def in_order(self) -> list[str]:
-        """The seeds, the ones that fare best first, equals in random order."""
-        with self._lock:
-            now = self._now()
-            rank = {
-                s: (max(0.0, self._health_of(s).passed_over_until - now), self._draw()) for s in self.seeds
-            }
-            return sorted(self.seeds, key=rank.__getitem__)
+            self._refreshed_at = self.now()
 
     def _tiers(self) -> list[list[str]]:
-        """Whom the route allows to ask for IDs, the preferred kind first."""
+        """The endpoints that the route allows to be asked for IDs, the preferred kind first."""
         match self.route:
             case "direct":
                 return [self._workers]
@@ -217,7 +300,11 @@ class Balancer:
                 return [self._workers, self._brokers]
 
     def _is_fit(self, endpoint: str, now: float) -> bool:
-        return self._health_of(endpoint).passed_over_until <= now
+        return self._health[endpoint].ejected_until <= now
 
-    def _health_of(self, endpoint: str) -> _Health:
-        return self._health.setdefault(endpoint, _Health())
+    def _is_refreshing(self, now: float) -> bool:
+        return self._refresh is not None and now < self._refresh.until
+
+    def _unstick(self, endpoint: str) -> None:
+        if self._sticky == endpoint:
+            self._sticky = None

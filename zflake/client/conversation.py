@@ -1,18 +1,19 @@
 """Whom to ask for IDs, and what to do about the answer: the client without its sockets.
 
-A conversation is a generator.  It yields what is to be done (`Ask` an endpoint, or `Pause`) and is sent what
-came of it: a `Response`, None where nothing came in time, or a `ProtocolError` for an answer that is none.
-Whoever drives it brings the sockets and the clock, be they real or a test's.
+A conversation is a generator.  It yields a step (`Ask` an endpoint, `Pause`, or `Wait` for another caller); the
+driver, which brings sockets and clocks, does it, and sends in the `Outcome` of an `Ask`, or None after any
+other step.  A driver that gives a conversation up closes it.
 
 The balancer remembers between conversations which endpoints there are and how they fare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, Final, NamedTuple, TypeAlias
+from collections.abc import Generator
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from zflake.client.balancer import PROBE_S, Balancer
+from zflake.client.balancer import PROBE_S, Balancer, Refresh
+from zflake.core.layout import Layout
 from zflake.core.mint import Run
 from zflake.errors import (
     ConfigError,
@@ -24,30 +25,37 @@ from zflake.errors import (
     ZflakeError,
 )
 from zflake.wire.cluster import check_hello
-from zflake.wire.codec import Response
+from zflake.wire.codec import Response, WireError
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.ids import MAX_COUNT, check_run
 from zflake.wire.methods import Method, exception_of
 
 ATTEMPT_S: Final = 1.0
-"""How long one endpoint has for an answer, at most; less where the budget is small."""
+"""Seconds that one endpoint has for an answer at most; less if the budget is small."""
 ATTEMPTS: Final = 4
-"""Over how many endpoints, or tries, a budget is spread."""
+"""Number of attempts over which a budget is spread."""
 CONNECT_S: Final = 0.5
-"""How long an endpoint has to take a connection."""
+"""Seconds that an endpoint has to take a connection."""
 REFRESH_WAIT_S: Final = 0.2
+"""Seconds that a seed has for an answer while an endpoint that could give IDs is known."""
 PAUSE_S: Final = 0.05
+"""Seconds between two tries when no endpoint is left and none said how long to wait."""
 WAIT_S: Final = 0.5
-"""The longest pause that a refusal can impose: whoever refused may have recovered earlier than it thought."""
+"""Seconds of the longest pause that a refusal can impose: the endpoint may recover earlier than it thought."""
+
+_PASSING: Final = (LeaseExpired, Overloaded, Unavailable, Timeout, ProtocolError)
+"""The errors that another try, or another endpoint, may mend."""
 
 
 class Ask(NamedTuple):
-    """Send this request to that endpoint, and wait `timeout_s` for the answer."""
+    """Send this request to that endpoint, and wait `timeout_s` seconds for the answer."""
 
     endpoint: str
     method: str
     params: tuple[Any, ...]
     timeout_s: float
+    began: float = 0.0
+    """When the ask began, by the balancer's clock; the balancer compares it with what it has learned since."""
 
 
 class Pause(NamedTuple):
@@ -56,98 +64,172 @@ class Pause(NamedTuple):
     seconds: float
 
 
+class Wait(NamedTuple):
+    """Wait until this refresh is over, for `timeout_s` seconds at most; the balancer tells when it is."""
+
+    refresh: Refresh
+    timeout_s: float
+
+
+T = TypeVar("T")
+Step: TypeAlias = Ask | Pause | Wait
 Outcome: TypeAlias = Response | ProtocolError | None
-Conversation: TypeAlias = Generator[Ask | Pause, Outcome, Any]
+"""What came of an ask: an answer, an error for an answer that is not zflake's, None if no answer came in time."""
+Conversation: TypeAlias = Generator[Step, Outcome, T]
 
 
 class Budget:
-    """The time of one call: all of it, retries included."""
+    """The time of one call, retries included: `total_s` seconds from `began` on."""
 
-    __slots__ = ("_attempt_s", "_deadline", "_now", "total_s")
-
-    def __init__(self, total_s: float, now: Callable[[], float], started_at: float) -> None:
-        self._now = now
+    def __init__(self, total_s: float, began: float) -> None:
         self.total_s = total_s
-        self._deadline = started_at + total_s
-        self._attempt_s = attempt_s(total_s)
+        self.deadline = began + total_s
 
-    def left_s(self) -> float:
-        """What is left, in seconds, 0 at the least."""
-        return max(0.0, self._deadline - self._now())
+    def left_s(self, now: float) -> float:
+        """The seconds that are left, 0 or more."""
+        return max(0.0, self.deadline - now)
 
-    def attempt_s(self) -> float:
-        """What the next attempt may take; the last one takes all that is left."""
-        left = self.left_s()
-        return left if left < 1.5 * self._attempt_s else self._attempt_s
-
-
-def attempt_s(total_s: float) -> float:
-    """What one attempt may take of a budget of `total_s` seconds."""
-    return min(ATTEMPT_S, total_s / ATTEMPTS)
+    def attempt_s(self, now: float) -> float:
+        """The seconds that an attempt which begins now may take; the last one takes all that is left."""
+        attempt_s, left_s = _attempt_s(self.total_s), self.left_s(now)
+        return left_s if left_s < 1.5 * attempt_s else attempt_s
 
 
-def ask_ids(endpoint: str, count: int, timeout_s: float, store_id: str | None) -> Ask:
-    """The request for up to `count` IDs of the cluster whose store that is."""
-    count = min(count, MAX_COUNT)
-    timeout_ms = int(timeout_s * 1000) or 1
-    params = (count, timeout_ms) if store_id is None else (count, timeout_ms, store_id)
-    return Ask(endpoint, "ids.next", params, timeout_s)
+def begin(balancer: Balancer, count: int, timeout_s: float) -> Ask | None:
+    """The first ask of a call for `count` IDs; None if the call begins by choosing an endpoint.
 
-
-def take(
-    balancer: Balancer, count: int, budget: Budget, begun: tuple[Ask, Run | ZflakeError | None] | None = None
-) -> Conversation:
-    """Ask for exactly `count` IDs; returns their runs, in the order in which they were minted.
-
-    `begun` is a first request that was sent already, and what `run_of` says came of it.
-
-    Raises the error that stood in the way last once the budget is spent: `Timeout` where nobody answered,
-    `LeaseExpired`, `Overloaded` or `Unavailable` where somebody did.  Raises `AuthError` at once, since no
-    other try would go better, `ProtocolError` where all that answer are not zflake's, and `LayoutError`
-    where they belong to two clusters.
+    Nearly every call is this ask alone: the endpoint that answered last answers again.  So the driver makes it
+    without a generator, which would cost the call 15 % more of its thread's time, and hands the outcome to
+    `proceed`.
     """
+    began = balancer.now()
+    endpoint = balancer.sticky(began)
+    if endpoint is None:
+        return None
+    return _ask_ids(balancer, endpoint, count, began, _attempt_s(timeout_s))
+
+
+def proceed(
+    balancer: Balancer, count: int, timeout_s: float, ask: Ask, outcome: Outcome
+) -> list[Run] | Conversation[list[Run]]:
+    """What follows the first ask: the runs if it gave all `count` IDs, or the conversation that takes them.
+
+    Raises what `take` raises.
+    """
+    run = _settle(balancer, ask, outcome)
+    if type(run) is tuple and run[2] == count:
+        return [run]
+    return _take(balancer, count, Budget(timeout_s, ask.began), ask, run)
+
+
+def take(balancer: Balancer, count: int, timeout_s: float) -> Conversation[list[Run]]:
+    """Take exactly `count` IDs within `timeout_s` seconds; returns their runs in the order of minting.
+
+    Raises, once the budget is spent, the last error that stood in the way: `Timeout` if no endpoint answered,
+    `LeaseExpired`, `Overloaded` or `Unavailable` if one did, `ProtocolError` if the answers are not zflake's.
+    Raises `AuthError` and `LayoutError` (the endpoints belong to two clusters) at once, since no other try
+    would go better.
+    """
+    return _take(balancer, count, Budget(timeout_s, balancer.now()), None, None)
+
+
+def _take(
+    balancer: Balancer, count: int, budget: Budget, ask: Ask | None, run: Run | ZflakeError | None
+) -> Conversation[list[Run]]:
+    """Take IDs; `run` is what came of a first `ask`, if there was one."""
     runs: list[Run] = []
     missing = count
     reason: ZflakeError | None = None
     brokered = False
     while missing:
-        if begun is None:
-            if budget.left_s() <= 0:
+        if ask is None:
+            if balancer.now() >= budget.deadline:
                 raise _spent(balancer, count, missing, budget, reason)
             endpoint = yield from _choose(balancer, budget, brokered=brokered)
             if not isinstance(endpoint, str):
                 reason = endpoint or reason
                 continue
-            attempt = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
-            ask = ask_ids(endpoint, missing, min(attempt, budget.attempt_s()), balancer.store_id)
-            begun = ask, run_of((yield ask), ask)
-        (ask, run), begun = begun, None
+            most_s = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
+            began = balancer.now()
+            ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s(began)))
+            run = _settle(balancer, ask, (yield ask))
         if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
-            balancer.succeeded(ask.endpoint)
         elif run is None:
-            balancer.failed(ask.endpoint)
             # One worker that is out of reach may mean that all are.
             brokered = brokered or balancer.is_worker(ask.endpoint)
         else:
             reason = run
-            wait_s = min(reason.retry_after or PAUSE_S, WAIT_S)
-            # One that talks nonsense is not what the directory takes it for: as good as away.
-            if isinstance(reason, ProtocolError):
-                balancer.failed(ask.endpoint)
-                balancer.doubt()
-            else:
-                balancer.failed(ask.endpoint, for_s=wait_s)
-            if balancer.pick() is None:
-                yield Pause(min(wait_s, budget.left_s()))
+            if not balancer.has_fit():
+                yield Pause(min(_wait_s(run), budget.left_s(balancer.now())))
+        ask = None
     return runs
 
 
-def _choose(
-    balancer: Balancer, budget: Budget, *, brokered: bool
-) -> Generator[Ask | Pause, Outcome, str | ZflakeError | None]:
-    """Whom to ask for IDs; where there is nobody, what stood in the way, after a pause."""
+def fetch_layout(balancer: Balancer, timeout_s: float) -> Conversation[Layout]:
+    """Learn the layout of the cluster's IDs within `timeout_s` seconds.
+
+    Raises `Timeout` if no seed can tell, `ProtocolError` if the answers are not zflake's.
+    """
+    budget = Budget(timeout_s, balancer.now())
+    while balancer.layout is None:
+        reason = yield from _refresh(balancer, budget)
+        if balancer.layout is None:
+            if isinstance(reason, ProtocolError):
+                raise reason
+            left_s = budget.left_s(balancer.now())
+            if left_s <= 0:
+                raise _spent(balancer, 0, 0, budget, reason)
+            yield Pause(min(PAUSE_S, left_s))
+    return balancer.layout
+
+
+def _ask_ids(balancer: Balancer, endpoint: str, count: int, began: float, timeout_s: float) -> Ask:
+    """Ask for up to `count` IDs of the balancer's cluster."""
+    timeout_ms = int(timeout_s * 1000) or 1
+    count = min(count, MAX_COUNT)
+    store_id = balancer.store_id
+    params = (count, timeout_ms) if store_id is None else (count, timeout_ms, store_id)
+    return Ask(endpoint, "ids.next", params, timeout_s, began)
+
+
+def _settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError | None:
+    """The run that came of an ask for IDs, or the error in its place; None if nothing came.
+
+    The balancer learns how the endpoint fared.  Raises the errors that no other try would mend.
+    """
+    endpoint = ask.endpoint
+    if outcome is None:
+        balancer.failed(endpoint, ask.began)
+        return None
+    try:
+        run = check_run(_result(outcome), ask.params[0])
+    except ProtocolError as nonsense:
+        # The endpoint is not what the directory takes it for: as good as away.
+        balancer.failed(endpoint, ask.began)
+        balancer.forget_services()
+        return _of(endpoint, nonsense)
+    except _PASSING as error:
+        balancer.refused(endpoint, _wait_s(error))
+        return error
+    balancer.succeeded(endpoint)
+    return run
+
+
+def _wait_s(error: ZflakeError) -> float:
+    """The seconds for which an endpoint that gave this error is left alone."""
+    return min(error.retry_after or PAUSE_S, WAIT_S)
+
+
+def _attempt_s(total_s: float) -> float:
+    """The seconds that one attempt may take of a budget of `total_s` seconds."""
+    share_s = total_s / ATTEMPTS
+    return min(ATTEMPT_S, share_s)  # not min(), which costs each call more
+
+
+def _choose(balancer: Balancer, budget: Budget, *, brokered: bool) -> Conversation[str | ZflakeError | None]:
+    """The endpoint to ask for IDs; if there is none, what stood in the way, after a pause."""
     if (endpoint := balancer.pick(brokered=brokered)) is not None:
         return endpoint
     reason = yield from _refresh(balancer, budget)
@@ -155,113 +237,116 @@ def _choose(
         return endpoint
     if isinstance(reason, ProtocolError):
         raise reason
-    yield Pause(min(PAUSE_S, budget.left_s()))
+    yield Pause(min(PAUSE_S, budget.left_s(balancer.now())))
     return reason
 
 
-def run_of(outcome: Outcome, ask: Ask) -> Run | ZflakeError | None:
-    """The run that came, or the error that stands in its place; None where nothing came."""
-    if outcome is None or isinstance(outcome, ProtocolError):
-        return outcome
-    if outcome.error is None:
+def _refresh(balancer: Balancer, budget: Budget) -> Conversation[ZflakeError | None]:
+    """Have the directory read, once for all callers that need it; returns what stood in the way.
+
+    Raises the errors that no other try would mend, in every caller.
+    """
+    refresh, is_ours = balancer.join_refresh(budget.deadline)
+    if is_ours:
         try:
-            return check_run(outcome.result, ask.params[0])
-        except ProtocolError as nonsense:
-            return nonsense
-    error = exception_of(outcome.error)
-    if isinstance(error, LeaseExpired | Overloaded | Unavailable | Timeout | ProtocolError):
-        return error
-    raise error
+            refresh.error = yield from _read_directory(balancer, budget)
+        except ZflakeError as error:
+            refresh.error = error
+            raise
+        finally:
+            balancer.end_refresh(refresh)
+        return refresh.error
+    yield Wait(refresh, budget.attempt_s(balancer.now()))
+    if refresh.error is None or isinstance(refresh.error, _PASSING):
+        return refresh.error
+    raise _copy(refresh.error, str(refresh.error))  # the traceback of each caller is its own
 
 
-def introduce(balancer: Balancer, budget: Budget) -> Conversation:
-    """Learn the layout of the cluster's IDs; returns it.  Raises `Timeout` where nobody can tell."""
-    while balancer.layout is None:
-        reason = yield from _refresh(balancer, budget)
-        if balancer.layout is None:
-            if isinstance(reason, ProtocolError):
-                raise reason
-            if budget.left_s() <= 0:
-                raise _spent(balancer, 0, 0, budget, reason)
-            yield Pause(min(PAUSE_S, budget.left_s()))
-    return balancer.layout
-
-
-def _refresh(balancer: Balancer, budget: Budget) -> Generator[Ask | Pause, Outcome, ZflakeError | None]:
-    """Read the directory anew; returns what stood in the way where it gave no worker."""
+def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeError | None]:
+    """Read the directory anew; returns what stood in the way of finding a worker."""
     workers: list[str] = []
     brokers: list[str] = []
     reason: ZflakeError | None = None
     answered = False
-    asked = balancer.route == "broker"  # by which nobody needs to know the workers
-    # Who can be served must not wait long for a delegator that is away.
+    asked = balancer.route == "broker"  # then the workers need not be known
+    # A call that could be served must not wait long for a delegator that is away.
     most_s = REFRESH_WAIT_S if balancer.has_fit() else ATTEMPT_S
-    for seed in balancer.in_order():
+    for seed in balancer.seeds_by_health():
+        began = balancer.now()
         try:
             if balancer.service_of(seed) is None or balancer.layout is None:
-                _introduce(
-                    balancer, seed, (yield Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s())))
-                )
+                ask = Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s(began)))
+                balancer.introduce(seed, check_hello(*_answer((yield ask))))
             if balancer.service_of(seed) == "worker":
                 workers.append(seed)
             else:
                 brokers.append(seed)
             if not asked and seed in brokers:
-                ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s()))
+                began = balancer.now()
+                ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s(began)))
                 workers += _addresses((yield ask))
-                asked = bool(workers)  # a delegator that has just started may know of nobody yet
+                asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
             balancer.succeeded(seed)
         except Timeout:
-            balancer.failed(seed)
-        except ProtocolError as error:
-            balancer.failed(seed)
-            reason = ProtocolError(f"{seed}: {error}")
-    balancer.agree()
+            balancer.failed(seed, began)
+        except _PASSING as error:
+            balancer.failed(seed, began)
+            reason = _of(seed, error)
+    balancer.check_one_cluster()
     if not answered:
         balancer.keep()
         return reason
-    balancer.refresh(workers, brokers)
+    balancer.update(workers, brokers)
     if balancer.route == "broker":
         return None if brokers else reason or Unavailable("the route broker needs a delegator's endpoint")
     return None if workers else reason or Unavailable("no worker is ready: start one")
 
 
-def _introduce(balancer: Balancer, seed: str, outcome: Outcome) -> None:
-    response = _answer(outcome)
-    hello = check_hello(response.error, response.result)
-    balancer.introduce(seed, hello)
-
-
 def _addresses(outcome: Outcome) -> list[str]:
-    response = _answer(outcome)
-    if response.error is not None:
-        raise exception_of(response.error)
+    """The addresses of the workers in a directory."""
     try:
-        addresses = [worker["address"] for worker in response.result["workers"]]
+        addresses = [worker["address"] for worker in _result(outcome)["workers"]]
         return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
     except (KeyError, TypeError, ConfigError) as error:
         raise ProtocolError(f"it sent a directory that can't be read: {error}") from error
 
 
-def _answer(outcome: Outcome) -> Response:
-    if outcome is None:
-        raise Timeout("no answer")
-    if isinstance(outcome, ProtocolError):
-        raise outcome
-    return outcome
+def _result(outcome: Outcome) -> Any:
+    """The result in an answer; raises the error that came in its place."""
+    error, result = _answer(outcome)
+    if error is not None:
+        raise exception_of(error)
+    return result
+
+
+def _answer(outcome: Outcome) -> tuple[WireError | None, Any]:
+    """The error and the result in an answer; raises `Timeout` or `ProtocolError` if there is no answer."""
+    if isinstance(outcome, Response):
+        return outcome.error, outcome.result
+    raise outcome or Timeout("no answer")
+
+
+def _of(endpoint: str, error: ZflakeError) -> ZflakeError:
+    """The error, with the name of the endpoint if it is one of the endpoint's making."""
+    return ProtocolError(f"{endpoint}: {error}") if isinstance(error, ProtocolError) else error
+
+
+def _copy(error: ZflakeError, message: str) -> ZflakeError:
+    return type(error)(message, retry_after=error.retry_after)
 
 
 def _spent(
     balancer: Balancer, count: int, missing: int, budget: Budget, reason: ZflakeError | None
 ) -> ZflakeError:
+    """The error of a call whose budget is spent."""
     seeds = ", ".join(balancer.seeds)
+    if reason is not None and missing == count:
+        return _copy(reason, f"{reason} (asked {seeds} for {budget.total_s:g} s)")
     got = f"{count - missing} of {count} IDs" if missing < count else "no answer"
-    if reason is None or missing < count:
-        # A delegator may be fine, and the workers that it names out of reach.
-        silent = [endpoint for endpoint in balancer.silent() if endpoint not in balancer.seeds]
-        whom = f"{', '.join(silent[:3])}, which {seeds} named," if silent else seeds
-        return Timeout(
-            f"{got} from {whom} within {budget.total_s:g} s; is it running, and is the timeout enough?"
-        )
-    return type(reason)(f"{reason} (asked {seeds} for {budget.total_s:g} s)", retry_after=reason.retry_after)
+    # A delegator may be fine although the workers that it lists are out of reach.
+    silent = [endpoint for endpoint in balancer.silent() if endpoint not in balancer.seeds]
+    asked = f"{', '.join(silent[:3])} (listed by {seeds})" if silent else seeds
+    return Timeout(
+        f"{got} from {asked} within {budget.total_s:g} s; check that it is running, or raise the timeout"
+    )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
-from zflake.client import conversation
 from zflake.client.balancer import ROUTES, Balancer
-from zflake.client.conversation import Ask, Budget, Conversation, Outcome, ask_ids, attempt_s, run_of
+from zflake.client.conversation import Ask, Conversation, Outcome, Pause, begin, fetch_layout, proceed, take
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
-from zflake.errors import ConfigError, ProtocolError
+from zflake.errors import ConfigError
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
+
+T = TypeVar("T")
 
 
 class Client:
@@ -52,12 +54,12 @@ class Client:
         if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
             raise ConfigError(f"a timeout is a positive number of seconds, not {timeout!r}")
         self._timeout = timeout
-        self._attempt_s = attempt_s(timeout)
         self._balancer = Balancer(
             dict.fromkeys(parse_endpoint(seed).text for seed in seeds),
             route,
             now=time.monotonic,
             draw=random.random,
+            caller=threading.get_ident,
         )
         self._transport = Transport()
         _all.add(self)
@@ -88,8 +90,7 @@ class Client:
 
         Raises what `next_id` raises.
         """
-        layout: Layout = self._drive(conversation.introduce(self._balancer, self._budget(time.monotonic())))
-        return layout
+        return self._drive(fetch_layout(self._balancer, self._timeout))
 
     def close(self) -> None:
         """Close the connections; calls after this raise `Closed`."""
@@ -104,43 +105,33 @@ class Client:
         self.close()
 
     def _take(self, count: int) -> list[Run]:
-        begun = None
-        started_at = time.monotonic()
-        # Nearly all calls end here: the worker that answered last answers again.
-        worker = self._balancer.favourite(started_at)
-        if worker is not None:
-            ask = ask_ids(worker, count, self._attempt_s, self._balancer.store_id)
-            outcome = self._ask(ask)
-            run = run_of(outcome, ask)
-            if isinstance(run, tuple) and run[2] == count:
-                return [run]
-            begun = (ask, run)
-        runs: list[Run] = self._drive(
-            conversation.take(self._balancer, count, self._budget(started_at), begun)
-        )
-        return runs
+        ask = begin(self._balancer, count, self._timeout)
+        if ask is None:
+            return self._drive(take(self._balancer, count, self._timeout))
+        then = proceed(self._balancer, count, self._timeout, ask, self._transport.ask(ask))
+        return then if isinstance(then, list) else self._drive(then)
 
-    def _ask(self, ask: Ask) -> Outcome:
-        try:
-            return self._transport.ask(ask)
-        except ProtocolError as error:
-            return error
-
-    def _budget(self, started_at: float) -> Budget:
-        return Budget(self._timeout, time.monotonic, started_at)
-
-    def _drive(self, talk: Conversation) -> Any:
+    def _drive(self, talk: Conversation[T]) -> T:
         outcome: Outcome = None
         try:
             while True:
                 step = talk.send(outcome)
                 if isinstance(step, Ask):
-                    outcome = self._ask(step)
-                else:
-                    outcome = None
+                    outcome = self._transport.ask(step)
+                    continue
+                outcome = None
+                if isinstance(step, Pause):
                     time.sleep(step.seconds)
+                else:
+                    over = threading.Event()
+                    self._balancer.when_over(step.refresh, over.set)
+                    over.wait(step.timeout_s)
         except StopIteration as end:
-            return end.value
+            result: T = end.value
+            return result
+        finally:
+            # An exception may come from outside, such as a signal handler's: what the call held is free at once.
+            talk.close()
 
 
 _all: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -148,7 +139,7 @@ _all: weakref.WeakSet[Client] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for client in list(_all):
-        client._balancer.unlock()  # noqa: SLF001
+        client._balancer.after_fork()  # noqa: SLF001
 
 
 os.register_at_fork(after_in_child=_after_fork)

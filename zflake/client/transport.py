@@ -14,7 +14,7 @@ from typing import Final
 
 import zmq
 
-from zflake.client.conversation import CONNECT_S, Ask
+from zflake.client.conversation import CONNECT_S, Ask, Outcome
 from zflake.errors import Closed, ProtocolError
 from zflake.wire.codec import REQUEST, Response, decode_response, packer
 from zflake.wire.endpoint import Endpoint, parse_endpoint
@@ -46,9 +46,9 @@ class Line:
         socket.setsockopt(zmq.SNDTIMEO, 0)
         socket.setsockopt(zmq.RCVTIMEO, SOON_MS)
 
-    def ask(self, ask: Ask) -> Response | None:
-        """The answer to one request, or None where none comes in time."""
-        _, method, params, timeout_s = ask
+    def ask(self, ask: Ask) -> Outcome:
+        """The outcome of one request."""
+        _, method, params, timeout_s, _ = ask
         deadline = time.monotonic() + timeout_s
         self._msgid = msgid = (self._msgid + 1) & 0xFFFF_FFFF
         try:
@@ -64,10 +64,13 @@ class Line:
         except zmq.ZMQError as error:
             if error.errno != zmq.EFSM:
                 raise
-            raise ProtocolError("its last answer had more than one frame") from error
-        response = decode_response(body)
+            return ProtocolError("its last answer had more than one frame")
+        try:
+            response = decode_response(body)
+        except ProtocolError as nonsense:
+            return nonsense
         if response.msgid != msgid and response.msgid is not None:
-            raise ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
+            return ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
         return response
 
     def _wait(self, deadline: float) -> bytes:
@@ -101,10 +104,7 @@ class _Sockets:
         if context is None:
             context = self._contexts[key] = zmq.Context()
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
-        try:
-            socket = connected(context, zmq.REQ, endpoint)
-        except zmq.ZMQError as error:
-            raise ProtocolError(f"can't connect to {endpoint}: {error.strerror}") from error
+        socket = connected(context, zmq.REQ, endpoint)
         self._open.add(socket)
         return socket
 
@@ -131,24 +131,22 @@ class Transport:
         self._reset()
         _all.add(self)
 
-    def ask(self, ask: Ask) -> Response | None:
-        """Send one request and wait for its answer; None where none comes in time.
-
-        Raises `Closed` after `close`, `ProtocolError` where the answer is not zflake's.
-        """
-        line = self._check_out(ask.endpoint)
+    def ask(self, ask: Ask) -> Outcome:
+        """Send one request and wait for its outcome.  Raises `Closed` after `close`."""
         try:
-            response = line.ask(ask)
-        except BaseException as error:
+            line = self._check_out(ask.endpoint)
+        except zmq.ZMQError as error:
+            return ProtocolError(f"can't connect: {error.strerror}")
+        try:
+            outcome = line.ask(ask)
+        except BaseException:
             self._discard(line)
-            if isinstance(error, ProtocolError):
-                raise ProtocolError(f"{ask.endpoint}: {error}") from error
             raise
-        if response is None:
-            self._discard(line)
-        else:
+        if type(outcome) is Response:
             self._give_back(ask.endpoint, line)
-        return response
+        else:
+            self._discard(line)
+        return outcome
 
     def close(self) -> None:
         """Close all sockets; those of calls under way in other threads when these end."""
