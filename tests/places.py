@@ -94,8 +94,14 @@ class RedisPlace(Place):
         self.client = redis.Redis.from_url(url)
 
     def everything(self) -> object:
+        look: dict[bytes, Callable[[bytes], Any]] = {
+            b"string": self.client.get,
+            b"hash": self.client.hgetall,
+            b"zset": lambda key: self.client.zrange(key, 0, -1, withscores=True),
+            b"list": lambda key: self.client.lrange(key, 0, -1),
+        }
         keys = cast("list[bytes]", sorted(self.client.scan_iter()))
-        return {key: (self.client.type(key), self.client.dump(key)) for key in keys}
+        return {key: look[cast("bytes", self.client.type(key))](key) for key in keys}
 
     def set_schema(self, schema: int) -> None:
         meta = json.loads(cast("bytes", self.client.hget(f"{self.prefix}meta", "text")))
