@@ -42,6 +42,10 @@ class Place(ABC):
         """Make the store say that it is of another schema."""
 
     @abstractmethod
+    def readers(self) -> tuple[int, int]:
+        """The schema and the reader that the store says, each where every zflake looks for them."""
+
+    @abstractmethod
     def damage_meta(self, text: str) -> None:
         """Put a text in place of meta's, or of its layout where meta has columns."""
 
@@ -70,11 +74,17 @@ class SqlitePlace(Place):
     def set_schema(self, schema: int) -> None:
         self._execute(f"PRAGMA user_version = {schema}")
 
+    def readers(self) -> tuple[int, int]:
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            (reader,) = db.execute("PRAGMA user_version").fetchone()
+            (schema,) = db.execute("SELECT schema FROM meta").fetchone()
+            return schema, reader
+
     def damage_meta(self, text: str) -> None:
         self._execute("UPDATE meta SET layout = ?", text)
 
     def damage_record(self, machine: int) -> None:
-        self._execute("UPDATE machine SET name = CAST(X'FFFE' AS TEXT) WHERE machine = ?", machine)
+        self._execute("UPDATE machine SET holder = CAST(X'FFFE' AS TEXT) WHERE machine = ?", machine)
 
     def put_foreign(self) -> None:
         self._execute("CREATE TABLE orders (number)")
@@ -109,11 +119,15 @@ class RedisPlace(Place):
             f"{self.prefix}meta", "text", json.dumps(meta | {"zflake": schema, "reader": schema})
         )
 
+    def readers(self) -> tuple[int, int]:
+        meta = json.loads(cast("bytes", self.client.hget(f"{self.prefix}meta", "text")))
+        return meta["zflake"], meta["reader"]
+
     def damage_meta(self, text: str) -> None:
         self.client.hset(f"{self.prefix}meta", "text", text)
 
     def damage_record(self, machine: int) -> None:
-        self.client.hset(f"{self.prefix}machines", f"{machine:020}", "junk")
+        self.client.hset(f"{self.prefix}values", f"machine/{machine:020}", "junk")
 
     def put_foreign(self) -> None:
         self.client.set(f"{self.prefix}meta", "of another program")
@@ -145,6 +159,11 @@ class EtcdPlace(Place):
         (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
         meta = json.loads(b64decode(pair["value"]))
         self.put(f"{self.prefix}/meta", json.dumps(meta | {"zflake": schema, "reader": schema}))
+
+    def readers(self) -> tuple[int, int]:
+        (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
+        meta = json.loads(b64decode(pair["value"]))
+        return meta["zflake"], meta["reader"]
 
     def damage_meta(self, text: str) -> None:
         self.put(f"{self.prefix}/meta", text)
@@ -183,6 +202,10 @@ class PostgresqlPlace(Place):
 
     def set_schema(self, schema: int) -> None:
         self.execute("UPDATE zflake.meta SET schema = %s, reader = %s", schema, schema)
+
+    def readers(self) -> tuple[int, int]:
+        with psycopg.connect(self.url) as db:
+            return cast("tuple[int, int]", db.execute("SELECT schema, reader FROM zflake.meta").fetchone())
 
     def damage_meta(self, text: str) -> None:
         self.execute("UPDATE zflake.meta SET layout = %s", text)

@@ -92,7 +92,7 @@ class Faulty(MemoryStore):
                 old = self.by_machine(swap.new.machine)
                 # What another delegator might do: it renews on, or takes a free one.
                 stranger = replace(old, gen=old.gen + 1, fence=old.fence + 1)
-                assert super().swap([Swap(stranger, swap.version)]) == [True]
+                assert super().swap([Swap(old, stranger, swap.version)]) == [True]
                 self.strangers.append(stranger)
         done = super().swap(swaps[:1] if word == "half" else swaps, mark)
         self.plan = rest
@@ -728,7 +728,7 @@ def test_a_store_that_goes_back_to_what_it_was_is_noticed(caplog: pytest.LogCapt
     d.store.swap_meta(META, replace(META, version=2, ttl=2 * TTL))
     d.granted(acquire(2))
     assert d.executor.meta.ttl == 2 * TTL
-    d.store._meta = None  # in the place of the store comes a copy that was made before
+    d.store.close()  # in the place of the store comes a copy that was made before
     d.store.initialise(META, copy)
     d.executor._committer.follow_meta()
     floor = d.now + 1 + 70_000
@@ -738,7 +738,7 @@ def test_a_store_that_goes_back_to_what_it_was_is_noticed(caplog: pytest.LogCapt
     (answer,) = d.settle(acquire(3))
     assert isinstance(answer, Refusal)
     # And again, to one whose floor is lower.
-    d.store._meta = None
+    d.store.close()
     d.store.initialise(replace(META, version=99), copy)
     d.executor._committer.follow_meta()
     assert d.executor.meta.floor == floor

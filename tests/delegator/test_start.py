@@ -218,14 +218,12 @@ def test_who_loses_that_race_takes_what_it_came_to(
     assert meta == store.meta()
 
 
-def test_a_later_schema_stays_and_an_earlier_one_is_raised(store: MemoryStore) -> None:
+def test_a_later_schema_stays(store: MemoryStore) -> None:
     first = settle(store, new=True)
     assert (first.schema, first.reader) == (SCHEMA, READER)
     later = replace(first, schema=SCHEMA + 3, version=first.version + 1)
     assert store.swap_meta(first, later)
     assert settle(store) == later
-    assert store.swap_meta(later, replace(first, schema=SCHEMA - 1, reader=READER - 1))
-    assert settle(store) == replace(first, version=first.version + 1)
 
 
 # --- the layout stays ---
@@ -302,7 +300,7 @@ class Restored(MemoryStore):
 
     life = "first"
 
-    def incarnation(self) -> str:
+    def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
         return self.life
 
 
@@ -376,7 +374,10 @@ def held(machine: int, fence: int) -> Record:
 def test_a_rewind_ends_what_lies_far_ahead_and_keeps_every_fence(store: MemoryStore) -> None:
     meta = settle(store, new=True)
     far, near = held(1, NOW * 2), held(2, NOW + meta.ttl)
-    store.swap([Swap(far, meta.version), Swap(near, meta.version)], Mark("here", NOW_US * 2))
+    store.swap(
+        [Swap(Record(far.machine), far, meta.version), Swap(Record(near.machine), near, meta.version)],
+        Mark("here", NOW_US * 2),
+    )
     assert rewind(store, meta, NOW_US) == 1
     assert store.by_machine(1) == replace(far, gen=2, token=None)
     assert store.by_machine(2) == near
@@ -386,6 +387,6 @@ def test_a_rewind_ends_what_lies_far_ahead_and_keeps_every_fence(store: MemorySt
 
 def test_a_rewind_that_somebody_writes_into_is_said_again(store: MemoryStore) -> None:
     meta = settle(store, new=True)
-    store.swap([Swap(held(1, NOW * 2), meta.version)])
+    store.swap([Swap(Record(1), held(1, NOW * 2), meta.version)])
     with pytest.raises(StoreError, match="stop all delegators"):
         rewind(store, replace(meta, version=meta.version + 1), NOW_US)

@@ -59,7 +59,8 @@ class Disk(MemoryStore):
     def apply(self, swaps: Sequence[Swap], mark: Mark | None, used_us: int | None = None) -> list[bool]:
         """Swap at once, and say what was written, by a delegator whose now was `used_us`."""
         before = [MemoryStore.by_machine(self, swap.new.machine) for swap in swaps]
-        known = self._meta is not None and self._meta.incarnation == self.life
+        meta = MemoryStore.meta(self)
+        known = meta is not None and meta.incarnation == self.life
         done = MemoryStore.swap(self, swaps if known else (), mark)
         done = done if known else [False] * len(swaps)
         if used_us is not None:
@@ -94,7 +95,7 @@ class Connection(MemoryStore):
     def exclusive(self) -> bool:  # type: ignore[override]
         return not self._disk.shared
 
-    def incarnation(self) -> str:
+    def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
         return self._disk.life
 
     def initialise(self, meta: Meta, *contents: Any) -> None:

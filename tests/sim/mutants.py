@@ -40,7 +40,7 @@ CLOCK: Final = "zflake.delegator.clock"
 COMMITTER: Final = "zflake.delegator.committer"
 START: Final = "zflake.delegator.start"
 BROKER: Final = "zflake.delegator.broker"
-MEMORY: Final = "zflake.stores.memory"
+KEYED: Final = "zflake.stores.keyed"
 DISK: Final = "tests.sim.disk"
 # A fork is the simulation's own.
 WORKER: Final = "tests.sim.worker"
@@ -228,16 +228,16 @@ MUTANTS: Final = (
     _mutant(
         "compared without the gen",
         "3",
-        MEMORY,
-        "self._meta.version != swap.version or old.gen != new.gen - 1",
-        "self._meta.version != swap.version",
+        KEYED,
+        '            ("machine", machine): old.gen or Found.NOTHING,\n',
+        "",
     ),
     _mutant(
         "compared without meta's version",
         "3",
-        MEMORY,
-        "self._meta.version != swap.version or old.gen != new.gen - 1",
-        "old.gen != new.gen - 1",
+        KEYED,
+        "            META: swap.version,\n",
+        "",
     ),
     _mutant(
         "witness ignored",
@@ -252,11 +252,11 @@ MUTANTS: Final = (
         (
             Change(
                 START,
-                "        incarnation=store.incarnation(),\n        schema=max",
-                "        schema=max",
+                "        incarnation=store.incarnation(meta),\n",
+                "",
             ),
             Change(LOSS, " or found.incarnation != incarnation", ""),
-            Change(DISK, "self._meta.incarnation == self.life", "True"),
+            Change(DISK, "meta.incarnation == self.life", "True"),
         ),
     ),
     _mutant(
@@ -297,9 +297,9 @@ MUTANTS: Final = (
     _mutant(
         "provenance not cut by a release",
         "3.5",
-        MEMORY,
-        "elif key[0] == new.machine and span.end > new.fence:",
-        "elif False:",
+        KEYED,
+        "if span.end > fence:",
+        "if False:",
     ),
     # --- the timeline ---
     _mutant(

@@ -90,6 +90,6 @@ def test_a_worker_with_a_window_far_ahead_hears_soon_that_its_lease_was_lost() -
     meta = sim.disk.meta()
     assert meta is not None
     ended = replace(record, gen=record.gen + 1, token=None)
-    assert sim.disk.apply([Swap(ended, meta.version)], None) == [True]
+    assert sim.disk.apply([Swap(record, ended, meta.version)], None) == [True]
     world.run(world.true_us + 5 * SECOND_US)
     assert worker.lease.lessee.state.name == "HELD"

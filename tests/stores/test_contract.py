@@ -55,7 +55,13 @@ def token(number: int) -> bytes:
 
 
 def write(store: Store, *records: Record, version: int = 1) -> list[bool]:
-    return store.swap([Swap(record, version) for record in records])
+    read = {record.machine: store.by_machine(record.machine) for record in records}
+    swaps = []
+    for record in records:
+        swaps.append(Swap(replace(read[record.machine], gen=record.gen - 1), record, version))
+        if read[record.machine].gen == record.gen - 1:
+            read[record.machine] = record
+    return store.swap(swaps)
 
 
 # --- meta ---
@@ -160,13 +166,14 @@ def test_of_two_writers_from_one_generation_one_wins(store: Store) -> None:
 
 def test_the_swaps_of_one_commit_stand_or_fall_each_for_itself_and_in_order(store: Store) -> None:
     assert store.swap([]) == []
-    assert write(store, Record(1, fence=5, gen=1, token=token(1))) == [True]
+    first = Record(1, fence=5, gen=1, token=token(1))
+    assert write(store, first) == [True]
     swaps = [
-        Swap(Record(2, fence=6, gen=1, token=token(2)), 1),
-        Swap(Record(1, fence=7, gen=1, token=token(3)), 1),  # stale
-        Swap(Record(3, fence=8, gen=1, token=token(4)), 7),  # under another meta
-        Swap(Record(2, fence=9, gen=2, token=token(5)), 1),  # follows upon the first
-        Swap(Record(1, fence=10, gen=2, token=token(6)), 1),
+        Swap(Record(2), second := Record(2, fence=6, gen=1, token=token(2)), 1),
+        Swap(Record(1), Record(1, fence=7, gen=1, token=token(3)), 1),  # stale
+        Swap(Record(3), Record(3, fence=8, gen=1, token=token(4)), 7),  # under another meta
+        Swap(second, Record(2, fence=9, gen=2, token=token(5)), 1),  # follows upon the first
+        Swap(first, Record(1, fence=10, gen=2, token=token(6)), 1),
     ]
     assert store.swap(swaps) == [True, False, False, True, True]
     records = [store.by_machine(machine) for machine in (1, 2, 3)]

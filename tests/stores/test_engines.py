@@ -15,6 +15,8 @@ from zflake.core.lease import Mark, Meta, Record, Swap
 from zflake.errors import StoreError
 from zflake.stores import Store, open_store
 from zflake.stores.etcd import EtcdStore
+from zflake.stores.etcd_http import EtcdHttp
+from zflake.stores.postgresql import PostgresqlStore
 
 META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
 
@@ -43,30 +45,30 @@ def etcd(servers: Servers) -> EtcdStore:
 def test_a_revision_that_went_back_is_another_life(etcd: EtcdStore) -> None:
     made(etcd)
     assert is_as_it_was(etcd)
-    etcd._revision += 1000  # it has seen more than there is now
+    etcd._identity.revision += 1000  # it has seen more than there is now
     assert not is_as_it_was(etcd)
-    assert etcd.swap([Swap(Record(1, fence=9, gen=1, token=b"t" * 16), 1)]) == [False]
+    assert etcd.swap([Swap(Record(1), Record(1, fence=9, gen=1, token=b"t" * 16), 1)]) == [False]
     meta = etcd.meta()
     assert meta is not None
     assert etcd.swap_meta(meta, replace(meta, version=2, incarnation=etcd.incarnation()))
     assert is_as_it_was(etcd)
-    assert etcd.swap([Swap(Record(1, fence=9, gen=1, token=b"t" * 16), 2)]) == [True]
+    assert etcd.swap([Swap(Record(1), Record(1, fence=9, gen=1, token=b"t" * 16), 2)]) == [True]
 
 
 def test_that_is_noticed_though_the_cluster_fails_just_then(
     etcd: EtcdStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(etcd)
-    post = etcd._post
+    ask = etcd._http.ask_once
 
-    def fail(client: Any, path: str, request: Any) -> Any:
+    def fail(path: str, request: Any) -> Any:
         if path == "/maintenance/status":
             raise StoreError("it is away")
-        return post(client, path, request)
+        return ask(path, request)
 
-    etcd._revision += 1000
+    etcd._identity.revision += 1000
     with monkeypatch.context() as patch:
-        patch.setattr(etcd, "_post", fail)
+        patch.setattr(etcd._http, "ask_once", fail)
         with pytest.raises(StoreError):
             etcd.meta()
     assert not is_as_it_was(etcd)
@@ -74,7 +76,7 @@ def test_that_is_noticed_though_the_cluster_fails_just_then(
 
 def test_somebody_elses_change_of_meta_ends_no_alarm(etcd: EtcdStore, servers: Servers) -> None:
     made(etcd)
-    etcd._revision += 1000
+    etcd._identity.revision += 1000
     assert not is_as_it_was(etcd)
     other = open_store(f"{servers.etcd.url}-own?unchecked=yes")
     meta = other.meta()
@@ -95,15 +97,15 @@ def test_more_revisions_than_the_log_explains_are_another_life(
     again = open_store(f"{servers.etcd.url}-own?unchecked=yes")
     assert is_as_it_was(again)
     again.close()
-    told = EtcdStore._told
+    ask = EtcdHttp.ask_node
 
-    def restored(self: EtcdStore, path: str, request: Any) -> Any:
-        answer = told(self, path, request)
+    def restored(self: EtcdHttp, path: str, request: Any) -> Any:
+        answer = ask(self, path, request)
         if path == "/maintenance/status":
             answer |= {"raftAppliedIndex": "7"}
         return answer
 
-    monkeypatch.setattr(EtcdStore, "_told", restored)
+    monkeypatch.setattr(EtcdHttp, "ask_node", restored)
     again = open_store(f"{servers.etcd.url}-own?unchecked=yes")
     assert not is_as_it_was(again)
     again.close()
@@ -112,14 +114,14 @@ def test_more_revisions_than_the_log_explains_are_another_life(
 def test_one_who_may_not_ask_for_the_servers_state_goes_without(
     servers: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    post = EtcdStore._post
+    ask = EtcdHttp.ask_once
 
-    def deny(self: EtcdStore, client: Any, path: str, request: Any) -> Any:
+    def deny(self: EtcdHttp, path: str, request: Any) -> Any:
         if path.startswith("/maintenance/"):
             raise StoreError("etcdserver: permission denied")
-        return post(self, client, path, request)
+        return ask(self, path, request)
 
-    monkeypatch.setattr(EtcdStore, "_post", deny)
+    monkeypatch.setattr(EtcdHttp, "ask_once", deny)
     store = made(open_store(f"{servers.etcd.url}-denied"))
     assert "to root only: not checked" in caplog.text
     assert is_as_it_was(store)
@@ -135,11 +137,12 @@ def test_one_who_may_not_ask_for_the_servers_state_goes_without(
 def test_who_dies_in_a_transaction_keeps_no_lock_for_long(servers: Servers) -> None:
     url = servers.postgres.url_of_new_database()
     dead, living = open_store(url), open_store(url)
+    assert isinstance(dead, PostgresqlStore)
     meta = made(dead).meta()
     assert meta is not None
     with contextlib.ExitStack() as stack:
-        db = stack.enter_context(dead._transaction())  # type: ignore[attr-defined]
-        db.execute("SELECT 1 FROM meta FOR SHARE")
+        stack.enter_context(dead._transaction())
+        dead._run("SELECT 1 FROM meta FOR SHARE")
         later = replace(meta, version=2)
 
         def swapped() -> bool:

@@ -22,7 +22,7 @@ from tests.conftest import brief
 from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, etcd_host
 from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd
 from zflake.core.layout import PRESETS
-from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Swap
+from zflake.core.lease import OLDEST, SCHEMA, Holder, Mark, Meta, Record, Swap
 from zflake.errors import ConfigError, StoreError, ZflakeError
 from zflake.stores import open_store
 from zflake.stores.contract import Contents
@@ -77,7 +77,7 @@ def works(url: str) -> None:
     store = open_store(url)
     store.initialise(replace(META, incarnation=store.incarnation()))
     record = Record(1, fence=LATE, gen=1, token=b"t" * 16, holder=Holder("w"))
-    assert store.swap([Swap(record, 1)]) == [True]
+    assert store.swap([Swap(Record(1), record, 1)]) == [True]
     store.close()
     again = open_store(url)
     assert again.by_token(b"t" * 16) == record
@@ -294,13 +294,14 @@ def test_redis_takes_its_password_and_no_other(guarded_redis: Redis) -> None:
 def test_etcd_takes_its_password_and_no_other(guarded_etcd: Etcd) -> None:
     where = f"127.0.0.1:{guarded_etcd.port}/zflake"
     refused(f"etcd://root:{WRONG}@{where}", f"etcd://{where} refuses the password of root")
-    refused(f"etcd://{where}", f"etcd://{where}", "password")
+    refused(f"etcd://{where}?unchecked=yes", f"etcd://{where}", "password")
     says(f"etcd://nobody:{quote(HARD, safe='')}@{where}", "refuses the password", kind=StoreError)
-    works(f"etcd://root:{quote(HARD, safe='')}@{where}")
+    works(f"etcd://root:{quote(HARD, safe='')}@{where}?unchecked=yes")
 
 
 def test_etcd_is_shown_the_password_again_when_it_forgets_who_is_there(guarded_etcd: Etcd) -> None:
-    store = open_store(f"etcd://root:{quote(HARD, safe='')}@127.0.0.1:{guarded_etcd.port}/zflake")
+    where = f"127.0.0.1:{guarded_etcd.port}/zflake?unchecked=yes"
+    store = open_store(f"etcd://root:{quote(HARD, safe='')}@{where}")
     store.initialise(replace(META, incarnation=store.incarnation()))
     guarded_etcd.kill()
     guarded_etcd.start()  # its tokens are gone
@@ -370,7 +371,7 @@ def test_a_store_keeps_its_layout(place: Place) -> None:
     untouched(place, *words, flags=["--layout", "clawflake"], code=2)
 
 
-@pytest.mark.parametrize("schema", [SCHEMA + 1, SCHEMA - 1])
+@pytest.mark.parametrize("schema", [SCHEMA + 1, OLDEST - 1])
 def test_a_store_of_another_schema_is_left_as_it_was(place: Place, schema: int) -> None:
     fill(place)
     place.set_schema(schema)
@@ -509,7 +510,8 @@ def test_stores_whose_names_begin_alike_do_not_see_each_other(servers: Servers) 
         assert meta_now is not None
         assert meta_now.store_id == f"store-{number}"
         assert [record.machine for record in store.held(0)] == [number]
-        assert store.swap([Swap(Record(number, LATE + 1, 2, b"u" * 16), 1)], Mark(f"d{number}", 1)) == [True]
+        later = Swap(store.by_machine(number), Record(number, LATE + 1, 2, b"u" * 16), 1)
+        assert store.swap([later], Mark(f"d{number}", 1)) == [True]
         assert [mark.delegator for mark in store.marks()] == [f"d{number}"]
         store.close()
     for url, number in zip(urls, range(len(urls)), strict=True):

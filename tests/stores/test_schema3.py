@@ -7,19 +7,26 @@ are not ASCII.  contents.json says what is in all of them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import psycopg
 import pytest
+import redis
 
 from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, SqlitePlace
 from tests.servers import Servers
-from zflake.core.lease import Holder, Mark, Record, Span
-from zflake.stores import open_store
+from zflake.core.lease import READER, SCHEMA, Holder, Mark, Record, Span, Swap, Traced
+from zflake.errors import StoreError
+from zflake.stores import open_store, sqlite
 from zflake.stores.contract import Contents
+from zflake.stores.etcd_http import EtcdHttp
 
 FOLDER: Final = Path(__file__).with_name("schema3")
 WRITTEN: Final[dict[str, Any]] = json.loads((FOLDER / "contents.json").read_text("utf-8"))
@@ -75,15 +82,162 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> P
     return place
 
 
-def test_a_store_of_schema_3_can_be_looked_at_and_stays_as_it_is(place: Place) -> None:
+def test_a_store_of_schema_3_that_is_only_looked_at_says_what_to_do_and_stays_as_it_is(place: Place) -> None:
     before = place.everything()
-    store = open_store(place.url, read_only=True)
+    with pytest.raises(StoreError, match=r"has schema 3, of an older zflake: .* brings it to schema 4"):
+        open_store(place.url, read_only=True)
+    assert place.everything() == before
+
+
+def is_converted(url: str) -> bool:
+    """Whether the store holds what all of these held, in this schema."""
+    store = open_store(url)
+    try:
+        meta = store.meta()
+        assert meta is not None
+        facts = [meta.store_id, meta.ttl, meta.first_machine, meta.last_machine, meta.floor]
+        assert [*facts, meta.version > 42, meta.moved] == [*WRITTEN["meta"][:5], True, WRITTEN["meta"][6]]
+        assert (meta.schema, meta.reader) == (SCHEMA, READER)
+        assert store.contents() == expected()
+        assert [record.machine for record in store.held(10_000)] == [1, 2, 1023]
+        assert [record.machine for record in store.lowest(0, 9, 99)] == [0, 3, 4, 6, 7, 8, 9, 5, 1, 2]
+        assert [store.by_token(record.token) for record in store.held(0) if record.token] == store.held(0)
+        return meta.incarnation == store.incarnation()
+    finally:
+        store.close()
+
+
+def test_a_store_of_schema_3_is_brought_to_this_one_with_all_that_it_holds(place: Place) -> None:
+    # The servers are other ones than those that the stores were written on; the file is what it was.
+    assert is_converted(place.url) == isinstance(place, SqlitePlace)
+    before = place.everything()
+    is_converted(place.url)
+    assert place.everything() == before
+    store = open_store(place.url)
     meta = store.meta()
     assert meta is not None
-    facts = [meta.store_id, meta.ttl, meta.first_machine, meta.last_machine, meta.floor, meta.version]
-    assert [*facts, meta.moved, meta.schema, meta.reader] == WRITTEN["meta"]
-    assert store.contents() == expected()
-    assert store.trace(1, 2_999).span == Span(1, 1_000, 3_000, Holder(*WRITTEN["records"][0][-1]))
-    assert [record.machine for record in store.held(10_000)] == [1, 2, 1023]
+    current = replace(meta, version=meta.version + 1, incarnation=store.incarnation())
+    assert store.swap_meta(meta, current)
+    # Leases go on, spans are cut and pruned, in rows of both forms alike.
+    old = store.by_machine(1)
+    renewed = replace(old, gen=old.gen + 1, token=b"n" * 16, start=old.fence, fence=old.fence + 9)
+    assert store.swap([Swap(old, renewed, current.version)], Mark("new", 1)) == [True]
+    released = replace(renewed, gen=renewed.gen + 1, token=None, fence=5_500)
+    assert store.swap([Swap(renewed, released, current.version)]) == [True]
+    assert store.trace(1, 5_499).span == Span(1, 5_000, 5_500, old.holder)
+    assert store.trace(1, 5_500).span is None
+    assert store.prune(3_000, 99, 99) == 1
+    assert store.trace(1, 1_000) == Traced(None, 3_000)
     store.close()
-    assert place.everything() == before
+
+
+def test_an_older_zflake_refuses_what_was_converted(place: Place) -> None:
+    """The older one reads the reader number at the same place, and has no other name for what it reads."""
+    open_store(place.url).close()
+    assert place.readers() == (SCHEMA, READER)
+
+
+class Killed(BaseException):
+    """The process has died."""
+
+
+def cut_after(patch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:
+    """Have the call after so many die, once it has done its work."""
+    method = getattr(owner, name)
+    left = itertools.count(calls, -1)
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        if next(left) == 0:
+            raise Killed
+        return result
+
+    patch.setattr(owner, name, cut)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("keyed", "postgresql"):
+        monkeypatch.setattr(f"zflake.stores.{module}.CHUNK", 3)
+
+
+CALLS: Final[dict[str, tuple[type, str]]] = {
+    "redis": (redis.Redis, "execute_command"),
+    "etcd": (EtcdHttp, "ask_once"),
+    "postgresql": (psycopg.Connection, "execute"),
+}
+"""What each round trip to a server goes through."""
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("place", "call"), CALLS.items(), indirect=["place"], ids=CALLS)
+def test_a_conversion_that_is_cut_off_after_any_round_trip_is_made_again(
+    place: Place, call: tuple[type, str]
+) -> None:
+    for calls in itertools.count():
+        with pytest.MonkeyPatch.context() as patch:
+            cut_after(patch, *call, calls)
+            try:
+                open_store(place.url).close()
+            except Killed:
+                continue
+            break
+    assert calls > 10
+    is_converted(place.url)
+
+
+def test_a_conversion_of_a_file_that_is_cut_off_anywhere_leaves_it_as_it_was(tmp_path: Path) -> None:
+    place = SqlitePlace(tmp_path / "store.db")
+    put_sqlite(place)
+    before = place.everything()
+    statements = sqlite._CONVERT.split(";")
+    assert len(statements) > 20
+    for count in range(len(statements)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite, "_CONVERT", ";".join([*statements[:count], "SELECT cut_off()"]))
+            with pytest.raises(StoreError, match="cut_off"):
+                open_store(place.url)
+        assert place.everything() == before
+    assert is_converted(place.url)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("place", [name for name in PLACES if name != "sqlite"], indirect=True)
+def test_delegators_that_start_together_convert_a_store_once_and_lose_no_write(place: Place) -> None:
+    """Each uses the store as soon as it is there, while others are in the midst of it."""
+    wall_of = threading.Barrier(4)
+    failures: list[BaseException] = []
+
+    def start(number: int) -> None:
+        try:
+            wall_of.wait()
+            store = open_store(place.url)
+            meta = store.meta()
+            assert meta is not None
+            if meta.incarnation != store.incarnation():
+                store.swap_meta(
+                    meta, replace(meta, version=meta.version + 1, incarnation=store.incarnation())
+                )
+            meta = store.meta()
+            assert meta is not None
+            record = Record(100 + number, 10_000, 1, bytes([number]) * 16)
+            assert store.swap([Swap(Record(100 + number), record, meta.version)]) == [True]
+            for _ in range(20):
+                old = store.by_machine(100 + number)
+                record = replace(old, gen=old.gen + 1, fence=old.fence + 1)
+                assert store.swap([Swap(old, record, meta.version)]) == [True]
+            store.close()
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    store = open_store(place.url)
+    fences = {record.machine: record.fence for record in store.contents().records}
+    assert [fences.pop(100 + number) for number in range(4)] == [10_020] * 4
+    assert fences == {record.machine: record.fence for record in expected().records}
+    store.close()

@@ -42,9 +42,10 @@ def opened(path: Path) -> SqliteStore:
 def commit(store: SqliteStore, times: int = 1, *, machine: int = 1) -> None:
     version = meta.version if (meta := store.meta()) else 0
     for _ in range(times):
-        gen = store.by_machine(machine).gen + 1
+        old = store.by_machine(machine)
+        gen = old.gen + 1
         record = Record(machine, gen * 10, gen, b"%016d" % gen, gen * 10 - 10)
-        assert store.swap([Swap(record, version)], Mark("here", gen)) == [True]
+        assert store.swap([Swap(old, record, version)], Mark("here", gen)) == [True]
 
 
 def is_known(path: Path) -> bool:

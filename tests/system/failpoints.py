@@ -87,7 +87,7 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     """The same for a method."""
-    original = owner.__dict__[name]
+    original = getattr(owner, name)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,12 +13,13 @@ from typing import Final, TypeAlias
 from zflake.core.layout import Layout
 
 TOKEN_BYTES: Final = 16
-SCHEMA: Final = 3
-"""Number of the schema that this zflake writes."""
-READER: Final = 3
-"""The oldest schema whose zflake may use what this one writes.  It rises with whatever that would misread or lose."""
+SCHEMA: Final = 4
+"""Schema of what this zflake writes into a store."""
+READER: Final = 4
+"""Oldest schema whose zflake may use what this one writes.  It rises with each change that such a zflake would
+misread or lose."""
 OLDEST: Final = 3
-"""The oldest schema that this zflake reads."""
+"""Oldest schema that this zflake can bring to its own."""
 VERSIONS: Final = 1 << 48
 """Exclusive upper bound of the random version of a new incarnation's meta."""
 
@@ -110,9 +111,9 @@ class Meta:
     moved: str = ""
     """The store that this cluster was moved to: nothing is granted from here any more.  Empty if it was not."""
     schema: int = SCHEMA
-    """The latest that was written into this store; the first delegator that has a later one raises it."""
+    """Latest schema that was written into this store.  The first delegator with a later one raises it."""
     reader: int = READER
-    """The oldest schema whose zflake may use this store."""
+    """Oldest schema whose zflake may use this store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +148,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A write: put `new` in place of the record whose gen is `new.gen - 1`, under meta's `version`.
+    """A write: put `new` in place of `old`, under meta's `version`.
 
     The machine's provenance goes with it: the span `[new.span_start, new.fence)`, and none above the fence.
     """
 
+    old: Record
+    """The record as it was read; the store compares its gen with what it holds."""
     new: Record
+    """The record as it is to be, with the next gen."""
     version: int
 
 

@@ -72,6 +72,7 @@ def acquire(
         return window
     start, end = window
     return Swap(
+        record,
         Record(
             machine=record.machine,
             fence=end,
@@ -106,7 +107,7 @@ def renew(meta: Meta, now: int, request: Renew, *, record: Record) -> Answer | S
     new = replace(
         record, fence=end, gen=record.gen + 1, token=request.next, start=start, span_start=span_start
     )
-    return Swap(new, meta.version)
+    return Swap(record, new, meta.version)
 
 
 def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer | Swap:
@@ -120,7 +121,7 @@ def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer
         return _lost(request.machine)
     minted = record.tenancy_start if request.last is None else request.last + 1
     fence = min(record.fence, max(minted, record.tenancy_start, now))
-    return Swap(replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version)
+    return Swap(record, replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version)
 
 
 def _next_window(meta: Meta, now: int, record: Record) -> tuple[int, int] | Refusal:

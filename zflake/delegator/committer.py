@@ -136,7 +136,7 @@ class Committer:
             raise StoreError(
                 f"{self._store.url} was moved to {meta.moved}: stop this delegator and start on that"
             )
-        incarnation = self._store.incarnation()
+        incarnation = self._store.incarnation(meta)
         if loss.is_lost(self.meta, self._past, meta, incarnation):
             self._rest(meta, incarnation)
             return

@@ -39,7 +39,7 @@ def rewind(store: Store, meta: Meta, to_us: int) -> int:
     now = tick_of(meta.layout, to_us)
     far = now + meta.ttl + meta.layout.ms_to_ticks(loss.MARGIN_MS)
     ahead = [record for record in store.held(now) if record.fence > far]
-    swaps = [Swap(replace(record, gen=record.gen + 1, token=None), meta.version) for record in ahead]
+    swaps = [Swap(record, replace(record, gen=record.gen + 1, token=None), meta.version) for record in ahead]
     store.set_marks(to_us)
     ended = sum(store.swap(swaps)) if swaps else 0
     if ended < len(ahead):

@@ -11,7 +11,7 @@ from typing import Final
 from zflake import clock
 from zflake.core import loss
 from zflake.core.layout import DEFAULT, Layout
-from zflake.core.lease import READER, SCHEMA, VERSIONS, Meta
+from zflake.core.lease import VERSIONS, Meta
 from zflake.core.timeline import Timeline, tick_of
 from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.moves import check_moved, rewind
@@ -104,9 +104,7 @@ def _change(store: Store, meta: Meta, wishes: Wishes, timeline_us: int) -> Meta 
         ttl=meta.ttl if wishes.ttl_ms is None else _ttl(meta.layout, wishes.ttl_ms),
         first_machine=first,
         last_machine=last,
-        incarnation=store.incarnation(),
-        schema=max(meta.schema, SCHEMA),
-        reader=max(meta.reader, READER),
+        incarnation=store.incarnation(meta),
     )
     if wished == meta:
         return meta

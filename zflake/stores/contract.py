@@ -26,15 +26,24 @@ from zflake.errors import LayoutError, StoreError
 T = TypeVar("T")
 
 
-def check_schema(url: str, schema: int, reader: int, otherwise: str) -> None:
-    """Raise `StoreError` for a store that this zflake can't use; `otherwise` is what to do about an older one."""
+def check_schema(url: str, schema: int, reader: int, advice: str) -> None:
+    """Raise `StoreError` for a store that this zflake can't read; `advice` is what to do about one too old."""
     if reader > SCHEMA:
         raise StoreError(
             f"{url} has schema {schema}, which asks for a zflake that knows schema {reader}; this one knows"
             f" {SCHEMA}: upgrade zflake"
         )
     if schema < OLDEST:
-        raise StoreError(f"{url} has schema {schema}, which is older than the first release: {otherwise}")
+        raise StoreError(f"{url} has schema {schema}, which is older than the first release: {advice}")
+
+
+def check_current(url: str, schema: int) -> None:
+    """Raise `StoreError` for a store that must be brought to this schema first."""
+    if schema < SCHEMA:
+        raise StoreError(
+            f"{url} has schema {schema}, of an older zflake: stop the older delegators and start one of this"
+            f" version on it, which brings it to schema {SCHEMA}"
+        )
 
 
 def foreign(url: str, advice: str) -> StoreError:
@@ -100,11 +109,13 @@ class Store(ABC):
         """What holds for the whole store; None where it was never initialised."""
 
     @abstractmethod
-    def incarnation(self) -> str:
-        """Which life of the data this is.
+    def incarnation(self, meta: Meta | None = None) -> str:
+        """Name this life of the data.
 
-        Where it is not meta's, the store may have lost what it promised: it is new, or older than it was.
+        If it is not meta's, the store may have lost what it promised: it is new, or older than it was.
         It stays the same until a `swap_meta` or `initialise` has written it into meta.
+
+        `meta` is what `meta()` has just given; with it some engines need not read it again.
         """
 
     @abstractmethod
@@ -174,7 +185,7 @@ class Store(ABC):
         The span `[span_start, fence)` of a record with a token is put in place of one with the same start;
         where the record has none, the machine's spans are cut at its fence.
 
-        True for each that found its record at gen `new.gen - 1` and meta at its version, and is durable now.
+        True for each that found its record at the gen of `old` and meta at its version, and is durable now.
         Where the store can change its incarnation while it is used, meta must be of the present one.  False for
         each that lost the race, or whose token is another machine's; that one wrote nothing.
         """

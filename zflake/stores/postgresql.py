@@ -9,16 +9,18 @@ is another database.  All of these together are the incarnation.
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import cache
+from operator import itemgetter
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
-from zflake.core.layout import Layout
-from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.core.lease import READER, SCHEMA, Meta, Record, Swap
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import Contents, Store, batched, check_schema, foreign, outdated, reading, traced
+from zflake.stores.contract import batched, check_schema, foreign, reading
+from zflake.stores.rows import COLUMNS, RECORD, TABLES, RowStore, Values, record_of
 from zflake.stores.text import holder_from_text, holder_to_text
 from zflake.stores.url import parse_url
 
@@ -47,94 +49,20 @@ MIN_VERSION: Final = 120_000
 
 T = TypeVar("T")
 
-_TABLES: Final = """
-CREATE TABLE meta (
-    one           int    PRIMARY KEY CHECK (one = 1),
-    schema        int    NOT NULL,
-    reader        int    NOT NULL,
-    store_id      text   NOT NULL,
-    layout        text   NOT NULL,
-    ttl           bigint NOT NULL,
-    first_machine bigint NOT NULL,
-    last_machine  bigint NOT NULL,
-    floor         bigint NOT NULL,
-    version       bigint NOT NULL,
-    incarnation   text   NOT NULL,
-    moved         text   NOT NULL,
-    since         bigint NOT NULL DEFAULT 0
-);
-CREATE TABLE machine (
-    machine       bigint PRIMARY KEY,
-    fence         bigint NOT NULL,
-    gen           bigint NOT NULL,
-    token         bytea  UNIQUE,
-    start         bigint NOT NULL,
-    tenancy_start bigint NOT NULL,
-    span_start    bigint NOT NULL,
-    holder        text   NOT NULL
-);
-CREATE TABLE span (
-    machine bigint NOT NULL,
-    start   bigint NOT NULL,
-    stop    bigint NOT NULL,
-    holder  text   NOT NULL,
-    PRIMARY KEY (machine, start)
-);
-CREATE TABLE mark (
-    delegator text   PRIMARY KEY,
-    now_us    bigint NOT NULL,
-    lead_us   bigint NOT NULL,
-    address   text   NOT NULL
-);
+_TABLES: Final = (
+    TABLES.format(number="bigint", text="text", bytes="bytea", options="", by_key="")
+    + """
 CREATE TABLE life (one int PRIMARY KEY);
 INSERT INTO life VALUES (1);
-CREATE INDEX machine_by_fence ON machine (fence, machine);
-CREATE INDEX span_by_stop ON span (stop);
 """
-_META: Final = (
-    "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema, reader"
 )
-_COLUMNS: Final = "machine, fence, gen, token, start, tenancy_start, span_start, holder"
-
-_SPAN: Final = "machine, start, stop, holder"
-_MARK: Final = "delegator, now_us, lead_us, address"
-_TABLES_OF: Final = {
-    "meta": f"{_META}, since",
-    "machine": _COLUMNS,
-    "span": _SPAN,
-    "mark": _MARK,
-    "life": "one",
-}
 # By which transaction the row was written that is never written again.
 _LIFE: Final = "(SELECT xmin::text FROM life)"
-_NEEDED: Final = {(table, name) for table, names in _TABLES_OF.items() for name in names.split(", ")}
-
-_INSERT: Final = f"""
-INSERT INTO machine ({_COLUMNS})
-VALUES (%(machine)s, %(fence)s, %(gen)s, %(token)s, %(start)s, %(tenancy_start)s, %(span_start)s, %(holder)s)
-"""
-_DONE: Final = {
-    True: f"{_INSERT} ON CONFLICT DO NOTHING RETURNING machine",
-    False: """
-UPDATE machine SET fence = %(fence)s, gen = %(gen)s, token = %(token)s, start = %(start)s,
-    tenancy_start = %(tenancy_start)s, span_start = %(span_start)s, holder = %(holder)s
-WHERE machine = %(machine)s AND gen = %(gen)s - 1 RETURNING machine
-""",
+_NEEDED: Final = {
+    (table, name) for table, names in (COLUMNS | {"life": "one"}).items() for name in names.split(", ")
 }
-_GRANT: Final = """
-INSERT INTO span (machine, start, stop, holder)
-SELECT machine, %(span_start)s, %(fence)s, %(holder)s FROM done
-ON CONFLICT (machine, start) DO UPDATE SET stop = excluded.stop, holder = excluded.holder
-"""
-_RELEASE: Final = """
-, cut AS (
-    UPDATE span SET stop = %(fence)s FROM done
-    WHERE span.machine = done.machine AND span.stop > %(fence)s AND span.start < %(fence)s
-), gone AS (
-    DELETE FROM span USING done WHERE span.machine = done.machine AND span.start >= %(fence)s
-)
-SELECT machine FROM done
-"""
+_PARAMETER: Final = re.compile(r"(?<!:):(\w+)")
+_KEYS: Final = {"machine": ("machine",), "span": ("machine", "start")}
 
 
 class Connection(psycopg.Connection[tuple[Any, ...]]):
@@ -161,7 +89,7 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
             return end.value
 
 
-class PostgresqlStore(Store):
+class PostgresqlStore(RowStore):
     """Records in tables: `postgresql://[user[:password]@]host[:port]/database[?schema=zflake&...]`.
 
     Other parameters go to libpq.  A server that answers before its log is on disk is refused, unless the URL
@@ -171,10 +99,11 @@ class PostgresqlStore(Store):
     """
 
     exclusive = False
+    advice = ADVICE
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url)
-        self.url = where.name
+        super().__init__(where.name)
         self._unchecked = where.flag("unchecked") or read_only
         self._schema = where.options.get("schema", "zflake")
         others = {name: value for name, value in where.options.items() if name not in ("schema", "unchecked")}
@@ -188,14 +117,16 @@ class PostgresqlStore(Store):
         if taken := TAKEN.intersection(others):
             raise ConfigError(f"{self.url}: zflake sets {', '.join(sorted(taken))} by itself")
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
-        self._server = self._life = ""
-        self._unused_from: dict[int, int] = {}
+        self._server = ""
         try:
             with self._errors():
                 has_tables = self._check_data(self._db)
                 if not has_tables and not read_only:
                     self._create(self._db)
                 self._has_tables = has_tables or not read_only
+                if has_tables and not read_only:
+                    self._convert()
+            self.meta()
         except BaseException:
             self.close()
             raise
@@ -204,166 +135,15 @@ class PostgresqlStore(Store):
         if not self._has_tables:
             return None
         try:
-            metas = self._read(self._meta_of, f"SELECT {_META}, {_LIFE} FROM meta")
+            return super().meta()
         except StoreError as error:
             if isinstance(error.__cause__, errors.UndefinedTable):
                 return None  # they were dropped since
             raise
-        return metas[0] if metas else None
 
-    def _meta_of(self, row: tuple[Any, ...]) -> Meta:
-        store_id, layout, *rest, self._life = row
-        schema, reader = rest[-2:]
-        check_schema(self.url, schema, reader, "name another")
-        return Meta(store_id, Layout.from_map(json.loads(layout)), *rest)
-
-    def incarnation(self) -> str:
-        if not self._life:
-            (self._life,) = self._read(_first, f"SELECT {_LIFE}")
-        return f"{self._server}/{self._life}"
-
-    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
-        with self._transaction() as db:
-            done = db.execute(
-                f"INSERT INTO meta (one, {_META}) VALUES (1{', %s' * 11}) ON CONFLICT DO NOTHING",
-                _values(meta),
-            )
-            if done.rowcount == 0:
-                raise StoreError(f"{self.url} is initialised already")
-            cursor = db.cursor()
-            for records in batched(contents.records, CHUNK):
-                cursor.executemany(_INSERT, [_row(record) for record in records])
-            for spans in batched(contents.spans, CHUNK):
-                cursor.executemany(
-                    "INSERT INTO span VALUES (%s, %s, %s, %s)",
-                    [(s.machine, s.start, s.end, holder_to_text(s.holder)) for s in spans],
-                )
-            cursor.executemany(
-                "INSERT INTO mark VALUES (%s, %s, %s, %s)",
-                [(m.delegator, m.now_us, m.lead_us, m.address) for m in contents.marks],
-            )
-            db.execute("UPDATE meta SET since = %s", (contents.since,))
-
-    def contents(self) -> Contents:
-        with self._transaction() as db:
-            records = _stream(db, _record, f"SELECT {_COLUMNS} FROM machine ORDER BY machine")
-            spans = _stream(db, _span, f"SELECT {_SPAN} FROM span ORDER BY machine, start")
-        return Contents(records, spans, self._since(), self.marks())
-
-    def swap_meta(self, old: Meta, new: Meta) -> bool:
-        with self._transaction() as db:
-            assignments = ", ".join(f"{column} = %s" for column in _META.split(", "))
-            done = db.execute(
-                f"UPDATE meta SET {assignments} WHERE version = %s AND store_id = %s",
-                (*_values(new), old.version, old.store_id),
-            )
-            return done.rowcount == 1
-
-    def by_machines(self, machines: Sequence[int]) -> list[Record]:
-        found = {record.machine: record for record in self._find("machine", machines)}
-        return [found.get(machine) or Record(machine) for machine in machines]
-
-    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
-        found = {record.token: record for record in self._find("token", tokens)}
-        return [found.get(token) for token in tokens]
-
-    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
-        begin = self._unused_from.get(first, first)
-        # The walk stops at the limit.
-        unused = self._read(
-            _first,
-            "SELECT n FROM generate_series(%s::bigint, %s::bigint) AS n"
-            " WHERE NOT EXISTS (SELECT 1 FROM machine WHERE machine = n) LIMIT %s",
-            *(begin, last, limit),
-        )
-        if limit > 0:
-            self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
-        used = self._read(
-            _record,
-            f"SELECT {_COLUMNS} FROM machine WHERE machine BETWEEN %s AND %s ORDER BY fence, machine LIMIT %s",
-            *(first, last, limit - len(unused)),
-        )
-        return [*map(Record, unused), *used]
-
-    def held(self, now: int) -> Sequence[Record]:
-        held = f"SELECT {_COLUMNS} FROM machine WHERE fence > %s AND token IS NOT NULL ORDER BY machine"
-        return self._read(_record, held, now)
-
-    def marks(self) -> Sequence[Mark]:
-        return self._read(_mark, f"SELECT {_MARK} FROM mark ORDER BY delegator")
-
-    def forget_marks(self, before_us: int) -> None:
-        with self._transaction() as db:
-            db.execute("DELETE FROM mark WHERE now_us < %s", (before_us,))
-
-    def set_marks(self, now_us: int) -> None:
-        with self._transaction() as db:
-            db.execute("UPDATE mark SET now_us = %s", (now_us,))
-
-    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
-        try:
-            return self._swap(swaps, mark)
-        except StoreError as error:
-            if len(swaps) < 2 or not isinstance(error.__cause__, errors.UniqueViolation):  # noqa: PLR2004
-                raise
-        # One of them brought a token that is another machine's: nothing was written yet.
-        return [outcome for swap in swaps for outcome in self._swap_alone(swap, mark)]
-
-    def _swap_alone(self, swap: Swap, mark: Mark | None) -> list[bool]:
-        try:
-            return self._swap([swap], mark)
-        except StoreError as error:
-            if isinstance(error.__cause__, errors.UniqueViolation):
-                return [False]
-            raise
-
-    def _swap(self, swaps: Sequence[Swap], mark: Mark | None) -> list[bool]:
-        with self._transaction() as db:
-            if mark is not None:
-                db.execute(
-                    "INSERT INTO mark SELECT %s, %s, %s, %s WHERE EXISTS (SELECT 1 FROM meta) ON CONFLICT (delegator) DO UPDATE SET"
-                    " now_us = excluded.now_us, lead_us = excluded.lead_us, address = excluded.address"
-                    " WHERE excluded.now_us > mark.now_us",
-                    (mark.delegator, mark.now_us, mark.lead_us, mark.address),
-                )
-            if not swaps:
-                return []
-            row = db.execute(f"SELECT version, incarnation, {_LIFE} FROM meta FOR SHARE").fetchone()
-            version, incarnation, life = row or (None, None, None)
-            known = incarnation == f"{self._server}/{life}"
-            valid = [s for s in swaps if known and s.version == version]
-            # By machine, so that two delegators never wait for each other.
-            done = set()
-            for swap in sorted(valid, key=lambda s: s.new.machine):
-                new = swap.new
-                follows = _RELEASE if new.token is None else _GRANT
-                text = f"WITH done AS ({_DONE[new.gen == 1]}) {follows}"
-                if db.execute(text, _row(new)).rowcount == 1:
-                    done.add(id(swap))
-            return [id(swap) in done for swap in swaps]
-
-    def trace(self, machine: int, tick: int) -> Traced:
-        below = self._read(
-            _span,
-            f"SELECT {_SPAN} FROM span WHERE machine = %s AND start <= %s ORDER BY start DESC LIMIT 1",
-            *(machine, tick),
-        )
-        return traced(below[0] if below else None, tick, self._since())
-
-    def prune(self, before: int, keep: int, limit: int) -> int:
-        (count,) = self._read(_first, "SELECT count(*) FROM span")
-        oldest = self._read(_span, f"SELECT {_SPAN} FROM span ORDER BY stop LIMIT %s", limit)
-        forgotten = oldest[: outdated([span.end for span in oldest], count, before, keep)]
-        if forgotten:
-            with self._transaction() as db:
-                # Meta first, as in a swap, so that neither waits for the other.
-                db.execute("UPDATE meta SET since = greatest(since, %s)", (forgotten[-1].end,))
-                keys = [(span.machine, span.start, span.end) for span in forgotten]
-                for some in batched(keys, CHUNK):
-                    db.cursor().executemany(
-                        "DELETE FROM span WHERE machine = %s AND start = %s AND stop = %s", some
-                    )
-        return len(forgotten)
+    def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
+        (life,) = self._rows(itemgetter(0), f"SELECT {_LIFE}")
+        return f"{self._server}/{life}"
 
     def close(self) -> None:
         if self._connection is not None:
@@ -371,20 +151,46 @@ class PostgresqlStore(Store):
                 self._connection.close()
             self._connection = None
 
-    # --- inside ---
+    # --- rows ---
 
-    def _find(self, column: str, values: Sequence[Any]) -> list[Record]:
-        if not values:
-            return []
-        return self._read(_record, f"SELECT {_COLUMNS} FROM machine WHERE {column} = ANY(%s)", list(values))
+    def _run(self, text: str, values: Values | None = None) -> psycopg.Cursor[tuple[Any, ...]]:
+        return self._db.execute(_translated(text), values)
 
-    def _since(self) -> int:
-        return max(self._read(_first, "SELECT since FROM meta"), default=0)
+    def _run_many(self, text: str, rows: Iterable[Values]) -> None:
+        cursor = self._db.cursor()
+        for some in batched(rows, CHUNK):
+            cursor.executemany(_translated(text), some)
 
-    def _read(self, make: Callable[[tuple[Any, ...]], T], text: str, *values: Any) -> list[T]:
-        """What `make` makes of each row."""
-        with self._errors():
-            return [make(row) for row in self._db.execute(text, values)]
+    def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
+        # No wait is for more than `CHUNK` rows.
+        with self._transaction(), self._db.cursor(name="stream") as cursor:
+            cursor.itersize = CHUNK
+            cursor.execute(text)
+            return [make(row) for row in cursor]
+
+    def _records_by(self, column: str, values: Sequence[Any]) -> list[Record]:
+        text = f"SELECT {RECORD} FROM machine WHERE {column} = ANY(:wanted)"
+        return self._rows(record_of, text, wanted=list(values)) if values else []
+
+    def _current_version(self) -> int | None:
+        row = self._run(f"SELECT version, incarnation, {_LIFE} FROM meta FOR SHARE").fetchone()
+        version, incarnation, life = row or (None, None, None)
+        return version if incarnation == f"{self._server}/{life}" else None
+
+    def _run_in_turn(self, first: str, others: Sequence[str], values: Values) -> bool:
+        # In one round trip.
+        then = "".join(
+            f", then{place} AS ({text.format(done='EXISTS (SELECT 1 FROM done)')})"
+            for place, text in enumerate(others)
+        )
+        done = self._run(f"WITH done AS ({first} RETURNING machine){then} SELECT machine FROM done", values)
+        return done.rowcount == 1
+
+    def _in_order(self, swaps: Sequence[Swap]) -> Iterable[tuple[int, Swap]]:
+        # By machine, so that two delegators never wait for each other in a circle.
+        return sorted(enumerate(swaps), key=lambda placed: placed[1].new.machine)
+
+    # --- the connection ---
 
     @property
     def _db(self) -> psycopg.Connection[tuple[Any, ...]]:
@@ -456,12 +262,47 @@ class PostgresqlStore(Store):
                 db.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(self._schema)))
                 db.execute(_TABLES)
 
+    def _convert(self) -> None:
+        """Bring the tables to this schema; that can be broken off anywhere, and done by several at once.
+
+        The meta says first that older delegators may not use the store.  From then on nobody writes a record,
+        until the meta says that all is converted.
+        """
+        row = self._run("SELECT schema, reader FROM meta").fetchone()
+        if row is None or row[0] >= SCHEMA:
+            return
+        schema, reader = row
+        check_schema(self.url, schema, reader, ADVICE)
+        raised = "UPDATE meta SET {column} = :new, version = version + 1 WHERE {column} < :new"
+        self._run(raised.format(column="reader"), {"new": READER})
+        for table, key in _KEYS.items():
+            after = (-1,) * len(key)
+            while after := self._convert_some(table, key, after):
+                pass
+        self._run(raised.format(column="schema"), {"new": SCHEMA})
+
+    def _convert_some(self, table: str, key: Sequence[str], after: tuple[int, ...]) -> tuple[int, ...]:
+        """Convert some rows of a table, behind the key `after`; gives the last one's key, () if there was none."""
+        columns, bounds = ", ".join(key), ", ".join(map(str, after))
+        text = (
+            f"SELECT {columns}, holder FROM {table} WHERE ({columns}) > ({bounds}) ORDER BY {columns}"
+            f" LIMIT {CHUNK} FOR UPDATE"
+        )
+        where = " AND ".join(f"{column} = :{column}" for column in key)
+        with self._transaction():
+            # By key, so that two delegators never wait for each other in a circle.
+            rows = self._run(text).fetchall()
+            values = [
+                dict(zip((*key, "holder"), (*at, holder_to_text(holder_from_text(holder))), strict=True))
+                for *at, holder in rows
+            ]
+            self._run_many(f"UPDATE {table} SET holder = :holder WHERE {where}", values)
+        return tuple(rows[-1][:-1]) if rows else ()
+
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-        with self._errors():
-            db = self._db
-            with db.transaction():
-                yield db
+    def _transaction(self) -> Iterator[None]:
+        with self._errors(), self._db.transaction():
+            yield
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -479,44 +320,10 @@ class PostgresqlStore(Store):
                 raise StoreError(f"{self.url}: {error}") from error
 
 
-def _stream(
-    db: psycopg.Connection[tuple[Any, ...]], make: Callable[[tuple[Any, ...]], T], text: str
-) -> list[T]:
-    """What `make` makes of each of many rows, of which no wait is for more than `CHUNK`."""
-    with db.cursor(name="stream") as cursor:
-        cursor.itersize = CHUNK
-        cursor.execute(text)
-        return [make(row) for row in cursor]
-
-
-def _values(meta: Meta) -> tuple[Any, ...]:
-    layout = json.dumps(meta.layout.to_map())
-    numbers = (meta.ttl, meta.first_machine, meta.last_machine, meta.floor, meta.version)
-    return (meta.store_id, layout, *numbers, meta.incarnation, meta.moved, meta.schema, meta.reader)
-
-
-def _row(record: Record) -> dict[str, Any]:
-    names = ("machine", "fence", "gen", "token", "start", "tenancy_start", "span_start")
-    return {name: getattr(record, name) for name in names} | {"holder": holder_to_text(record.holder)}
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    machine, fence, gen, token, start, tenancy_start, span_start, holder = row
-    shown = None if token is None else bytes(token)
-    return Record(machine, fence, gen, shown, start, tenancy_start, holder_from_text(holder), span_start)
-
-
-def _mark(row: tuple[Any, ...]) -> Mark:
-    return Mark(*row)
-
-
-def _first(row: tuple[Any, ...]) -> Any:
-    return row[0]
-
-
-def _span(row: tuple[Any, ...]) -> Span:
-    machine, start, stop, holder = row
-    return Span(machine, start, stop, holder_from_text(holder))
+@cache
+def _translated(text: str) -> str:
+    """A statement with psycopg's parameters."""
+    return _PARAMETER.sub(r"%(\1)s", text)
 
 
 open_url = PostgresqlStore

@@ -1,18 +1,30 @@
-"""Meta, records and spans as text, for the engines that have keys and values and no columns.
+"""Keys and values as text, for engines that keep texts, and what Redis and etcd share because of that.
 
-Numbers that an engine compares are decimal, zero-padded to `WIDTH`, so that their order is the text's.
+A number in a key is decimal and zero-padded to `WIDTH`, so that its order is the text's.  A value begins with its
+stamp, which the engine compares as text.
 """
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from zflake.core.layout import Layout
-from zflake.core.lease import Holder, Mark, Meta, Record, Span
-from zflake.stores.contract import check_schema
+from zflake.core.lease import READER, SCHEMA, Holder, Mark, Meta, Record, Span
+from zflake.errors import StoreError
+from zflake.stores.contract import check_schema, foreign
+from zflake.stores.keyed import FILLING, META, STORE, Found, Items, Key, KeyedStore, Stamp, Step, Thing
 
 WIDTH: Final = 20
+"""Digits of a number in a key."""
+TRIES: Final = 8
+"""Attempts at a conversion that others overtake."""
+_FIELDS: Final = frozenset(field.name for field in fields(Holder))
 
 
 def pad(number: int) -> str:
@@ -20,10 +32,14 @@ def pad(number: int) -> str:
     return f"{number:0{WIDTH}d}"
 
 
+# --- values ---
+
+
 def meta_to_text(meta: Meta) -> str:
-    """Meta as JSON."""
+    """Meta as JSON; its version comes first, since that is its stamp."""
     return json.dumps(
         {
+            "version": meta.version,
             "zflake": meta.schema,
             "reader": meta.reader,
             "store_id": meta.store_id,
@@ -31,7 +47,6 @@ def meta_to_text(meta: Meta) -> str:
             "ttl": meta.ttl,
             "machines": [meta.first_machine, meta.last_machine],
             "floor": meta.floor,
-            "version": meta.version,
             "incarnation": meta.incarnation,
             "moved": meta.moved,
         }
@@ -49,32 +64,44 @@ def meta_from_text(text: str, url: str) -> Meta:
     return Meta(values["store_id"], layout, ttl, first, last, floor, *life, schema, reader)
 
 
+# A holder comes back with each renewal.
+@lru_cache(maxsize=1 << 14)
 def holder_to_text(holder: Holder) -> str:
-    """A holder as JSON."""
-    return json.dumps([holder.name, holder.host, holder.pid, holder.address])
+    """A holder as a JSON object."""
+    return json.dumps(asdict(holder))
 
 
+@lru_cache(maxsize=1 << 14)
 def holder_from_text(text: str) -> Holder:
-    """The holder of what `holder_to_text` gave."""
-    parts: list[Any] = json.loads(text)
-    return Holder(*parts)
+    """The holder of what `holder_to_text` gave, or of the list that schema 3 had.
+
+    What a later zflake adds is passed over.
+    """
+    parts: list[Any] | dict[str, Any] = json.loads(text)
+    if isinstance(parts, list):
+        return Holder(*parts)
+    return Holder(**{name: value for name, value in parts.items() if name in _FIELDS})
 
 
 def record_to_text(record: Record) -> str:
-    """`gen fence token span_start rest`: what a script compares comes first, the rest is JSON."""
+    """`gen fence token span_start start tenancy_start holder`."""
     token = "-" if record.token is None else record.token.hex()
-    rest = json.dumps([record.start, record.tenancy_start, json.loads(holder_to_text(record.holder))])
-    return f"{record.gen} {pad(record.fence)} {token} {pad(record.span_start)} {rest}"
+    numbers = f"{record.gen} {record.fence} {token} {record.span_start} {record.start} {record.tenancy_start}"
+    return f"{numbers} {holder_to_text(record.holder)}"
 
 
 def record_from_text(machine: int, text: str) -> Record:
-    """The record of what `record_to_text` gave."""
+    """The record of what `record_to_text` gave, or schema 3."""
     gen, fence, token, span_start, rest = text.split(" ", 4)
-    start, tenancy_start, holder = json.loads(rest)
+    if rest.startswith("["):
+        start, tenancy_start, parts = json.loads(rest)
+        holder = Holder(*parts)
+    else:
+        start, tenancy_start, person = rest.split(" ", 2)
+        holder = holder_from_text(person)
     shown = None if token == "-" else bytes.fromhex(token)  # noqa: S105  (no password)
-    return Record(
-        machine, int(fence), int(gen), shown, start, tenancy_start, Holder(*holder), int(span_start)
-    )
+    numbers = int(start), int(tenancy_start)
+    return Record(machine, int(fence), int(gen), shown, *numbers, holder, int(span_start))
 
 
 def mark_to_text(mark: Mark) -> str:
@@ -88,6 +115,168 @@ def mark_from_text(delegator: str, text: str) -> Mark:
     return Mark(delegator, int(now_us), int(lead_us), address)
 
 
-def span_of(machine: int, start: str, end: str, holder: str) -> Span:
-    """A span of the texts of its parts."""
-    return Span(machine, int(start), int(end), holder_from_text(holder))
+def span_to_text(span: Span) -> str:
+    """`end holder`."""
+    return f"{pad(span.end)} {holder_to_text(span.holder)}"
+
+
+def span_from_text(machine: int, start: int, text: str) -> Span:
+    """The span of what `span_to_text` gave."""
+    end, _, holder = text.partition(" ")
+    return Span(machine, start, int(end), holder_from_text(holder))
+
+
+# --- keys, and the values under them ---
+
+
+def key_to_text(key: Key) -> str:
+    """`kind/part/part`."""
+    return "/".join(
+        part if isinstance(part, str) else pad(part) if isinstance(part, int) else part.hex() for part in key
+    )
+
+
+def key_from_text(text: str) -> Key:
+    """The key of what `key_to_text` gave."""
+    kind, *rest = text.split("/", 1)
+    if kind == "mark":
+        return kind, *rest
+    if kind == "token":
+        return kind, *map(bytes.fromhex, rest)
+    return kind, *map(int, rest[0].split("/") if rest else ())
+
+
+_WRITERS: Final[Mapping[Any, Callable[[Any], str]]] = {
+    "meta": meta_to_text,
+    "store": "{}\n".format,
+    "machine": record_to_text,
+    "token": pad,
+    "span": span_to_text,
+    "mark": mark_to_text,
+    "since": pad,
+}
+
+
+def value_to_text(key: Key, thing: Thing) -> str:
+    """The text to keep under a key."""
+    return _WRITERS.get(key[0], str)(thing)
+
+
+def value_from_text(key: Key, text: str, url: str) -> Thing:
+    """The value of what `value_to_text` gave."""
+    match key:
+        case ("meta",):
+            return meta_from_text(text, url)
+        case ("machine", int(machine)):
+            return record_from_text(machine, text)
+        case ("span", int(machine), int(start)):
+            return span_from_text(machine, start, text)
+        case ("mark", str(delegator)):
+            return mark_from_text(delegator, text)
+        case ("token" | "since", *_):
+            return int(text)
+    return text
+
+
+def stamp_to_text(key: Key, stamp: Stamp) -> str:
+    """The beginning of a value with that stamp, and of no other."""
+    if isinstance(stamp, str):
+        return f"{stamp}\n" if key == STORE else stamp
+    match key[0]:
+        case "meta":
+            return f'{{"version": {stamp}, '
+        case "machine":
+            return f"{stamp} "
+    return pad(stamp)
+
+
+# --- what Redis and etcd share ---
+
+
+class TextStore(KeyedStore):
+    """A store whose engine keeps texts, and can hold what an older zflake wrote."""
+
+    def __init__(self, url: str, advice: str) -> None:
+        super().__init__()
+        self.url = url
+        self._advice = advice
+
+    @abstractmethod
+    def _texts(self, keys: Sequence[Key]) -> list[str | None]:
+        """The text under each key; None if there is none.  In as few round trips as can be."""
+
+    @abstractmethod
+    def _errors(self) -> AbstractContextManager[None]:
+        """Raises `StoreError` for each failure of the engine, and for what can't be understood."""
+
+    @abstractmethod
+    def _has_strangers(self) -> bool:
+        """Whether a store without a meta has something that is no mark."""
+
+    @abstractmethod
+    def _old_items(self) -> Items:
+        """What a store of schema 3 holds in a form of its own; nobody writes to it any more."""
+
+    def _drop_old(self) -> None:
+        """Remove what only schema 3 had."""
+
+    def _get(self, keys: Sequence[Key]) -> list[Any]:
+        with self._errors():
+            return [
+                None if text is None else value_from_text(key, text, self.url)
+                for key, text in zip(keys, self._texts(keys) if keys else (), strict=True)
+            ]
+
+    def _check_data(self, *, read_only: bool) -> None:
+        """See what is there, and bring a store of an older schema to this one."""
+        meta, filling = self._get([META, FILLING])
+        if meta is not None:
+            if not read_only:
+                self._convert()
+            self.meta()
+            return
+        self.half_filled = filling is not None
+        with self._errors():
+            if not self.half_filled and self._has_strangers():
+                raise foreign(self.url, self._advice)
+        self.had_data = bool(self.marks())
+
+    def _convert(self) -> None:
+        """Bring the store to this schema; that can be broken off anywhere, and done by several at once.
+
+        The meta says first that older delegators may not use the store.  From then on nobody writes a record,
+        until the meta says that all is converted.
+        """
+        for _ in range(TRIES):
+            (text,) = self._texts([META])
+            with self._errors():
+                meta = meta_from_text(text or "", self.url)
+            if meta.schema >= SCHEMA:
+                return
+            new = replace(meta, reader=READER, version=meta.version + 1)
+            if meta.reader >= READER:
+                if not self._fill({META: meta.version}, self._old_items()):
+                    continue
+                self._drop_old()
+                new = replace(new, schema=SCHEMA)
+            # By the whole text: in schema 3 the stamp does not come first.
+            self._commit(Step({META: text or ""}, {META: new, STORE: new.store_id}))
+        raise StoreError(
+            f"{self.url}: others keep changing it while it is brought to schema {SCHEMA}; start again"
+        )
+
+
+def text_conditions(conditions: Mapping[Key, Stamp | Found]) -> list[tuple[str, str | Found]]:
+    """Each key as text, with the beginning that its value must have, or what else is asked."""
+    return [
+        (key_to_text(key), wanted if isinstance(wanted, Found) else stamp_to_text(key, wanted))
+        for key, wanted in conditions.items()
+    ]
+
+
+def text_writes(writes: Mapping[Key, Thing | None]) -> list[tuple[str, str | None]]:
+    """Each key as text, with the text to keep under it; None removes it."""
+    return [
+        (key_to_text(key), None if thing is None else value_to_text(key, thing))
+        for key, thing in writes.items()
+    ]

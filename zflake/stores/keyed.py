@@ -1,0 +1,354 @@
+"""The family of stores that keep values under keys: memory, Redis and etcd.
+
+Each guard of these stores stands here, once.  An engine gives what `KeyedStore` asks of it: reads of keys, a
+range of keys in order, and one atomic commit of independent steps, each a few conditions with what is written
+if they hold.  The keys, in the order of their parts:
+
+    meta                      the `Meta`
+    store                     the store's ID, which never changes
+    machine MACHINE           a `Record`
+    token TOKEN               the machine whose record has this token
+    fence FENCE MACHINE       empty: the order of the fences
+    span MACHINE START        a `Span`
+    end END MACHINE START     empty: the order in which spans end, for pruning
+    mark DELEGATOR            a `Mark`
+    since                     the tick from which on the spans are complete
+    filling                   a random text, while the store is filled for the first time
+"""
+
+from __future__ import annotations
+
+import secrets
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.errors import StoreError
+from zflake.stores.contract import Contents, Store, batched, check_current, outdated, traced
+
+Key: TypeAlias = tuple[str | int | Token, ...]
+Thing: TypeAlias = Meta | Record | Span | Mark | int | str
+Items: TypeAlias = Iterable[tuple[Key, Thing | None]]
+
+META: Final[Key] = ("meta",)
+STORE: Final[Key] = ("store",)
+SINCE: Final[Key] = ("since",)
+FILLING: Final[Key] = ("filling",)
+PAGE: Final = 256
+"""Keys that a walk reads at a time."""
+CHUNK: Final = 100
+"""Keys that a store writes at a time while it is filled, converted or pruned."""
+
+
+class Found(Enum):
+    """What a condition can ask of a key, beside the stamp of its value."""
+
+    NOTHING = 0
+    ANYTHING = 1
+
+
+Stamp: TypeAlias = int | str
+"""The part of a value that a condition compares; it differs between any two values that a key ever has."""
+
+
+class Step(NamedTuple):
+    """A part of a commit: if the conditions hold, everything is written, else nothing."""
+
+    conditions: Mapping[Key, Stamp | Found]
+    writes: Mapping[Key, Thing | None]
+    """Each key with its new value; None removes the key."""
+
+
+_STAMPS: Final[Mapping[str | int | Token, Callable[[Any], Stamp]]] = {
+    "meta": attrgetter("version"),
+    "machine": attrgetter("gen"),
+    "mark": attrgetter("now_us"),
+}
+
+
+def stamp_of(key: Key, thing: Thing) -> Stamp:
+    """The stamp of a value: of most kinds, the value itself."""
+    stamp = _STAMPS.get(key[0])
+    if stamp is None:
+        assert isinstance(thing, int | str)
+        return thing
+    return stamp(thing)
+
+
+class KeyedStore(Store):
+    """A store whose engine compares and writes keys."""
+
+    advice: str = ""
+    """What to do about a place that holds something else than a store."""
+    batch: int = 1 << 20
+    """Steps that the engine can commit at once."""
+
+    def __init__(self) -> None:
+        # By the first machine of a range: where the search for never-used machines begins.  No machine that was
+        # used becomes unused again.
+        self._unused_from: dict[int, int] = {}
+        # This delegator's mark, as it was last written.
+        self._own_mark: Mark | None = None
+
+    # --- what an engine gives ---
+
+    @abstractmethod
+    def _get(self, keys: Sequence[Key]) -> list[Any]:
+        """The value of each key; None if there is none.  In as few round trips as can be."""
+
+    @abstractmethod
+    def _keys(self, low: Key, high: Key, *, limit: int = 0, last: bool = False) -> list[Key]:
+        """The keys from `low` to below `high`, ascending; with `last` no more than the last one.
+
+        `limit` is the largest number of keys; 0 stands for all.
+        """
+
+    def _items(self, low: Key, high: Key) -> list[tuple[Key, Any]]:
+        """The keys from `low` to below `high`, with their values."""
+        keys = self._keys(low, high)
+        return [(key, thing) for key, thing in zip(keys, self._get(keys), strict=True) if thing is not None]
+
+    def _count(self, low: Key, high: Key) -> int:
+        """The number of keys from `low` to below `high`."""
+        return len(self._keys(low, high))
+
+    @abstractmethod
+    def _commit(self, first: Step, steps: Sequence[Step] = ()) -> list[bool] | None:
+        """Write the first step, and the other ones each for itself, in one atomic and durable commit.
+
+        Gives for each of the others whether its conditions held; None if those of the first one did not, and
+        then nothing is written.  No step compares or writes what another one writes.  Only the first step is
+        written if the store is not of meta's incarnation.
+        """
+
+    # --- meta ---
+
+    def meta(self) -> Meta | None:
+        meta: Meta | None
+        (meta,) = self._get([META])
+        if meta is not None:
+            check_current(self.url, meta.schema)
+        return meta
+
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
+        conditions: dict[Key, Stamp | Found] = {META: old.version, STORE: old.store_id}
+        return self._commit(Step(conditions, {META: new})) is not None
+
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
+        filling = secrets.token_hex(16)
+        head: dict[Key, Thing | None] = {("mark", mark.delegator): mark for mark in contents.marks}
+        head[SINCE] = contents.since
+        end: dict[Key, Thing | None] = {META: meta, STORE: meta.store_id, FILLING: None}
+        items = [item for record in contents.records for item in items_of(record)]
+        items += [item for span in contents.spans for item in items_of_span(span)]
+        left = [*self._keys(("end",), ("mark",)), *self._keys(("span",), ("token~",))]
+        if not items and not left:
+            done = self._commit(Step({META: Found.NOTHING}, {**head, **end})) is not None
+        else:
+            # The meta comes last, since what is half filled is no store yet; first goes what a copy left behind
+            # that was broken off.
+            mine: dict[Key, Stamp | Found] = {META: Found.NOTHING, FILLING: filling}
+            done = (
+                self._commit(Step({META: Found.NOTHING}, {**head, FILLING: filling})) is not None
+                and self._fill(mine, [(key, None) for key in left if key != FILLING])
+                and self._fill(mine, items)
+                and self._commit(Step(mine, end)) is not None
+            )
+        if not done:
+            raise StoreError(f"{self.url} is initialised already, or another process has just begun to")
+
+    def _fill(self, conditions: Mapping[Key, Stamp | Found], items: Items) -> bool:
+        """Write all items in small pieces, while the conditions hold; whether they did to the end."""
+        return all(self._commit(Step(conditions, dict(some))) is not None for some in batched(items, CHUNK))
+
+    def contents(self) -> Contents:
+        records = [thing for _, thing in self._items(("machine",), ("machine~",))]
+        spans = [thing for _, thing in self._items(("span",), ("span~",))]
+        return Contents(records, spans, self._since(), self._marks())
+
+    # --- records ---
+
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        records = self._get([("machine", machine) for machine in machines])
+        return [record or Record(machine) for machine, record in zip(machines, records, strict=True)]
+
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        machines = [
+            machine for machine in self._get([("token", token) for token in tokens]) if machine is not None
+        ]
+        found = {record.token: record for record in self.by_machines(machines)} if machines else {}
+        return [found.get(token) for token in tokens]
+
+    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        unused: list[Record] = []
+        begin = self._unused_from.get(first, first)
+        while len(unused) < limit and begin <= last:
+            stop = min(begin + PAGE, last + 1)
+            used = {key[1] for key in self._keys(("machine", begin), ("machine", stop))}
+            unused += [Record(n) for n in range(begin, stop) if n not in used]
+            begin = stop
+        if limit > 0:
+            self._unused_from[first] = unused[0].machine if unused else begin
+        return [*unused[:limit], *self._lowest_used(first, last, limit - len(unused))]
+
+    def _lowest_used(self, first: int, last: int, limit: int) -> list[Record]:
+        records: list[Record] = []
+        at: Key = ("fence",)
+        while len(records) < limit:
+            keys = self._keys(at, ("fence~",), limit=PAGE)
+            machines: list[Any] = [key[2] for key in keys if first <= key[2] <= last]  # type: ignore[operator]
+            records += self.by_machines(machines[: limit - len(records)])
+            if len(keys) < PAGE:
+                break
+            at = (*keys[-1], 0)
+        return sorted(records, key=lambda record: (record.fence, record.machine))
+
+    def held(self, now: int) -> Sequence[Record]:
+        machines: list[Any] = sorted(key[2] for key in self._keys(("fence", now + 1), ("fence~",)))
+        return [r for r in self.by_machines(machines) if r.token is not None and r.fence > now]
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        outcomes: list[bool] = []
+        while True:
+            steps = self._independent(swaps[len(outcomes) :])
+            first, later = self._first(mark)
+            self._own_mark = None  # if the commit fails, it is unknown
+            tried = self._commit(first, steps) if steps or mark else []
+            if tried is None:
+                # The mark is not what it was.  Either this delegator's last write is lost, or it came late.
+                return outcomes + [False] * (len(swaps) - len(outcomes))
+            self._own_mark = later
+            outcomes += tried
+            if len(outcomes) == len(swaps):
+                return outcomes
+
+    def _first(self, mark: Mark | None) -> tuple[Step, Mark | None]:
+        """The step that stands for the whole commit: the delegator's mark is what it was, and goes forward only.
+
+        With it goes the mark as it is to be.  A store that has gone back to an earlier state has an earlier mark.
+        """
+        if mark is None:
+            return Step({}, {}), None
+        key: Key = ("mark", mark.delegator)
+        own = self._own_mark
+        if own is None or own.delegator != mark.delegator:
+            (own,) = self._get([key])
+        later = mark if own is None else max(mark, own, key=attrgetter("now_us"))
+        return Step(
+            {META: Found.ANYTHING, key: Found.NOTHING if own is None else own.now_us}, {key: later}
+        ), later
+
+    def _independent(self, swaps: Sequence[Swap]) -> list[Step]:
+        """The steps of as many of the swaps, from the first on, as do not depend on each other."""
+        steps: list[Step] = []
+        written: set[Key] = set()
+        for swap in swaps[: self.batch]:
+            # No machine twice: the spans that a release cuts are read here.
+            if not written.isdisjoint([("machine", swap.new.machine), ("token", swap.new.token or b"")]):
+                break
+            steps.append(step := self._step(swap))
+            written.update(step.writes)
+        return steps
+
+    def _step(self, swap: Swap) -> Step:
+        old, new = swap.old, swap.new
+        machine = new.machine
+        conditions: dict[Key, Stamp | Found] = {
+            META: swap.version,
+            ("machine", machine): old.gen or Found.NOTHING,
+        }
+        if new.token is not None and new.token != old.token:
+            conditions["token", new.token] = Found.NOTHING
+        # What stays is written after it was to go.
+        writes: dict[Key, Thing | None] = dict.fromkeys(key for key, _ in items_of(old)) if old.gen else {}
+        writes.update(items_of(new))
+        if new.token is None:
+            writes.update(self._cut(old, new.fence))
+            return Step(conditions, writes)
+        if old.gen and old.span_start == new.span_start:
+            writes["end", old.fence, machine, old.span_start] = None
+        writes.update(items_of_span(Span(machine, new.span_start, new.fence, new.holder)))
+        return Step(conditions, writes)
+
+    def _cut(self, old: Record, fence: int) -> dict[Key, Thing | None]:
+        """What is written so that no span of a machine reaches above the fence."""
+        spans = [Span(old.machine, old.span_start, old.fence, old.holder)]
+        if fence < old.span_start:  # else those before end below
+            spans = [span for _, span in self._items(("span", old.machine), ("span", old.machine + 1))]
+        writes: dict[Key, Thing | None] = {}
+        for span in spans:
+            if span.end > fence:
+                writes |= dict.fromkeys(key for key, _ in items_of_span(span))
+                if span.start < fence:
+                    writes.update(items_of_span(replace(span, end=fence)))
+        return writes
+
+    # --- marks ---
+
+    def marks(self) -> Sequence[Mark]:
+        return self._marks()
+
+    def _marks(self) -> list[Mark]:
+        return [thing for _, thing in self._items(("mark",), ("mark~",))]
+
+    def forget_marks(self, before_us: int) -> None:
+        gone: list[Key] = [("mark", mark.delegator) for mark in self._marks() if mark.now_us < before_us]
+        self._own_mark = None
+        if gone:
+            self._commit(Step({}, dict.fromkeys(gone)))
+
+    def set_marks(self, now_us: int) -> None:
+        marks = [replace(mark, now_us=now_us) for mark in self._marks()]
+        self._own_mark = None
+        if marks:
+            self._commit(Step({}, {("mark", mark.delegator): mark for mark in marks}))
+
+    # --- provenance ---
+
+    def trace(self, machine: int, tick: int) -> Traced:
+        below = self._keys(("span", machine), ("span", machine, tick + 1), last=True)
+        since, *spans = self._get([SINCE, *below])
+        return traced(spans[0] if spans else None, tick, since or 0)
+
+    def prune(self, before: int, keep: int, limit: int) -> int:
+        oldest: list[Any] = self._keys(("end",), ("end~",), limit=limit)
+        forgotten = oldest[
+            : outdated([key[1] for key in oldest], self._count(("end",), ("end~",)), before, keep)
+        ]
+        pruned = 0
+        for some in batched(forgotten, min(CHUNK // 2, self.batch)):
+            (since,) = self._get([SINCE])
+            later = Step(
+                {SINCE: Found.NOTHING if since is None else since}, {SINCE: max(since or 0, some[-1][1])}
+            )
+            # A span that was renewed since ends elsewhere, and stays.
+            steps = [Step({key: Found.ANYTHING}, {key: None, ("span", *key[2:]): None}) for key in some]
+            pruned += sum(self._commit(later, steps) or ())
+        return pruned
+
+    def _since(self) -> int:
+        (since,) = self._get([SINCE])
+        return since or 0
+
+
+def items_of(record: Record) -> list[tuple[Key, Thing]]:
+    """All keys of a record's own, with their values."""
+    items: list[tuple[Key, Thing]] = [
+        (("machine", record.machine), record),
+        (("fence", record.fence, record.machine), ""),
+    ]
+    if record.token is not None:
+        items.append((("token", record.token), record.machine))
+    return items
+
+
+def items_of_span(span: Span) -> list[tuple[Key, Thing]]:
+    """All keys of a span, with their values."""
+    return [
+        (("span", span.machine, span.start), span),
+        (("end", span.end, span.machine, span.start), ""),
+    ]

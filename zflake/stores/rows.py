@@ -1,0 +1,374 @@
+"""The family of stores that keep rows: SQLite and PostgreSQL.
+
+Each guard of these stores stands here, once, in statements that both engines take.  An engine gives a connection,
+transactions, and the few words that differ.  A parameter is written `:name`.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Final, Protocol, TypeVar
+
+from zflake.core.layout import Layout
+from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
+from zflake.errors import StoreError
+from zflake.stores.contract import Contents, Store, check_current, check_schema, outdated, traced
+from zflake.stores.text import holder_from_text, holder_to_text
+
+T = TypeVar("T")
+Values = Mapping[str, Any]
+
+TABLES: Final = """
+CREATE TABLE meta (
+    one           {number} PRIMARY KEY CHECK (one = 1),
+    store_id      {text}   NOT NULL,
+    layout        {text}   NOT NULL,
+    ttl           {number} NOT NULL,
+    first_machine {number} NOT NULL,
+    last_machine  {number} NOT NULL,
+    floor         {number} NOT NULL,
+    version       {number} NOT NULL,
+    incarnation   {text}   NOT NULL,
+    moved         {text}   NOT NULL,
+    schema        {number} NOT NULL,
+    reader        {number} NOT NULL,
+    since         {number} NOT NULL  -- the tick from which on the spans are complete
+){options};
+CREATE TABLE machine (
+    machine       {number} PRIMARY KEY,
+    fence         {number} NOT NULL,
+    gen           {number} NOT NULL,
+    token         {bytes}  UNIQUE,
+    start         {number} NOT NULL,
+    tenancy_start {number} NOT NULL,
+    span_start    {number} NOT NULL,
+    holder        {text}   NOT NULL  -- a JSON object
+){options};
+CREATE TABLE span (
+    machine {number} NOT NULL,
+    start   {number} NOT NULL,
+    stop    {number} NOT NULL,
+    holder  {text}   NOT NULL,
+    PRIMARY KEY (machine, start)
+){options}{by_key};
+CREATE TABLE mark (
+    delegator {text}   PRIMARY KEY,
+    now_us    {number} NOT NULL,
+    lead_us   {number} NOT NULL,
+    address   {text}   NOT NULL
+){options};
+CREATE INDEX machine_by_fence ON machine (fence, machine);
+CREATE INDEX span_by_stop ON span (stop);
+"""
+META: Final = (
+    "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema, reader"
+)
+RECORD: Final = "machine, fence, gen, token, start, tenancy_start, span_start, holder"
+SPAN: Final = "machine, start, stop, holder"
+MARK: Final = "delegator, now_us, lead_us, address"
+COLUMNS: Final = {"meta": f"{META}, since", "machine": RECORD, "span": SPAN, "mark": MARK}
+
+
+def _parameters(columns: str) -> str:
+    return ", ".join(f":{column}" for column in columns.split(", "))
+
+
+def _assignments(columns: str) -> str:
+    return ", ".join(f"{column} = :{column}" for column in columns.split(", "))
+
+
+_FIRST_META: Final = (
+    f"INSERT INTO meta (one, {META}, since) VALUES (1, {_parameters(META)}, :since) ON CONFLICT DO NOTHING"
+)
+_NEXT_META: Final = (
+    f"UPDATE meta SET {_assignments(META)} WHERE version = :old_version AND store_id = :old_store_id"
+)
+_FIRST_RECORD: Final = f"INSERT INTO machine ({RECORD}) VALUES ({_parameters(RECORD)}) ON CONFLICT DO NOTHING"
+_NEXT_RECORD: Final = (
+    f"UPDATE machine SET {_assignments(RECORD)} WHERE machine = :machine AND gen = :old_gen"
+    " AND NOT EXISTS (SELECT 1 FROM machine WHERE token = :token AND machine <> :machine)"
+)
+# What follows upon a record that was written, of a grant and of a release.
+_GRANT: Final = [
+    f"""
+INSERT INTO span ({SPAN}) SELECT :machine, :span_start, :fence, :holder WHERE {{done}}
+ON CONFLICT (machine, start) DO UPDATE SET stop = excluded.stop, holder = excluded.holder
+"""
+]
+_RELEASE: Final = [
+    "UPDATE span SET stop = :fence WHERE machine = :machine AND stop > :fence AND start < :fence AND {done}",
+    "DELETE FROM span WHERE machine = :machine AND start >= :fence AND {done}",
+]
+# A write of unknown outcome may come after the next one: a mark never goes back by one.
+_PUT_MARK: Final = (
+    f"INSERT INTO mark ({MARK}) SELECT {_parameters(MARK)} WHERE EXISTS (SELECT 1 FROM meta)"
+    " ON CONFLICT (delegator) DO UPDATE SET now_us = excluded.now_us, lead_us = excluded.lead_us,"
+    " address = excluded.address WHERE excluded.now_us > mark.now_us"
+)
+# The numbers first to last that have no row yet.  The walk stops at the limit.
+_UNUSED: Final = (
+    "WITH RECURSIVE number (n) AS (SELECT CAST(:first AS bigint) UNION ALL SELECT n + 1 FROM number WHERE n < :last)"
+    " SELECT n FROM number WHERE n <= :last AND NOT EXISTS (SELECT 1 FROM machine WHERE machine = n) LIMIT :limit"
+)
+# The sign keeps the engine from taking the range by machine, and sorting all of it.
+_LOWEST: Final = f"SELECT {RECORD} FROM machine WHERE +machine BETWEEN :first AND :last ORDER BY fence, machine LIMIT :limit"
+# A span that was renewed since ends elsewhere, and stays.
+_PRUNE: Final = "DELETE FROM span WHERE machine = :machine AND start = :start AND stop = :stop"
+_RAISE_SINCE: Final = "UPDATE meta SET since = :stop WHERE since < :stop"
+
+
+class Done(Protocol):
+    """What a statement gave."""
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows it changed."""
+
+    def fetchone(self) -> Any:
+        """The next row."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """All rows."""
+
+
+class RowStore(Store):
+    """A store whose engine takes SQL."""
+
+    advice: ClassVar[str]
+    """What to do about a place that holds something else than a store."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # By the first machine of a range: where the search for never-used machines begins.  No machine that was
+        # used becomes unused again.
+        self._unused_from: dict[int, int] = {}
+
+    # --- what an engine gives ---
+
+    @abstractmethod
+    def _run(self, text: str, values: Values | None = None) -> Done:
+        """Run a statement."""
+
+    @abstractmethod
+    def _run_many(self, text: str, rows: Iterable[Values]) -> None:
+        """Run a statement for each of many rows."""
+
+    @abstractmethod
+    def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
+        """What `make` makes of each of many rows."""
+
+    @abstractmethod
+    def _transaction(self) -> AbstractContextManager[None]:
+        """Commit durably what is run inside; nothing of it if that fails."""
+
+    @abstractmethod
+    def _errors(self) -> AbstractContextManager[None]:
+        """Raises `StoreError` for each failure of the engine, and for what can't be understood."""
+
+    @abstractmethod
+    def _records_by(self, column: str, values: Sequence[Any]) -> list[Record]:
+        """The records with one of these values in a column."""
+
+    @abstractmethod
+    def _current_version(self) -> int | None:
+        """Meta's version, which stays until the transaction ends; None if meta is of another incarnation."""
+
+    @abstractmethod
+    def _run_in_turn(self, first: str, others: Sequence[str], values: Values) -> bool:
+        """Run the first statement and, if it wrote a row, the others; whether it did.
+
+        Each of the others has a place `{done}` for a condition that then holds.
+        """
+
+    def _in_order(self, swaps: Sequence[Swap]) -> Iterable[tuple[int, Swap]]:
+        """The swaps with their places, in the order in which to try them."""
+        return enumerate(swaps)
+
+    def _meta_written(self, meta: Meta) -> None:
+        """Called in the transaction that put this meta in place of another one."""
+
+    # --- meta ---
+
+    def meta(self) -> Meta | None:
+        metas = self._rows(self._meta_of, f"SELECT {META} FROM meta")
+        return metas[0] if metas else None
+
+    def _meta_of(self, row: Sequence[Any]) -> Meta:
+        store_id, layout, *rest = row
+        schema, reader = rest[-2:]
+        check_schema(self.url, schema, reader, self.advice)
+        check_current(self.url, schema)
+        return Meta(store_id, Layout.from_map(json.loads(layout)), *rest)
+
+    def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
+        with self._transaction():
+            if self._run(_FIRST_META, {**_meta_values(meta), "since": contents.since}).rowcount != 1:
+                raise StoreError(f"{self.url} is initialised already")
+            self._run_many(_FIRST_RECORD, map(_record_values, contents.records))
+            spans = map(_span_values, contents.spans)
+            self._run_many(f"INSERT INTO span ({SPAN}) VALUES ({_parameters(SPAN)})", spans)
+            marks = map(_mark_values, contents.marks)
+            self._run_many(f"INSERT INTO mark ({MARK}) VALUES ({_parameters(MARK)})", marks)
+
+    def contents(self) -> Contents:
+        records = self._stream(f"SELECT {RECORD} FROM machine ORDER BY machine", record_of)
+        spans = self._stream(f"SELECT {SPAN} FROM span ORDER BY machine, start", _span)
+        return Contents(records, spans, self._since(), self.marks())
+
+    def swap_meta(self, old: Meta, new: Meta) -> bool:
+        values = {**_meta_values(new), "old_version": old.version, "old_store_id": old.store_id}
+        with self._transaction():
+            won = self._run(_NEXT_META, values).rowcount == 1
+            if won:
+                self._meta_written(new)
+        return won
+
+    # --- records ---
+
+    def by_machines(self, machines: Sequence[int]) -> list[Record]:
+        found = {record.machine: record for record in self._records_by("machine", machines)}
+        return [found.get(machine) or Record(machine) for machine in machines]
+
+    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
+        found = {record.token: record for record in self._records_by("token", tokens)}
+        return [found.get(token) for token in tokens]
+
+    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        begin = self._unused_from.get(first, first)
+        unused = self._rows(_only, _UNUSED, first=begin, last=last, limit=limit)
+        if limit > 0:
+            self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
+        used = self._rows(record_of, _LOWEST, first=first, last=last, limit=limit - len(unused))
+        return [*map(Record, unused), *used]
+
+    def held(self, now: int) -> Sequence[Record]:
+        held = f"SELECT {RECORD} FROM machine WHERE fence > :now AND token IS NOT NULL ORDER BY machine"
+        return self._rows(record_of, held, now=now)
+
+    def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
+        outcomes: dict[int, bool] = {}
+        with self._transaction():
+            if mark is not None:
+                self._run(_PUT_MARK, _mark_values(mark))
+            version = self._current_version() if swaps else None
+            for place, swap in self._in_order(swaps):
+                outcomes[place] = swap.version == version and self._swap(swap.old, swap.new)
+        return [outcome for _, outcome in sorted(outcomes.items())]
+
+    def _swap(self, old: Record, new: Record) -> bool:
+        return self._run_in_turn(
+            _NEXT_RECORD if old.gen else _FIRST_RECORD,
+            _GRANT if new.token is not None else _RELEASE,
+            {**_record_values(new), "old_gen": old.gen},
+        )
+
+    # --- marks ---
+
+    def marks(self) -> Sequence[Mark]:
+        return self._rows(_mark, f"SELECT {MARK} FROM mark ORDER BY delegator")
+
+    def forget_marks(self, before_us: int) -> None:
+        with self._transaction():
+            self._run("DELETE FROM mark WHERE now_us < :before_us", {"before_us": before_us})
+
+    def set_marks(self, now_us: int) -> None:
+        with self._transaction():
+            self._run("UPDATE mark SET now_us = :now_us", {"now_us": now_us})
+
+    # --- provenance ---
+
+    def trace(self, machine: int, tick: int) -> Traced:
+        below = self._rows(
+            _span,
+            f"SELECT {SPAN} FROM span WHERE machine = :machine AND start <= :tick ORDER BY start DESC LIMIT 1",
+            machine=machine,
+            tick=tick,
+        )
+        return traced(below[0] if below else None, tick, self._since())
+
+    def prune(self, before: int, keep: int, limit: int) -> int:
+        (count,) = self._rows(_only, "SELECT count(*) FROM span")
+        oldest = self._rows(_span, f"SELECT {SPAN} FROM span ORDER BY stop LIMIT :limit", limit=limit)
+        forgotten = oldest[: outdated([span.end for span in oldest], count, before, keep)]
+        if forgotten:
+            with self._transaction():
+                # Meta first, as in a swap, so that neither waits for the other.
+                self._run(_RAISE_SINCE, {"stop": forgotten[-1].end})
+                self._run_many(_PRUNE, map(_span_values, forgotten))
+        return len(forgotten)
+
+    # --- inside ---
+
+    def _since(self) -> int:
+        return max(self._rows(_only, "SELECT since FROM meta"), default=0)
+
+    def _rows(self, make: Callable[[Any], T], text: str, **values: Any) -> list[T]:
+        """What `make` makes of each row."""
+        with self._errors():
+            return [make(row) for row in self._run(text, values)]
+
+
+def _meta_values(meta: Meta) -> dict[str, Any]:
+    return {
+        "store_id": meta.store_id,
+        "layout": json.dumps(meta.layout.to_map()),
+        "ttl": meta.ttl,
+        "first_machine": meta.first_machine,
+        "last_machine": meta.last_machine,
+        "floor": meta.floor,
+        "version": meta.version,
+        "incarnation": meta.incarnation,
+        "moved": meta.moved,
+        "schema": meta.schema,
+        "reader": meta.reader,
+    }
+
+
+def _record_values(record: Record) -> dict[str, Any]:
+    return {
+        "machine": record.machine,
+        "fence": record.fence,
+        "gen": record.gen,
+        "token": record.token,
+        "start": record.start,
+        "tenancy_start": record.tenancy_start,
+        "span_start": record.span_start,
+        "holder": holder_to_text(record.holder),
+    }
+
+
+def _span_values(span: Span) -> dict[str, Any]:
+    holder = holder_to_text(span.holder)
+    return {"machine": span.machine, "start": span.start, "stop": span.end, "holder": holder}
+
+
+def _mark_values(mark: Mark) -> dict[str, Any]:
+    return {
+        "delegator": mark.delegator,
+        "now_us": mark.now_us,
+        "lead_us": mark.lead_us,
+        "address": mark.address,
+    }
+
+
+def record_of(row: Sequence[Any]) -> Record:
+    """The record of a row of `RECORD`."""
+    machine, fence, gen, token, start, tenancy_start, span_start, holder = row
+    shown = None if token is None else bytes(token)
+    return Record(machine, fence, gen, shown, start, tenancy_start, holder_from_text(holder), span_start)
+
+
+def _span(row: Sequence[Any]) -> Span:
+    machine, start, stop, holder = row
+    return Span(machine, start, stop, holder_from_text(holder))
+
+
+def _mark(row: Sequence[Any]) -> Mark:
+    return Mark(*row)
+
+
+def _only(row: Sequence[Any]) -> Any:
+    return row[0]
