@@ -32,11 +32,13 @@ START_S: Final = 20.0
 _numbers = itertools.count()
 
 
-def free_port() -> int:
-    """A free port that no outgoing connection takes meanwhile, and hardly another test."""
+def free_port(in_a_row: int = 1) -> int:
+    """The first of some free ports that no outgoing connection takes meanwhile, and hardly another test."""
     while True:
         port = secrets.choice(range(10_000, 32_000))
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for offset in range(in_a_row):
+                stack.enter_context(socket.create_server(("127.0.0.1", port + offset)))
             return port
 
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import signal
 import socket
-import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import zflake
 from tests.conftest import brief
 from tests.places import PLACES, Place
-from tests.servers import Servers
+from tests.servers import Servers, free_port
 from tests.system.daemons import Daemon, Daemons, children_of, is_running, status_of, until
 from tests.system.daemons import tool as run_tool
 from zflake.core.layout import DEFAULT
@@ -25,7 +24,6 @@ from zflake.core.layout import DEFAULT
 TTL: Final = "24s"
 """A worker renews every third of it, and rides out two."""
 SERVED: Final = ("redis", "etcd", "postgresql")
-UP_PORTS: Final = (7410, 7411, 7412)
 
 
 tool = partial(run_tool, within_s=60)
@@ -149,7 +147,7 @@ def served(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> 
 @pytest.mark.timeout(120)
 def test_up_once_runs_several_delegators_on_a_store_they_share(served: Place, daemons: Daemons) -> None:
     flags = ["--store", served.url, "--delegators", "3", "--once", "--new"]
-    up = daemons.process([sys.executable, "-m", "zflake", "up", *flags])
+    up = daemons.up(*flags)
     pids: set[int] = set()
 
     def ended() -> bool:
@@ -173,27 +171,15 @@ def test_up_once_runs_several_delegators_on_a_store_they_share(served: Place, da
     assert running_on(served.url) == []
 
 
-@pytest.fixture
-def up_ports() -> None:
-    for port in UP_PORTS:
-        with closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                pytest.skip(
-                    f"SOMEBODY ELSE USES PORT {port}: `zflake up` with several delegators was not tested"
-                )
-
-
 @pytest.mark.long
 @pytest.mark.timeout(120)
-def test_up_shows_all_of_its_delegators(served: Place, daemons: Daemons, up_ports: None) -> None:
+def test_up_shows_all_of_its_delegators(served: Place, daemons: Daemons) -> None:
     flags = ["--store", served.url, "--delegators", "3", "--workers", "2", "--new"]
-    up = daemons.process([sys.executable, "-m", "zflake", "up", *flags])
+    port = free_port(in_a_row=3)
+    up = daemons.up(*flags, port=port)
     until(lambda: "Ctrl-C" in up.out() or not up.alive, "the cluster", within_s=60)
     assert up.alive, up.log()
-    addresses = {f"tcp://127.0.0.1:{port}" for port in UP_PORTS}
+    addresses = {f"tcp://127.0.0.1:{port}" for port in range(port, port + 3)}
     pids = children_of(up.pid)
     assert len(pids) == 5
     for address in addresses:
@@ -218,7 +204,7 @@ def test_up_shows_all_of_its_delegators(served: Place, daemons: Daemons, up_port
 def test_up_refuses_several_delegators_on_a_store_of_one(
     flags: list[str], daemons: Daemons, tmp_path: Path
 ) -> None:
-    up = daemons.process([sys.executable, "-m", "zflake", "up", "--once", "--delegators", "2", *flags])
+    up = daemons.up("--once", "--delegators", "2", *flags)
     assert up.wait() == 2
     (line,) = up.log().splitlines()
     assert "several delegators need a store that they can share" in line
@@ -233,7 +219,7 @@ def test_up_on_a_store_that_is_not_there_says_so_and_leaves_nothing_behind(daemo
         port = server.getsockname()[1]
     for scheme in SERVED:
         url = f"{scheme}://user:hush4711@127.0.0.1:{port}/1"
-        up = daemons.process([sys.executable, "-m", "zflake", "up", "--once", "--store", url])
+        up = daemons.up("--once", "--store", url)
         assert up.wait() == 1
         (line,) = up.log().splitlines()
         assert f"{scheme}://127.0.0.1:{port}/1" in line

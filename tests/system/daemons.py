@@ -224,6 +224,17 @@ class Daemons:
         self._started.append(daemon)
         return daemon
 
+    def up(self, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None) -> Process:
+        """`zflake up`; `port` stands in for its default port, which may be in use on this machine."""
+        at_port = f"""
+import zflake.wire.endpoint as endpoint
+endpoint.DEFAULT_DELEGATOR = "tcp://127.0.0.1:{port}"
+from zflake.cli.tool import main
+main()
+"""
+        argv = ["-m", "zflake"] if port is None else ["-c", at_port]
+        return self.process([sys.executable, *argv, "up", *flags], env=env)
+
     def process(
         self, argv: Sequence[str], name: str = "", *, env: Mapping[str, str] | None = None
     ) -> Process:

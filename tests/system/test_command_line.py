@@ -138,7 +138,7 @@ def test_the_tool_refuses_a_mistake_in_one_line(words: str, argv: list[str], tmp
         (DELEGATOR, "--bogus", ["--bogus"]),
         (DELEGATOR, "nonsense", ["--bind", "nonsense"]),
         (DELEGATOR, "--insecure", ["--bind", "tcp://192.0.2.1:7410"]),
-        (DELEGATOR, "no folder", ["--store", "sqlite:///missing/zflake.db"]),
+        (DELEGATOR, "no folder", ["--bind", "tcp://127.0.0.1:*", "--store", "sqlite:///missing/zflake.db"]),
         (DELEGATOR, "5", ["--ttl", "5"]),
         (DELEGATOR, "5-1", ["--machines", "5-1"]),
         (DELEGATOR, "nope", ["--layout", "nope"]),

@@ -7,9 +7,7 @@ import re
 import signal
 import socket
 import sqlite3
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +16,12 @@ import pytest
 
 import zflake
 from tests.conftest import Peer
+from tests.servers import free_port
 from tests.system.checker import Verdict, leases_in, windows_of
 from tests.system.conftest import Peers, start_cluster
 from tests.system.daemons import (
     Daemon,
     Daemons,
-    Process,
     children_of,
     is_running,
     names_of,
@@ -248,39 +246,13 @@ def test_a_worker_without_a_free_machine_waits_says_so_once_and_takes_the_next(d
 # --- zflake up ---
 
 
-def _up(daemons: Daemons, *flags: str, env: dict[str, str] | None = None) -> Process:
-    return daemons.process([sys.executable, "-m", "zflake", "up", *flags], env=env)
-
-
-@pytest.fixture
-def default_port() -> None:
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", 7410))
-        except OSError:
-            pytest.skip("SOMEBODY ELSE USES PORT 7410: `zflake up` on its default port was not tested")
-
-
-@pytest.fixture
-def taken_port() -> Iterator[None]:
-    with closing(socket.socket()) as holder:
-        try:
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("127.0.0.1", 7410))
-            holder.listen()
-        except OSError:
-            pass  # somebody else holds it, which does as well
-        yield
-
-
 def _assert_gone(pids: list[int]) -> None:
     assert len(pids) >= 2
     until(lambda: not any(map(is_running, pids)), f"the children {pids} to end")
 
 
 def test_up_once_prints_ten_ids_decoded(daemons: Daemons) -> None:
-    up = _up(daemons, "--once", "--workers", "2")
+    up = daemons.up("--once", "--workers", "2")
     assert up.wait() == 0, up.log()
     lines = up.out().splitlines()
     assert len(lines) == 10
@@ -303,11 +275,11 @@ def test_up_with_data_goes_on_where_it_stopped(daemons: Daemons, tmp_path: Path)
             return {"store": store, "fences": fences, "gens": gens}
 
     flags = ("--once", "--workers", "1", "--data", str(tmp_path / "data"))
-    first_run = _up(daemons, *flags)
+    first_run = daemons.up(*flags)
     assert first_run.wait() == 0, first_run.log()
     first = records()
     assert first["gens"] >= 2, "one grant, one release"
-    second_run = _up(daemons, *flags)
+    second_run = daemons.up(*flags)
     assert second_run.wait() == 0, second_run.log()
     assert second_run.log() == "", "it does not say --new again"
     second = records()
@@ -318,10 +290,9 @@ def test_up_with_data_goes_on_where_it_stopped(daemons: Daemons, tmp_path: Path)
     assert int(ids[0]) < int(ids[1])
 
 
-def test_up_killed_by_sigkill_leaves_no_process_behind(
-    daemons: Daemons, default_port: None, tmp_path: Path
-) -> None:
-    up = _up(daemons, "--workers", "2", env={"TMPDIR": str(tmp_path)})  # its temporary folder stays
+def test_up_killed_by_sigkill_leaves_no_process_behind(daemons: Daemons, tmp_path: Path) -> None:
+    # Its temporary folder stays.
+    up = daemons.up("--workers", "2", port=free_port(), env={"TMPDIR": str(tmp_path)})
     until(lambda: "Ctrl-C" in up.out(), "the cluster")
     pids = children_of(up.pid)
     assert len(pids) == 3
@@ -331,13 +302,13 @@ def test_up_killed_by_sigkill_leaves_no_process_behind(
 
 
 @pytest.mark.timeout(120)
-def test_up_restarts_children_and_ends_with_ctrl_c(daemons: Daemons, default_port: None) -> None:
-    up = _up(daemons, "--workers", "2")
+def test_up_restarts_children_and_ends_with_ctrl_c(daemons: Daemons) -> None:
+    up = daemons.up("--workers", "2", port=(port := free_port()))
     until(lambda: "Ctrl-C" in up.out(), "the cluster")
-    endpoint = "tcp://127.0.0.1:7410"
+    endpoint = f"tcp://127.0.0.1:{port}"
     before = status_of(endpoint)
     assert len(before["leases"]) == 2
-    with zflake.Client() as client:
+    with zflake.Client(endpoint) as client:
         ids = client.next_ids(10)
         os.kill(before["pid"], signal.SIGKILL)
         os.kill(before["leases"][0]["pid"], signal.SIGKILL)
@@ -365,7 +336,7 @@ def test_up_restarts_children_and_ends_with_ctrl_c(daemons: Daemons, default_por
 
 
 def test_up_interrupted_while_it_starts_leaves_no_process_behind(daemons: Daemons) -> None:
-    up = _up(daemons, "--once", "--workers", "2")
+    up = daemons.up("--once", "--workers", "2")
     pids = until(lambda: len(children_of(up.pid)) >= 2 and children_of(up.pid), "children")
     up.signal(signal.SIGINT)
     up.wait()
@@ -373,9 +344,11 @@ def test_up_interrupted_while_it_starts_leaves_no_process_behind(daemons: Daemon
     assert "Traceback" not in up.log()
 
 
-def test_up_on_a_port_in_use_says_so_in_one_line(daemons: Daemons, taken_port: None, tmp_path: Path) -> None:
-    up = _up(daemons, "--data", str(tmp_path / "data"))
-    assert up.wait() != 0
+def test_up_on_a_port_in_use_says_so_in_one_line(daemons: Daemons, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        up = daemons.up("--data", str(tmp_path / "data"), port=port)
+        assert up.wait() != 0
     (line,) = up.log().splitlines()
-    assert "tcp://127.0.0.1:7410" in line
+    assert f"tcp://127.0.0.1:{port}" in line
     assert "in use" in line.lower()
