@@ -16,7 +16,7 @@ from tests.conftest import serving, until
 from tests.embedded.conftest import ANY, delegator, in_child
 from zflake import Client, Closed, ConfigError, LeasedGenerator, layouts
 from zflake.errors import NoFreeMachine, Timeout
-from zflake.web import SETTINGS, ZFlake, create_app, refuse
+from zflake.web import ENVIRONMENT, ZFlake, create_app, refuse
 from zflake.wire.endpoint import parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig
 
@@ -154,7 +154,7 @@ def test_the_example_gives_an_id_as_text_that_nobody_may_cache(shared: str, apps
 def test_the_example_takes_its_settings_from_the_environment(
     shared: str, apps: list[Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in SETTINGS:
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ZFLAKE_ENDPOINTS", shared)
     monkeypatch.setenv("ZFLAKE_PORT", "tcp://10.0.0.1:80")  # what Kubernetes sets for a service

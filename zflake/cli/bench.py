@@ -35,7 +35,7 @@ from zflake.embedded.generator import LeasedGenerator
 from zflake.stores.sqlite import SqliteStore
 from zflake.wire.codec import encode_request
 
-ROUNDS: Final = 7
+REPEATS: Final = 7
 DEPTH: Final = 64
 HOLDERS: Final = 1024
 
@@ -152,7 +152,7 @@ def _call_ns(call: Callable[[], object]) -> float:
 def _bulk(client: Client) -> tuple[float, str]:
     limit = DEFAULT.ids_per_tick * 1000 / DEFAULT.tick_ms
     rates = []
-    for _ in range(ROUNDS):
+    for _ in range(REPEATS):
         client.next_ids(100_000)
         # Ticks that the IDs span, not time that the call took: that includes making a list of them.
         ids = client.next_ids(2_000_000)
@@ -257,7 +257,7 @@ def _resident_mb(pid: int) -> float:
 
 
 def _ratio(
-    ours: Callable[[], float], bare: Callable[[], float], *, rounds: int = ROUNDS
+    ours: Callable[[], float], bare: Callable[[], float], *, rounds: int = REPEATS
 ) -> tuple[float, str]:
     """The median of the rounds' ratios, and the medians of both sides."""
     pairs = [(ours(), bare()) for _ in range(rounds)]

@@ -21,7 +21,7 @@ from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 
 MAX_IDS: Final = 100_000_000
-CHUNK: Final = 50_000
+IDS_AT_ONCE: Final = 50_000
 PROGRESS_FROM: Final = 200_000
 """From how many IDs on a terminal is shown how far it is."""
 
@@ -302,9 +302,9 @@ def bench() -> None:
 
 
 def chunks(client: Client, count: int) -> Iterator[list[int]]:
-    """`count` IDs in lists of `CHUNK`."""
+    """`count` IDs in lists of `IDS_AT_ONCE`."""
     while count > 0:
-        ids = client.next_ids(min(count, CHUNK))
+        ids = client.next_ids(min(count, IDS_AT_ONCE))
         count -= len(ids)
         yield ids
 

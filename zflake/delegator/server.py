@@ -30,12 +30,12 @@ TURN_US: Final = 1_000
 """Microseconds for which messages are taken in before the rest of the loop gets its turn."""
 IDLE_MS: Final = 500
 """Milliseconds of the poll loop's longest sleep."""
-STALL_US: Final = 200_000
+STOPPED_US: Final = 200_000
 """Microseconds of oversleeping that mean that the process was stopped: the workers are not to blame for what they
 missed."""
-DRAIN_US: Final = 500_000
+ANSWERS_US: Final = 500_000
 """Microseconds for which a delegator that was told to stop still passes answers on."""
-STOP_S: Final = 2.0
+STORE_STOP_S: Final = 2.0
 """Seconds that the store may take at the end."""
 
 _log = logging.getLogger("zflake.delegator")
@@ -145,7 +145,7 @@ class Delegator:
         woke_us = clock.local_us()
         overslept_us = max(0, woke_us - self._woke_us - poll_ms * 1000)
         self._woke_us = woke_us
-        if overslept_us > STALL_US:
+        if overslept_us > STOPPED_US:
             service.directory.excuse(overslept_us)
         self._waker.take(events)
         service.turn(woke_us)
@@ -185,10 +185,10 @@ class Delegator:
 
     def _drain(self) -> None:
         self.service.draining = True
-        until_us = clock.local_us() + DRAIN_US
+        until_us = clock.local_us() + ANSWERS_US
         while (not self._tick() or self.service.busy) and clock.local_us() < until_us:
             pass
-        if self.executor.stop(STOP_S):
+        if self.executor.stop(STORE_STOP_S):
             self.service.turn(clock.local_us())
             self._flush()
             self._store.close()

@@ -39,7 +39,7 @@ Source: TypeAlias = LeasedGenerator | Client
 KEY: Final = "zflake"
 """Key of an app's source of IDs in its `extensions`."""
 MODES: Final = ("leased", "client")
-SETTINGS: Final = ("ZFLAKE_ENDPOINTS", "ZFLAKE_MODE", "ZFLAKE_TIMEOUT", "ZFLAKE_IDLE", "ZFLAKE_ROUTE")
+ENVIRONMENT: Final = ("ZFLAKE_ENDPOINTS", "ZFLAKE_MODE", "ZFLAKE_TIMEOUT", "ZFLAKE_IDLE", "ZFLAKE_ROUTE")
 
 
 class ZFlake:
@@ -100,7 +100,7 @@ def create_app(endpoints: str | Iterable[str] | None = None) -> Flask:
     ID to be had, it answers 503 with `Retry-After`.
     """
     app = Flask("zflake.web")
-    app.config.update({name: os.environ[name] for name in SETTINGS if os.environ.get(name)})
+    app.config.update({name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)})
     if endpoints is not None:
         app.config["ZFLAKE_ENDPOINTS"] = endpoints
     ids = ZFlake(app)
