@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import zmq
 
 from tests.conftest import Connect, Scripts, serving, until
 from zflake import Client, Closed, ConfigError, LayoutError, ProtocolError, Timeout, Unavailable
+from zflake.client.balancer import Refresh
+from zflake.client.conversation import Ask
 from zflake.core.layout import PRESETS
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.start import Wishes
@@ -309,6 +312,81 @@ def test_a_dead_worker_in_the_directory_is_passed_over_within_the_budget(script:
             start = time.monotonic()
             assert ids.next_id() > 0
             assert time.monotonic() - start < 1.1
+
+
+def test_many_threads_with_a_new_client_read_the_directory_once(
+    script: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = 12
+    live = script(_worker)
+    asked: list[str] = []
+    waiting: list[Refresh] = []
+
+    def directory(method: str, params: list[Any], msgid: int) -> bytes:
+        asked.append(method)
+        if method == "hello":
+            until(lambda: len(waiting) == threads - 1)
+            return encode_result(msgid, {"service": "delegator", "protocol": 1, "layout": LAYOUT.to_map()})
+        return encode_result(msgid, {"workers": [{"address": live.address}]})
+
+    with Client(script(directory).address, timeout=20.0) as ids, ThreadPoolExecutor(threads) as pool:
+        when_over = ids._balancer.when_over
+
+        def wait(refresh: Refresh, wake: Callable[[], object]) -> None:
+            waiting.append(refresh)
+            when_over(refresh, wake)
+
+        monkeypatch.setattr(ids._balancer, "when_over", wait)
+        futures = [pool.submit(ids.next_id) for _ in range(threads)]
+        assert all(future.result(20) > 0 for future in futures)
+    assert asked == ["hello", "cluster.workers"]
+
+
+class _StopCallError(BaseException):
+    """As a signal handler raises it."""
+
+
+def test_a_call_that_an_exception_ends_lets_the_next_one_read_the_directory(
+    script: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = script(_worker)
+    with Client(peer.address, timeout=20.0) as ids, ThreadPoolExecutor(1) as pool:
+
+        def stop(_: Ask) -> None:
+            raise _StopCallError
+
+        # The exception is kept, and keeps the call's frames: the conversation ends because it is closed.
+        with monkeypatch.context() as patch:
+            patch.setattr(ids._transport, "ask", stop)
+            with pytest.raises(_StopCallError) as kept:
+                ids.next_id()
+        start = time.monotonic()
+        assert pool.submit(ids.next_id).result(20) > 0
+        assert time.monotonic() - start < 0.5, "it waited for the call that was given up"
+        assert kept.value is not None
+
+
+def test_a_signal_handler_may_take_an_id_while_its_thread_reads_the_directory(script: Scripts) -> None:
+    main = threading.get_ident()
+    taken: list[int] = []
+    asked: list[str] = []
+
+    def answer(method: str, params: list[Any], msgid: int) -> bytes:
+        asked.append(method)
+        if len(asked) == 1:
+            signal.pthread_kill(main, signal.SIGUSR1)
+        return _worker(method, params, msgid)
+
+    peer = script(answer)
+    with Client(peer.address, timeout=3.0) as ids:
+        before = signal.signal(signal.SIGUSR1, lambda *_: taken.append(ids.next_id()))
+        try:
+            start = time.monotonic()
+            ids.next_id()
+            until(lambda: bool(taken))
+            assert time.monotonic() - start < 0.9
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_delegator_without_workers_is_unavailable(connect: Connect) -> None:

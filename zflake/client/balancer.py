@@ -89,7 +89,7 @@ class Balancer:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Begin afresh what a thread may have held that a forked child does not have: lock and refresh."""
+        """Drop the lock and the refresh, which may belong to a thread that a forked child does not have."""
         # Guards everything from _services on.  A signal handler may come in, so it is an RLock.
         self._lock = threading.RLock()
         self._refresh: Refresh | None = None

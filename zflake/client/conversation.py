@@ -1,4 +1,4 @@
-"""Whom to ask for IDs, and what to do about the answer: the client without its sockets.
+"""Which endpoint to ask for IDs, and what to do about the answer: the client without its sockets.
 
 A conversation is a generator.  It yields a step (`Ask` an endpoint, `Pause`, or `Wait` for another caller); the
 driver, which brings sockets and clocks, does it, and sends in the `Outcome` of an `Ask`, or None after any
@@ -299,8 +299,17 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         return reason
     balancer.update(workers, brokers)
     if balancer.route == "broker":
-        return None if brokers else reason or Unavailable("the route broker needs a delegator's endpoint")
-    return None if workers else reason or Unavailable("no worker is ready: start one")
+        return (
+            None
+            if brokers
+            else reason
+            or Unavailable("the route broker needs a delegator's endpoint: name one, or use another route")
+        )
+    return (
+        None
+        if workers
+        else reason or Unavailable("no worker is ready: start one, or wait for one to get its lease")
+    )
 
 
 def _addresses(outcome: Outcome) -> list[str]:
@@ -309,7 +318,7 @@ def _addresses(outcome: Outcome) -> list[str]:
         addresses = [worker["address"] for worker in _result(outcome)["workers"]]
         return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
     except (KeyError, TypeError, ConfigError) as error:
-        raise ProtocolError(f"it sent a directory that can't be read: {error}") from error
+        raise ProtocolError(f"the directory that it sent can't be read: {error}") from error
 
 
 def _result(outcome: Outcome) -> Any:

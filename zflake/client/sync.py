@@ -25,14 +25,14 @@ T = TypeVar("T")
 class Client:
     """Takes IDs from a cluster.
 
-    `endpoints` is one endpoint or several, of delegators or of workers.  A delegator is asked where the
-    workers are, and those are then asked directly; where none of them answers, delegators pass requests on.
-    `route` may insist on one way: `direct` or `broker`.  `timeout` is the whole budget of a call in seconds,
+    `endpoints` is one endpoint or several, of delegators or of workers.  The client asks a delegator for the
+    list of workers, and then asks those directly; if none of them answers, a delegator passes requests on.
+    `route` may insist on one way: `direct` or `broker`.  `timeout` is the budget of a whole call in seconds,
     retries on other endpoints included.
 
     Safe to share between threads, and usable in the child of a fork.  Connects at the first call.
 
-    Raises `ConfigError` for endpoints that are none, a timeout that is not positive, an unknown route.
+    Raises `ConfigError` if an endpoint can't be read, the timeout is not positive, or the route is unknown.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Client:
             else [endpoints]
         )
         if not seeds or not all(isinstance(seed, str) for seed in seeds):
-            raise ConfigError("a client takes an endpoint, or a list of at least one")
+            raise ConfigError("a client takes one endpoint, or a list of one or more")
         if route not in ROUTES:
-            raise ConfigError(f"no route {route!r}: take one of {', '.join(ROUTES)}")
+            raise ConfigError(f"unknown route {route!r}: use one of {', '.join(ROUTES)}")
         if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-            raise ConfigError(f"a timeout is a positive number of seconds, not {timeout!r}")
+            raise ConfigError(f"timeout is {timeout!r}: use a positive number of seconds")
         self._timeout = timeout
         self._balancer = Balancer(
             dict.fromkeys(parse_endpoint(seed).text for seed in seeds),
@@ -68,25 +68,25 @@ class Client:
         """One ID, greater than the worker's earlier ones.
 
         Raises `Timeout`, `Unavailable`, `LeaseExpired` or `Overloaded` once the timeout is spent,
-        `ProtocolError` where an endpoint is not zflake's, `Closed` after `close`.
+        `ProtocolError` if an endpoint is not zflake's, `Closed` after `close`.
         """
         return self._take(1)[0][0]
 
     def next_ids(self, count: int) -> list[int]:
         """Exactly `count` IDs (1 or more), ascending as long as one worker gave them all.
 
-        Raises what `next_id` raises, and `ConfigError` where `count` is no positive whole number.  IDs that
-        had come before an error are given up: they are used by nobody.
+        Raises what `next_id` raises, and `ConfigError` if `count` is not a positive whole number.  IDs that
+        came before an error are thrown away.
         """
         if type(count) is not int or count < 1:
-            raise ConfigError(f"count is a whole number of at least 1, not {count!r}")
+            raise ConfigError(f"count is {count!r}: use a whole number of 1 or more")
         ids: list[int] = []
         for first, step, length in self._take(count):
             ids.extend(range(first, first + step * length, step))
         return ids
 
     def layout(self) -> Layout:
-        """The layout of this cluster's IDs; asked for at the first call.
+        """The layout of this cluster's IDs; the first call asks for it.
 
         Raises what `next_id` raises.
         """
@@ -130,7 +130,7 @@ class Client:
             result: T = end.value
             return result
         finally:
-            # An exception may come from outside, such as a signal handler's: what the call held is free at once.
+            # An exception may come from outside, such as a signal handler's; other callers must not wait for it.
             talk.close()
 
 

@@ -1,7 +1,8 @@
-"""The client's sockets: a REQ to one endpoint each, used by one thread at a time.
+"""The client's sockets: each is a REQ to one endpoint, and serves one thread at a time.
 
-A call checks a socket out of the pool and gives it back once its answer has come.  A socket whose answer
-did not come is closed, and a late answer with it.  No socket crosses a fork: the child starts with none.
+A call checks a socket out of the pool and gives it back once the answer has come.  If no answer comes, the
+transport closes the socket, and drops a late answer with it.  No socket crosses a fork: the child starts with
+none.
 """
 
 from __future__ import annotations
@@ -21,17 +22,15 @@ from zflake.wire.endpoint import Endpoint, parse_endpoint
 from zflake.wire.sockets import connected
 
 MAX_IDLE: Final = 64
-"""How many sockets to one endpoint are kept for the next calls."""
+"""Number of idle sockets to one endpoint that are kept for the next calls."""
 MAX_SOCKETS: Final = 16_384
+"""Number of sockets in one context at most; libzmq's own default is 1,023."""
 SOON_MS: Final = 2
-"""Answers nearly always come within this; to wait for them in the socket itself is quickest."""
+"""Milliseconds within which nearly all answers come; to wait for those in the socket itself is quickest."""
 
 
 class Line:
-    """A connected REQ, with one request under way at a time.
-
-    Once an answer has failed to come it is of no more use.
-    """
+    """A connected REQ, with one request under way at a time; of no use after an answer did not come."""
 
     __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "socket")
 
@@ -42,7 +41,7 @@ class Line:
         self._pack = packer()
         self._msgid = 0
         self._connected = False
-        # A peer that went away after its last answer: as good as no answer.
+        # If the peer went away after its last answer, the send fails at once: as good as no answer.
         socket.setsockopt(zmq.SNDTIMEO, 0)
         socket.setsockopt(zmq.RCVTIMEO, SOON_MS)
 
@@ -64,17 +63,17 @@ class Line:
         except zmq.ZMQError as error:
             if error.errno != zmq.EFSM:
                 raise
-            return ProtocolError("its last answer had more than one frame")
+            return ProtocolError("the last answer had more than one frame")
         try:
             response = decode_response(body)
         except ProtocolError as nonsense:
             return nonsense
         if response.msgid != msgid and response.msgid is not None:
-            return ProtocolError(f"an answer to request {response.msgid} came to request {msgid}")
+            return ProtocolError(f"request {msgid} was answered with the answer to request {response.msgid}")
         return response
 
     def _wait(self, deadline: float) -> bytes:
-        # Not by RCVTIMEO: each signal that the process gets would start it anew.
+        # Not with RCVTIMEO, which each signal to the process would start again.
         while (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
             if self.socket.poll(left_ms):
                 return self._recv(zmq.NOBLOCK)
@@ -88,10 +87,10 @@ class Line:
 
 
 class _Sockets:
-    """The contexts and sockets of a transport; it outlives it by as long as it takes to close them.
+    """The contexts and sockets of a transport; they outlive it until they are closed.
 
-    A context resolves names in the one thread that also moves its messages, and may take seconds for a name
-    that nobody answers for: endpoints with a name have a context each.
+    A context resolves host names in the one thread that also moves its messages, and may take seconds for a
+    name that does not resolve: each endpoint with a host name has a context of its own.
     """
 
     def __init__(self) -> None:
@@ -117,7 +116,7 @@ class _Sockets:
             self.close(socket)
         for key, context in self._contexts.items():
             if key:
-                # It may be waiting for a name server; nobody should wait for that.
+                # The context may be waiting for a name server, and the caller should not.
                 threading.Thread(target=context.term, daemon=True).start()
             else:
                 context.term()
@@ -149,7 +148,7 @@ class Transport:
         return outcome
 
     def close(self) -> None:
-        """Close all sockets; those of calls under way in other threads when these end."""
+        """Close all sockets; the sockets of calls under way in other threads close when those calls end."""
         with self._lock:
             if self._closed:
                 return
@@ -165,7 +164,7 @@ class Transport:
     def _check_out(self, endpoint: str) -> Line:
         with self._lock:
             if self._closed:
-                raise Closed("this client is closed")
+                raise Closed("this client is closed: make a new one")
             self._out += 1
             lines = self._idle.get(endpoint)
             if lines:
@@ -198,13 +197,13 @@ class Transport:
             self._finish()
 
     def _reset(self) -> None:
-        # Guards what follows.  A signal handler may ask for an ID while its own thread is inside.
+        # Guards all below.  A signal handler may ask for an ID while its own thread holds it, so it is an RLock.
         self._lock = threading.RLock()
         self._idle: dict[str, list[Line]] = {}
         self._out = 0
         self._sockets = _Sockets()
-        # The collector takes a forgotten transport apart in any order, and a context whose sockets it has
-        # not closed yet would wait for them for ever: they are closed here, in the right one.
+        # The garbage collector takes a forgotten transport apart in any order, and a context would wait for
+        # ever for sockets that are still open: this finalizer closes the sockets first.
         self._finish = weakref.finalize(self, self._sockets.close_all)
         self._finish.atexit = False
 
@@ -215,7 +214,7 @@ class Transport:
 
 
 _all: weakref.WeakSet[Transport] = weakref.WeakSet()
-# What a forked child inherits must be neither used nor closed by it.
+# A forked child must neither use nor close the sockets that it inherits.
 _inherited: list[object] = []
 
 
