@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.sim.world import Process
 from zflake.client.balancer import Balancer
-from zflake.client.conversation import Ask, Conversation, Outcome, Pause, take
+from zflake.client.conversation import Ask, Conversation, Outcome, Pause, begin, proceed, take
 from zflake.core.mint import Run
 from zflake.errors import ProtocolError, ZflakeError
 from zflake.wire.codec import Response, decode_response, encode_request
@@ -31,6 +31,7 @@ class Client(Process):
         self._msgid = 0
         self._asking = 0
         self._count = 0
+        self._first: Ask | None = None
         self._talk: Conversation[list[Run]] | None = None
         self._route = world.rng.choice(("auto", "direct", "broker", "broker"))
         self._balancer = self._new_balancer()
@@ -55,18 +56,27 @@ class Client(Process):
 
     def _call(self) -> None:
         self._count = 1 + int(self.world.rng.random() ** 3 * 30)
+        self._talk = None
+        self._first = begin(self._balancer, self._count, BUDGET_S)
+        if self._first is not None:
+            self._ask(self._first)
+            return
         self._talk = take(self._balancer, self._count, BUDGET_S)
         self._go_on(None)
 
     def _go_on(self, outcome: Outcome) -> None:
-        assert self._talk is not None
         self._asking = 0
         try:
+            if self._talk is None:
+                assert self._first is not None
+                then = proceed(self._balancer, self._count, BUDGET_S, self._first, outcome)
+                if isinstance(then, list):
+                    self._served(then)
+                    return
+                self._talk, outcome = then, None
             step = self._talk.send(outcome)
         except StopIteration as end:
-            self.cluster.checker.served(self.cluster.plan.layout, end.value, self._count)
-            self.cluster.served += self._count
-            self._done()
+            self._served(end.value)
             return
         except ZflakeError as error:
             if self.world.tracing:
@@ -81,9 +91,13 @@ class Client(Process):
             assert isinstance(step, Pause)  # a client makes one call at a time, and waits for no other
             self.world.after(int(step.seconds * 1e6) + 1, self, self._go_on, None)
 
+    def _served(self, runs: list[Run]) -> None:
+        self.cluster.checker.served(self.cluster.plan.layout, runs, self._count)
+        self.cluster.served += self._count
+        self._done()
+
     def _done(self) -> None:
         self.in_a_row += 1
-        self._talk = None
         self.world.after(100_000 + self.world.rng.randrange(700_000), self, self._call)
 
     def _ask(self, ask: Ask) -> None:
