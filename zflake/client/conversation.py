@@ -24,8 +24,8 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
-from zflake.wire.cluster import check_hello
-from zflake.wire.codec import Response, WireError
+from zflake.wire.cluster import Hello, check_hello
+from zflake.wire.codec import Response
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.ids import MAX_COUNT, check_run
 from zflake.wire.methods import Method, exception_of
@@ -276,7 +276,7 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         try:
             if balancer.service_of(seed) is None or balancer.layout is None:
                 ask = Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s(began)))
-                balancer.introduce(seed, check_hello(*_answer((yield ask))))
+                balancer.introduce(seed, _hello((yield ask)))
             if balancer.service_of(seed) == "worker":
                 workers.append(seed)
             else:
@@ -312,6 +312,13 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
     )
 
 
+def _hello(outcome: Outcome) -> Hello:
+    """The hello in an answer; raises the error in its place."""
+    if not isinstance(outcome, Response):
+        raise outcome or Timeout("no answer")
+    return check_hello(outcome.error, outcome.result)
+
+
 def _addresses(outcome: Outcome) -> list[str]:
     """The addresses of the workers in a directory."""
     try:
@@ -323,17 +330,11 @@ def _addresses(outcome: Outcome) -> list[str]:
 
 def _result(outcome: Outcome) -> Any:
     """The result in an answer; raises the error that came in its place."""
-    error, result = _answer(outcome)
-    if error is not None:
-        raise exception_of(error)
-    return result
-
-
-def _answer(outcome: Outcome) -> tuple[WireError | None, Any]:
-    """The error and the result in an answer; raises `Timeout` or `ProtocolError` if there is no answer."""
-    if isinstance(outcome, Response):
-        return outcome.error, outcome.result
-    raise outcome or Timeout("no answer")
+    if not isinstance(outcome, Response):
+        raise outcome or Timeout("no answer")
+    if outcome.error is not None:
+        raise exception_of(outcome.error)
+    return outcome.result
 
 
 def _of(endpoint: str, error: ZflakeError) -> ZflakeError:
