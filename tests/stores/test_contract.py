@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -14,8 +14,9 @@ from tests.servers import Servers
 from zflake.core.layout import PRESETS, Layout
 from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Traced
 from zflake.errors import StoreError
-from zflake.stores import Store, open_store
-from zflake.stores.contract import Contents
+from zflake.stores import Store, keyed, open_store, rows
+from zflake.stores.contract import Contents, outdated
+from zflake.stores.memory import MemoryStore
 
 _numbers: Iterator[int] = itertools.count()
 # A further engine is one more line: from a folder of its own and the servers to the URL of an empty store.
@@ -31,11 +32,40 @@ META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0,
 FURTHEST: Final = (1 << 62) - 1  # the last tick of the longest time field
 
 
+class Opened(NamedTuple):
+    """An empty store."""
+
+    url: str
+    store: Store
+
+    def beside(self) -> Store:
+        """Another connection to it; the same one if the engine allows no other."""
+        if isinstance(self.store, MemoryStore):
+            other = MemoryStore()
+            other._things, other._order = self.store._things, self.store._order
+            return other
+        return self.store if self.store.exclusive else open_store(self.url)
+
+
 @pytest.fixture(params=ENGINES)
-def empty(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Iterator[Store]:
-    store = open_store(ENGINES[request.param](tmp_path, servers))
-    yield store
+def opened(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Iterator[Opened]:
+    url = ENGINES[request.param](tmp_path, servers)
+    store = open_store(url)
+    yield Opened(url, store)
     store.close()
+
+
+@pytest.fixture
+def empty(opened: Opened) -> Store:
+    return opened.store
+
+
+@pytest.fixture
+def beside(opened: Opened) -> Iterator[Store]:
+    """Another connection to the same store."""
+    other = opened.beside()
+    yield other
+    other.close()
 
 
 @pytest.fixture
@@ -372,6 +402,41 @@ def test_a_span_that_was_pruned_under_a_lease_comes_back_with_its_renewal(store:
     assert spans(store) == [(1, 100, 300)]
 
 
+def test_a_renewal_takes_the_place_of_the_span_that_it_lengthens(store: Store) -> None:
+    write(store, granted(1, 1, 100, 200))
+    write(store, granted(1, 2, 200, 300, since=100))
+    assert store.prune(before=200, keep=9, limit=9) == 0
+    assert spans(store) == [(1, 100, 300)]
+
+
+def prune_while(store: Store, meanwhile: Callable[[], object], before: int) -> None:
+    """Prune, and have something else happen when it is decided what to forget."""
+
+    def decide(*arguments: Any) -> int:
+        count = outdated(*arguments)
+        meanwhile()
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        for family in (keyed, rows):
+            patch.setattr(family, "outdated", decide)
+        store.prune(before, keep=99, limit=99)
+
+
+def test_a_span_that_is_renewed_while_it_is_pruned_stays(store: Store) -> None:
+    write(store, granted(1, 1, 100, 200), granted(2, 1, 100, 200))
+    prune_while(store, lambda: write(store, granted(1, 2, 200, 300, since=100)), before=200)
+    assert spans(store) == [(1, 100, 300)]
+    assert store.trace(1, 150) == Traced(Span(1, 100, 300, HOLDER), 200)
+
+
+def test_what_is_known_to_be_incomplete_is_never_said_to_be_complete_again(empty: Store) -> None:
+    span = Span(1, 100, 200, HOLDER)
+    empty.initialise(replace(META, incarnation=empty.incarnation()), Contents(spans=[span], since=500))
+    assert empty.prune(before=200, keep=9, limit=9) == 1
+    assert empty.trace(1, 150) == Traced(None, 500)
+
+
 # --- lives, and what moves from store to store ---
 
 
@@ -431,6 +496,26 @@ def test_a_mark_goes_forward_only_whatever_order_writes_come_in(store: Store) ->
     assert marked(store) == [("here", 900), ("there", 100)]
 
 
+def test_a_mark_is_not_set_back_by_a_connection_that_knows_an_earlier_one(
+    store: Store, beside: Store
+) -> None:
+    store.swap([], Mark("here", 500))
+    beside.swap([], Mark("here", 900))
+    for now_us in (600, 700):
+        store.swap([], Mark("here", now_us))
+        assert marked(store) == [("here", 900)]
+
+
+@pytest.mark.parametrize("opened", ["memory", "redis", "etcd"], indirect=True)
+def test_a_commit_into_data_that_have_gone_back_is_refused(store: Store, beside: Store) -> None:
+    store.swap([], Mark("here", 500))
+    beside.set_marks(300)
+    swap = Swap(Record(1), granted(1, 1, 100, 200), 1)
+    assert store.swap([swap], Mark("here", 501)) == [False]
+    assert store.by_machine(1) == Record(1)
+    assert store.swap([swap], Mark("here", 502)) == [True]
+
+
 def test_marks_are_set_back_all_at_once_and_go_on_from_there(store: Store) -> None:
     for name in ("here", "there"):
         store.swap([], Mark(name, 900, 4, "tcp://10.0.0.1:7410"))
@@ -460,7 +545,7 @@ def test_a_later_schema_that_this_one_can_read_is_used_and_kept(empty: Store) ->
     assert empty.meta() == replace(later, version=2, ttl=7)
 
 
-@pytest.mark.parametrize("empty", [name for name in ENGINES if name != "memory"], indirect=True)
+@pytest.mark.parametrize("opened", [name for name in ENGINES if name != "memory"], indirect=True)
 def test_a_schema_that_asks_for_a_later_zflake_is_refused(empty: Store) -> None:
     empty.initialise(replace(META, schema=SCHEMA + 5, reader=SCHEMA + 1, incarnation=empty.incarnation()))
     with pytest.raises(
@@ -472,3 +557,77 @@ def test_a_schema_that_asks_for_a_later_zflake_is_refused(empty: Store) -> None:
 def test_no_mark_is_written_where_there_is_no_meta(empty: Store) -> None:
     empty.swap([], Mark("here", 5))
     assert list(empty.marks()) == []
+
+
+# --- what others do meanwhile ---
+
+
+@pytest.mark.parametrize("opened", ["redis", "postgresql"], indirect=True)
+def test_a_swap_under_a_meta_of_another_incarnation_loses(store: Store) -> None:
+    meta = store.meta()
+    assert meta is not None
+    assert store.swap_meta(meta, replace(meta, version=2, incarnation="another"))
+    swap = Swap(Record(1), granted(1, 1, 100, 200), 2)
+    assert store.swap([swap], Mark("here", 5)) == [False]
+    assert store.by_machine(1) == Record(1)
+    assert marked(store) == [("here", 5)]
+
+
+@pytest.mark.parametrize("opened", ["memory", "redis", "etcd"], indirect=True)
+def test_of_two_who_fill_a_store_the_first_gives_up(empty: Store, beside: Store) -> None:
+    assert isinstance(empty, keyed.KeyedStore)
+    assert isinstance(beside, keyed.KeyedStore)
+    fill = empty._fill
+
+    def fill_too_late(*arguments: Any) -> bool:
+        beside._commit(keyed.Step({}, {keyed.FILLING: "of another process"}))
+        return fill(*arguments)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(StoreError, match="another process has just begun to"),
+    ):
+        patch.setattr(empty, "_fill", fill_too_late)
+        empty.initialise(META, Contents([granted(1, 1, 100, 200)]))
+    assert empty.meta() is None
+
+
+@pytest.mark.parametrize("opened", ["memory", "redis", "etcd"], indirect=True)
+def test_of_two_who_prune_none_takes_back_what_the_other_says(store: Store, beside: Store) -> None:
+    assert isinstance(store, keyed.KeyedStore)
+    write(store, granted(1, 1, 100, 200), granted(2, 1, 100, 900))
+    commit = store._commit
+
+    def commit_too_late(*steps: Any) -> list[bool] | None:
+        patch.undo()
+        assert beside.prune(before=900, keep=9, limit=9) == 2
+        return commit(*steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_commit", commit_too_late)
+        store.prune(before=200, keep=9, limit=9)
+    assert store.trace(2, 500) == Traced(None, 900)
+
+
+@pytest.mark.parametrize("opened", ["postgresql"], indirect=True)
+def test_meta_is_not_swapped_while_a_commit_relies_on_it(store: Store, beside: Store) -> None:
+    assert isinstance(store, rows.RowStore)
+    assert isinstance(beside, rows.RowStore)
+    meta = store.meta()
+    assert meta is not None
+    beside._run("SET lock_timeout = '100ms'")
+    with store._transaction():
+        assert store._current_version() == meta.version
+        with pytest.raises(StoreError, match="lock"):
+            beside.swap_meta(meta, replace(meta, version=2))
+    assert beside.swap_meta(meta, replace(meta, version=2))
+
+
+@pytest.mark.parametrize("opened", ["sqlite"], indirect=True)
+def test_a_swap_of_meta_that_loses_does_not_shut_the_file_to_this_zflake(
+    store: Store, opened: Opened
+) -> None:
+    lost = replace(META, version=9)
+    assert not store.swap_meta(lost, replace(lost, version=10, reader=SCHEMA + 1))
+    store.close()
+    open_store(opened.url).close()

@@ -43,7 +43,8 @@ def etcd(servers: Servers) -> EtcdStore:
 
 
 def test_a_revision_that_went_back_is_another_life(etcd: EtcdStore) -> None:
-    made(etcd)
+    if etcd.meta() is None:
+        made(etcd)
     assert is_as_it_was(etcd)
     etcd._identity.revision += 1000  # it has seen more than there is now
     assert not is_as_it_was(etcd)

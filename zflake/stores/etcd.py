@@ -63,6 +63,7 @@ class EtcdStore(TextStore):
 
     exclusive = False
     batch = BATCH
+    page = PAGE
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)

@@ -23,6 +23,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -38,8 +39,6 @@ META: Final[Key] = ("meta",)
 STORE: Final[Key] = ("store",)
 SINCE: Final[Key] = ("since",)
 FILLING: Final[Key] = ("filling",)
-PAGE: Final = 256
-"""Keys that a walk reads at a time."""
 CHUNK: Final = 100
 """Keys that a store writes at a time while it is filled, converted or pruned."""
 
@@ -86,6 +85,8 @@ class KeyedStore(Store):
     """What to do about a place that holds something else than a store."""
     batch: int = 1 << 20
     """Steps that the engine can commit at once."""
+    page: int = 256
+    """Keys that a walk reads at a time."""
 
     def __init__(self) -> None:
         # By the first machine of a range: where the search for never-used machines begins.  No machine that was
@@ -146,14 +147,15 @@ class KeyedStore(Store):
         items = [item for record in contents.records for item in items_of(record)]
         items += [item for span in contents.spans for item in items_of_span(span)]
         left = [*self._keys(("end",), ("mark",)), *self._keys(("span",), ("token~",))]
+        fresh: dict[Key, Stamp | Found] = {META: Found.NOTHING}
         if not items and not left:
-            done = self._commit(Step({META: Found.NOTHING}, {**head, **end})) is not None
+            done = self._commit(Step(fresh, {**head, **end})) is not None
         else:
             # The meta comes last, since what is half filled is no store yet; first goes what a copy left behind
             # that was broken off.
-            mine: dict[Key, Stamp | Found] = {META: Found.NOTHING, FILLING: filling}
+            mine = {**fresh, FILLING: filling}
             done = (
-                self._commit(Step({META: Found.NOTHING}, {**head, FILLING: filling})) is not None
+                self._commit(Step(fresh, {**head, FILLING: filling})) is not None
                 and self._fill(mine, [(key, None) for key in left if key != FILLING])
                 and self._fill(mine, items)
                 and self._commit(Step(mine, end)) is not None
@@ -187,22 +189,23 @@ class KeyedStore(Store):
         unused: list[Record] = []
         begin = self._unused_from.get(first, first)
         while len(unused) < limit and begin <= last:
-            stop = min(begin + PAGE, last + 1)
+            stop = min(begin + self.page, last + 1)
             used = {key[1] for key in self._keys(("machine", begin), ("machine", stop))}
-            unused += [Record(n) for n in range(begin, stop) if n not in used]
+            found = (Record(n) for n in range(begin, stop) if n not in used)
+            unused += islice(found, limit - len(unused))
             begin = stop
         if limit > 0:
             self._unused_from[first] = unused[0].machine if unused else begin
-        return [*unused[:limit], *self._lowest_used(first, last, limit - len(unused))]
+        return [*unused, *self._lowest_used(first, last, limit - len(unused))]
 
     def _lowest_used(self, first: int, last: int, limit: int) -> list[Record]:
         records: list[Record] = []
         at: Key = ("fence",)
         while len(records) < limit:
-            keys = self._keys(at, ("fence~",), limit=PAGE)
+            keys = self._keys(at, ("fence~",), limit=self.page)
             machines: list[Any] = [key[2] for key in keys if first <= key[2] <= last]  # type: ignore[operator]
             records += self.by_machines(machines[: limit - len(records)])
-            if len(keys) < PAGE:
+            if len(keys) < self.page:
                 break
             at = (*keys[-1], 0)
         return sorted(records, key=lambda record: (record.fence, record.machine))

@@ -4,12 +4,11 @@
 --   KEYS[2]   hash: every other key -> its value
 --   KEYS[3]   sorted set, all scores 0: every other key, so that the order is the text's
 --
--- ARGV: nothing, to be told which life of the data this is; or words that make up the steps:
---   = key text    the key's value must begin with the text
---   ! key         the key must not be there
---   + key value   put the value under the key
---   - key         remove the key
---   ;             ends a step
+-- ARGV[1]: nothing, to be told which life of the data this is; or the steps as JSON, each of them
+--   [[[key, text], ...], [[key, text], ...]]
+-- first the conditions: the key's value begins with the text, or is not there if that is false; then the writes:
+-- put the text under the key, or remove the key if it is false.
+--
 -- If the first step's conditions don't hold, nothing is written.  The steps behind it are written only if the
 -- meta says that it is of this life.  Gives 1 or 0 for each step.
 
@@ -44,51 +43,38 @@ local function get(key)
   return redis.call('HGET', KEYS[2], key)
 end
 
-local function put(key, value)
+local function holds(conditions)
+  for _, condition in ipairs(conditions) do
+    local value, text = get(condition[1]), condition[2]
+    if text and not (value and string.sub(value, 1, #text) == text) or not text and value then
+      return false
+    end
+  end
+  return true
+end
+
+local function write(key, text)
   if key == 'meta' then
-    redis.call('HSET', KEYS[1], 'text', value)
-  else
-    redis.call('HSET', KEYS[2], key, value)
+    redis.call('HSET', KEYS[1], 'text', text)
+  elseif text then
+    redis.call('HSET', KEYS[2], key, text)
     redis.call('ZADD', KEYS[3], 0, key)
+  else
+    redis.call('HDEL', KEYS[2], key)
+    redis.call('ZREM', KEYS[3], key)
   end
 end
 
-local function remove(key)
-  redis.call('HDEL', KEYS[2], key)
-  redis.call('ZREM', KEYS[3], key)
-end
-
-local outcomes, holds, writes, at = {}, true, {}, 1
-local known = incarnation == life()
-while at <= #ARGV do
-  local word, key, text = ARGV[at], ARGV[at + 1], ARGV[at + 2]
-  if word == '=' then
-    local value = get(key)
-    holds = holds and value and string.sub(value, 1, #text) == text
-    at = at + 3
-  elseif word == '!' then
-    holds = holds and not get(key)
-    at = at + 2
-  elseif word == '+' then
-    writes[#writes + 1] = {put, key, text}
-    at = at + 3
-  elseif word == '-' then
-    writes[#writes + 1] = {remove, key}
-    at = at + 2
-  else
-    if #outcomes > 0 then
-      holds = holds and known
+local outcomes, known = {}, incarnation == life()
+for at, step in ipairs(cjson.decode(ARGV[1])) do
+  local holding = (at == 1 or known) and holds(step[1])
+  outcomes[at] = holding and 1 or 0
+  if holding then
+    for _, pair in ipairs(step[2]) do
+      write(pair[1], pair[2])
     end
-    if holds then
-      for _, write in ipairs(writes) do
-        write[1](write[2], write[3])
-      end
-    end
-    outcomes[#outcomes + 1] = holds and 1 or 0
-    if outcomes[1] == 0 then
-      return outcomes
-    end
-    holds, writes, at = true, {}, at + 1
+  elseif at == 1 then
+    return outcomes
   end
 end
 return outcomes

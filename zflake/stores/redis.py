@@ -8,6 +8,7 @@ one that the meta knows.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any, Final
@@ -43,6 +44,7 @@ OPTIONS: Final = ("prefix", "unchecked", "ca")
 FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
 NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 SCRIPT: Final = files("zflake.stores").joinpath("redis.lua").read_text("utf-8")
+_BEGINNINGS: Final[dict[Any, str | bool]] = {Found.NOTHING: False, Found.ANYTHING: ""}
 LAYOUT_3: Final = ("machines", "tokens", "fences", "ends", "marks", "since")
 """Keys of schema 3, beside the meta and one `spans:MACHINE` for each machine."""
 
@@ -132,22 +134,19 @@ class RedisStore(TextStore):
             )
 
     def _commit(self, first: Step, steps: Sequence[Step] = ()) -> list[bool] | None:
-        words: list[str] = []
-        for step in (first, *steps):
-            for key, wanted in text_conditions(step.conditions):
-                if wanted is Found.NOTHING:
-                    words += ("!", key)
-                else:
-                    words += ("=", key, "" if isinstance(wanted, Found) else wanted)
-            for key, text in text_writes(step.writes):
-                words += ("-", key) if text is None else ("+", key, text)
-            words.append(";")
-        held, *outcomes = self._run(*words)
+        request = [
+            (
+                [(key, _BEGINNINGS.get(wanted, wanted)) for key, wanted in text_conditions(step.conditions)],
+                [(key, False if text is None else text) for key, text in text_writes(step.writes)],
+            )
+            for step in (first, *steps)
+        ]
+        held, *outcomes = self._run(json.dumps(request))
         return [outcome == 1 for outcome in outcomes] if held else None
 
-    def _run(self, *words: str) -> Any:
+    def _run(self, *request: str) -> Any:
         with self._errors():
-            return self._script(keys=[self._meta_key, self._values_key, self._order_key], args=words)
+            return self._script(keys=[self._meta_key, self._values_key, self._order_key], args=request)
 
     # --- what is there ---
 
