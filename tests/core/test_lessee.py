@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,24 +12,18 @@ from hypothesis import strategies as st
 from zflake.core.layout import PRESETS, Layout, parse
 from zflake.core.lease import (
     Acquire,
-    Answer,
     Grant,
     Holder,
-    Meta,
     Refusal,
     Refused,
     Release,
     Released,
     Renew,
-    Request,
-    Swap,
     Token,
 )
 from zflake.core.lessee import LAPSED_US, MAX_HINT_US, RETRY_US, TRANSITIONS, Event, Lessee, State
-from zflake.core.lessor import OFFER, acquire, release, renew
 from zflake.core.mint import Mint
 from zflake.errors import ProtocolError
-from zflake.stores.memory import MemoryStore
 
 LAYOUT = PRESETS["snowcloud"]
 TTL = 30_000
@@ -571,102 +564,3 @@ def test_a_closed_lessee_sends_nothing_and_drops_what_comes() -> None:
         assert (lessee.state, lessee.mint) == (State.RELEASED, mint)
         assert mint is None or mint.take(1500, 1) is None
         assert lessee.poll(10**12) is None
-
-
-# --- lessees and lessors together ---
-
-
-class Cluster:
-    """Tenants against the lessor's rules over a bad network, all in variables and all out of one seed."""
-
-    LAYOUT = parse("time:20,machine:3,sequence:2")
-    TTL = 3_000
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.store = MemoryStore()
-        self.store.initialise(Meta("store", self.LAYOUT, self.TTL, 0, 7))
-        self.us = 0
-        self.lessees = [self.lessee() for _ in range(4)]
-        self.delayed: list[tuple[Lessee, Grant]] = []
-        self.ids: list[int] = []
-        self.acquires = 0
-        self.releases = 0
-
-    def lessee(self) -> Lessee:
-        return Lessee(ME, draw_token=lambda: self.random.randbytes(16), jitter=self.random.random)
-
-    def ask(self, request: Request, now: int) -> Answer:
-        store, meta = self.store, self.store.meta()
-        assert meta is not None
-        for _ in range(2):
-            decision: Answer | Swap
-            if isinstance(request, Acquire):
-                lowest = store.lowest(meta.first_machine, meta.last_machine, OFFER)
-                repeat = store.by_token(request.next)
-                decision = acquire(
-                    meta, now, request, repeat=repeat, lowest=lowest, pick=self.random.randrange
-                )
-            elif isinstance(request, Renew):
-                decision = renew(meta, now, request, record=store.by_machine(request.machine))
-            else:
-                decision = release(meta, now, request, record=store.by_machine(request.machine))
-            if not isinstance(decision, Swap):
-                return decision
-            if store.swap([decision]) == [True]:
-                self.acquires += isinstance(request, Acquire)
-                if isinstance(request, Release):
-                    self.releases += 1
-                    return Released(decision.new.machine, decision.new.fence)
-        raise AssertionError("a swap that went through is not answered")
-
-    def now(self, error: int) -> int:
-        return max(0, self.us // 1000 + self.random.randint(-error, error))
-
-    def step(self, *, loss: float, error: int, leave: float) -> None:
-        self.us += self.random.randint(1, 400_000)
-        for i, lessee in enumerate(self.lessees):
-            lessee.observe(self.now(error), 0)
-            if self.random.random() < leave:
-                parting = lessee.close()
-                if parting is not None and self.random.random() > loss:
-                    self.ask(parting, self.now(error))
-                self.lessees[i] = self.lessee()
-                continue
-            request = lessee.poll(self.us)
-            if request is not None and self.random.random() > loss:
-                answer = self.ask(request, self.now(error))
-                if self.random.random() > loss:
-                    lessee.receive(answer, self.us, self.now(error))
-                elif isinstance(answer, Grant):
-                    self.delayed.append((lessee, answer))
-            if self.delayed and self.random.random() < 0.3:
-                late = self.delayed.pop(self.random.randrange(len(self.delayed)))
-                late[0].receive(late[1], self.us, self.now(error))
-            if lessee.mint is not None:
-                run = lessee.mint.take(self.now(error), self.random.randint(1, 6))
-                if run is not None:
-                    self.ids += [run[0] + k * run[1] for k in range(run[2])]
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_lessees_on_a_bad_network_with_bad_clocks_never_repeat_an_id(seed: int) -> None:
-    cluster = Cluster(seed)
-    faults = random.Random(seed)
-    loss, error = faults.choice([0.0, 0.2, 0.6]), faults.choice([0, 20, 2_000, 8_000])
-    for _ in range(300):
-        cluster.step(loss=loss, error=error, leave=0.02)
-    assert len(cluster.ids) == len(set(cluster.ids))
-    assert len(cluster.ids) > 50  # a run that minted next to nothing would prove nothing
-    assert cluster.releases
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_on_a_good_network_each_lessee_acquires_once_and_never_lapses(seed: int) -> None:
-    cluster = Cluster(seed)
-    cluster.step(loss=0, error=0, leave=0)
-    for _ in range(200):
-        cluster.step(loss=0, error=0, leave=0)
-        assert [lessee.state for lessee in cluster.lessees] == [State.HELD] * 4
-    assert cluster.acquires == 4
-    assert sum(lessee.dropped for lessee in cluster.lessees) == 0

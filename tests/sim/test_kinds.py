@@ -93,3 +93,12 @@ def test_a_worker_with_a_window_far_ahead_hears_soon_that_its_lease_was_lost() -
     assert sim.disk.apply([Swap(record, ended, meta.version)], None) == [True]
     world.run(world.true_us + 5 * SECOND_US)
     assert worker.lease.lessee.state.name == "HELD"
+
+
+def test_on_a_good_network_each_holder_acquires_once_and_never_lapses() -> None:
+    told: list[str] = []
+    sim = Cluster(1, told.append, plan=CALM)
+    sim.world.run(20 * SECOND_US)
+    assert sum(" Acquire(" in line for line in told) == CALM.workers
+    assert sum(" Renew(" in line for line in told) > 20 * CALM.workers
+    assert not [line for line in told if "-> LAPSED" in line]
