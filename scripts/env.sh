@@ -1,9 +1,9 @@
 # Sourced by the scripts beside it: moves to the project's folder and makes its .venv.
 #
 #   need run     the package itself
-#   need dev     the package, and what it is tested and checked with
+#   need dev     the package with all its extras, and the dependency group `dev`: what it is tested and checked with
 #
-# Nothing is installed outside .venv.  It is made anew only where pyproject.toml has changed.
+# Nothing is installed outside .venv, and only when pyproject.toml has changed since.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,23 +21,31 @@ find_python() {
   return 1
 }
 
+# make_venv DIR PYTHON: a virtual environment whose pip knows dependency groups
+make_venv() {
+  echo "making $1 with $("$2" --version) ..." >&2
+  if ! "$2" -m venv "$1" >&2; then
+    rm -rf "$1"
+    echo "can't make a virtual environment; on Debian install the package python3-venv" >&2
+    return 1
+  fi
+  "$1/bin/python" -m pip install --quiet --upgrade 'pip>=25.1' >&2
+}
+
 need() {
-  local what=$1 stamp=.venv/installed-$1 python
+  local what=$1 stamp=.venv/installed-$1
   if [[ -f $stamp ]] && cmp -s pyproject.toml "$stamp"; then
     return
   fi
-  if [[ ! -x .venv/bin/python ]]; then
-    python=$(find_python)
-    echo "making .venv with $("$python" --version) ..." >&2
-    if ! "$python" -m venv .venv >&2; then
-      rm -rf .venv
-      echo "can't make a virtual environment; on Debian install the package python3-venv" >&2
-      return 1
-    fi
-  fi
+  [[ -x .venv/bin/python ]] || make_venv .venv "$(find_python)"
+  echo "installing zflake and what \`$what\` needs into .venv: a minute or so at first ..." >&2
   case $what in
     run) .venv/bin/python -m pip install --quiet --editable . >&2 ;;
-    dev) .venv/bin/python -m pip install --quiet --editable '.[dev]' >&2 ;;
+    dev)
+      # A .venv that was made before may have an older pip.
+      .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1' >&2
+      .venv/bin/python -m pip install --quiet --editable '.[flask,redis,etcd,postgresql]' --group dev >&2
+      ;;
   esac
   cp pyproject.toml "$stamp"
 }

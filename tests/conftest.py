@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import pytest
@@ -222,3 +224,22 @@ def script(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Scripts]:
     yield make
     for peer in made:
         peer.stop()
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Says a line in the summary of the run."""
+    return partial(record_property, "tell")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [
+        each for each in itertools.chain(*terminalreporter.stats.values()) if hasattr(each, "user_properties")
+    ]
+    lines = dict.fromkeys(
+        str(line) for each in reports for name, line in each.user_properties if name == "tell"
+    )
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,7 +1,7 @@
 """Several delegators on one store, each with a network of its own to it, and tests that take turns on them.
 
-A *site* is one engine's server and what runs on it.  The sites of all engines are at work side by side, each
-in a thread, one scenario after another: most of their time is spent waiting.
+A *site* is one engine's server and what runs on it.  The tests of one engine share its site, so one worker of
+pytest-xdist runs them all, one after another.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self
 
 import pytest
 
-from tests.conftest import brief
 from tests.proxy import Mode, Proxy
 from tests.servers import Etcd, Postgres, Redis, Server
 from tests.system.checker import Verdict, leases_in, windows_of
@@ -34,44 +32,27 @@ HEALTHY_MS: Final = TTL_MS * 6 // 10
 SOON_S: Final = 1.0
 """What waits for no store; generous, for a machine with other work."""
 
-Scenario: TypeAlias = "Callable[[Site], None]"
-Outcomes: TypeAlias = dict[str, dict[str, Future[None]]]
-"""By engine, by test."""
 
-
-def several(*engines: str) -> Callable[[Scenario], Callable[..., None]]:
-    """Make a test of a scenario, on each of these engines (all of them by default), beside the other engines'."""
-
-    def decorate(scenario: Scenario) -> Callable[..., None]:
-        @pytest.mark.parametrize("engine", brief(engines or ENGINES, ENGINES[:1]))
-        def test(engine: str, outcomes: Outcomes) -> None:
-            outcomes[engine][scenario.__name__].result()
-
-        test.scenario = scenario  # type: ignore[attr-defined]
-        return test
-
-    return decorate
+def several(*engines: str) -> pytest.MarkDecorator:
+    """Try a test on each of these engines (all of them by default); those of one engine take turns on its site."""
+    quick = ENGINES[0]
+    sites = [
+        pytest.param(
+            engine,
+            marks=[pytest.mark.xdist_group(f"several-{engine}"), *([pytest.mark.long] * (engine != quick))],
+        )
+        for engine in engines or ENGINES
+    ]
+    return pytest.mark.parametrize("site", sites, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
-    """What becomes of the module's scenarios, as far as they were selected; they begin with the first."""
-    chosen: dict[str, list[Scenario]] = {}
-    for item in request.session.items:
-        scenario = getattr(getattr(item, "function", None), "scenario", None)
-        if getattr(item, "module", None) is request.module and scenario is not None:
-            chosen.setdefault(item.callspec.params["engine"], []).append(scenario)  # type: ignore[attr-defined]
-    for folder in (sites := tmp_path_factory.mktemp("several"), *sites.parents[:2]):
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The site of an engine, which a module's tests share."""
+    for folder in (sites := tmp_path_factory.mktemp("several"), *sites.parents[:3]):
         folder.chmod(0o711)  # PostgreSQL's server is not root
-    with contextlib.ExitStack() as stack:
-        running: Outcomes = {}
-        for engine, scenarios in chosen.items():
-            site = stack.enter_context(Site(engine, sites / engine))
-            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix=engine))
-            running[engine] = {s.__name__: pool.submit(s, site) for s in scenarios}
-            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            stack.callback(site.give_up, running[engine].values())
-        yield running
+    with Site(request.param, sites / request.param) as site:
+        yield site
 
 
 class Site:
@@ -89,11 +70,6 @@ class Site:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def give_up(self, outcomes: Iterable[Future[None]]) -> None:
-        """End what runs if anything is not done: whoever waits for that, waits no longer."""
-        if not all(outcome.cancel() or outcome.done() for outcome in outcomes):
-            self.daemons.end()
 
     @cached_property
     def daemons(self) -> Daemons:

@@ -12,7 +12,6 @@ from typing import Final, TypeAlias
 import pytest
 
 import zflake
-from tests.system.beside import beside, outcomes  # noqa: F401  (the fixture)
 from tests.system.conftest import Peers
 from tests.system.daemons import Daemon, Daemons, status_of, until
 from tests.system.faketime import HOUR_S, YEAR_S, WrongClock, clean_up_after, need_faketime
@@ -63,7 +62,6 @@ def _refused(delegator: Daemon) -> str:
     return line
 
 
-@beside
 def test_a_delegator_whose_wall_clock_steps_goes_on_as_if_it_did_not(daemons: Daemons) -> None:
     with wrong_clocks(daemons) as clocks:
         _step_while_running(daemons, clocks)
@@ -88,7 +86,6 @@ def _step_while_running(daemons: Daemons, clocks: Clocks) -> None:
     assert load.lost() == []
 
 
-@beside
 def test_a_delegator_restarted_with_another_wall_clock_goes_on_from_its_mark_or_refuses(
     daemons: Daemons,
 ) -> None:
@@ -148,7 +145,6 @@ def _restart_with_steps(daemons: Daemons, clocks: Clocks) -> None:
     assert verdict.violations == []
 
 
-@beside
 def test_holders_of_a_store_that_was_lost_are_served_again_after_its_rest(daemons: Daemons) -> None:
     with wrong_clocks(daemons) as clocks:
         _rest_in_no_time(daemons, clocks)

@@ -19,7 +19,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from tests.system.beside import beside, outcomes  # noqa: F401  (the fixture)
 from tests.system.conftest import start_cluster
 from tests.system.daemons import Daemon, Daemons, environment, status_of, until
 from tests.system.load import Load
@@ -100,7 +99,6 @@ def _copy(store: Path, to: Path, *, marker: bool = False) -> None:
 # --- no room, no right to write ---
 
 
-@beside
 def test_a_full_disk_stops_grants_and_nothing_else_until_there_is_room(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=2, ttl="2s")
     delegator = cluster.delegator
@@ -124,7 +122,6 @@ def test_a_full_disk_stops_grants_and_nothing_else_until_there_is_room(daemons: 
     assert delegator.terminate() == 0
 
 
-@beside
 def test_a_store_that_may_not_be_written_is_refused_and_goes_on_once_it_may(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=1, ttl="2s")
     address = cluster.delegator.address
@@ -157,7 +154,6 @@ def test_a_store_that_may_not_be_written_is_refused_and_goes_on_once_it_may(daem
 # --- the file goes, or comes back ---
 
 
-@beside
 def test_a_store_that_is_moved_away_and_back_grants_nothing_meanwhile(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=2, ttl="1s")
     delegator, store = cluster.delegator, _store(daemons)
@@ -229,12 +225,10 @@ def _lose(daemons: Daemons, lose: Callable[[Path, Path], None], *, running: bool
     assert again.terminate() == 0
 
 
-@beside
 def test_a_store_removed_under_its_delegator_is_rested_from(daemons: Daemons) -> None:
     _lose(daemons, lambda store, _: store.unlink(), running=True)
 
 
-@beside
 def test_a_store_replaced_under_its_delegator_is_rested_from(daemons: Daemons) -> None:
     def replace(store: Path, backup: Path) -> None:
         fresh = store.with_suffix(".restored")
@@ -246,22 +240,18 @@ def test_a_store_replaced_under_its_delegator_is_rested_from(daemons: Daemons) -
     _lose(daemons, replace, running=True)
 
 
-@beside
 def test_a_store_written_over_under_its_delegator_is_rested_from(daemons: Daemons) -> None:
     _lose(daemons, _overwrite, running=True)
 
 
-@beside
 def test_a_store_written_over_while_its_log_stays_is_rested_from(daemons: Daemons) -> None:
     _lose(daemons, _overwrite, running=False)
 
 
-@beside
 def test_a_store_whose_log_is_removed_is_rested_from(daemons: Daemons) -> None:
     _lose(daemons, lambda store, _: Path(f"{store}-wal").unlink(), running=False)
 
 
-@beside
 def test_a_store_whose_marker_is_removed_is_rested_from(daemons: Daemons) -> None:
     _lose(daemons, lambda store, _: Path(f"{store}.marker").unlink(), running=False)
 
@@ -272,7 +262,6 @@ def _overwrite(store: Path, backup: Path) -> None:
     assert store.stat().st_ino == inode
 
 
-@beside
 def test_a_store_rolled_back_with_its_marker_is_betrayed_by_the_first_renewal(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=2, ttl="1s")
     store = _store(daemons)

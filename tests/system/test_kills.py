@@ -9,7 +9,6 @@ import signal
 from typing import Final
 
 from tests.system import kills
-from tests.system.beside import beside, outcomes  # noqa: F401  (the fixture)
 from tests.system.checker import Lease
 from tests.system.daemons import Daemons, names_of, status_of, until
 from tests.system.failpoints import STATEMENTS, WORKER_POINTS
@@ -24,7 +23,6 @@ TRIED: Final = [
 ]
 
 
-@beside
 def test_a_delegator_killed_at_any_point_grants_nothing_twice_and_loses_nobody(daemons: Daemons) -> None:
     result = kills.run(daemons.folder, [(point, 1) for point in TRIED])
     assert result.violations == []
@@ -32,7 +30,6 @@ def test_a_delegator_killed_at_any_point_grants_nothing_twice_and_loses_nobody(d
     assert result.verdict.ids > 1000
 
 
-@beside
 def test_a_delegator_killed_while_it_makes_its_store_makes_it_at_the_next_start(daemons: Daemons) -> None:
     for where in STATEMENTS[:-1]:
         victim = daemons.delegator(via=(LAUNCHER, f"initialise: {where}", "1"))
@@ -44,7 +41,6 @@ def test_a_delegator_killed_while_it_makes_its_store_makes_it_at_the_next_start(
     assert load.check([delegator]).violations == []
 
 
-@beside
 def test_workers_killed_around_their_renewals_leave_machine_ids_that_others_take_over(
     daemons: Daemons,
 ) -> None:

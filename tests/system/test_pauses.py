@@ -9,7 +9,6 @@ from typing import Final
 
 import numpy as np
 
-from tests.system.beside import beside, outcomes  # noqa: F401  (the fixture)
 from tests.system.conftest import start_cluster
 from tests.system.daemons import Daemons, names_of, status_of, until
 from tests.system.load import Load, moments
@@ -18,7 +17,6 @@ from tests.system.runs import check_runs, read_runs, runs_of
 RESTARTS: Final = 16
 
 
-@beside
 def test_a_worker_stopped_past_its_window_finds_its_machine_id_taken_and_takes_another_lease(
     daemons: Daemons,
 ) -> None:
@@ -41,7 +39,6 @@ def test_a_worker_stopped_past_its_window_finds_its_machine_id_taken_and_takes_a
     assert load.lost() == [stopped.name]
 
 
-@beside
 def test_a_delegator_and_a_client_stopped_past_a_window_change_nothing_but_the_wait(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=2, ttl="1s")
     out = daemons.folder / "client.runs"
@@ -70,7 +67,6 @@ def test_a_delegator_and_a_client_stopped_past_a_window_change_nothing_but_the_w
     assert load.lost() == []
 
 
-@beside
 def test_restarts_in_a_row_do_not_carry_the_timeline_ahead(daemons: Daemons) -> None:
     ttl_s = 20
     cluster = start_cluster(daemons, workers=1, ttl=f"{ttl_s}s")
@@ -98,7 +94,6 @@ def test_restarts_in_a_row_do_not_carry_the_timeline_ahead(daemons: Daemons) -> 
     assert load.lost() == []
 
 
-@beside
 def test_a_new_worker_waits_while_all_machine_ids_are_held_and_serves_once_one_leaves(
     daemons: Daemons,
 ) -> None:
