@@ -434,7 +434,9 @@ class Terminal:
     def __init__(self, *argv: str) -> None:
         self.screen = b""
         self._master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+        fcntl.ioctl(
+            slave, termios.TIOCSWINSZ, struct.pack("HHHH", 200, 200, 0, 0)
+        )  # holds all leases of the shared cluster
         os.set_blocking(self._master, False)
         self.process = subprocess.Popen(
             [sys.executable, "-c", ON_TERMINAL, *argv],

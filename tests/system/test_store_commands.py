@@ -72,9 +72,9 @@ def test_what_was_given_back_is_not_traced_to_who_had_it(daemons: Daemons) -> No
         assert worker.terminate() == 0
     minted = tool("trace", str(id_), "--to", delegator.address)
     assert "first" in minted.stdout
-    # Its window went on for half a minute; what it gave back of that is nobody's.
+    # Its window went on for half a minute; what it gave back of that, no holder has.
     later = zflake.layouts["snowcloud"].compose(tick + 20_000, machine, 0)
-    assert "nobody" in tool("trace", str(later), "--to", delegator.address).stdout
+    assert "no holder" in tool("trace", str(later), "--to", delegator.address).stdout
 
 
 def _next(ids: zflake.Client) -> int | None:
