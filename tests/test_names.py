@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-PACKAGE: Final = Path(__file__).parents[1] / "zflake"
+import zflake
+
+PACKAGE: Final = Path(zflake.__file__).parent
 ENGINES_OWN: Final = {"ADVICE", "FORM", "OPTIONS", "PORT", "TIMEOUT_S"}
 """Constants that each store engine has its own of."""
 

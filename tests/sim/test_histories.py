@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ import pytest
 from tests.sim import cluster, soak
 from zflake.holder import lease
 
-HISTORIES = 20_000 if os.environ.get("CI") == "true" else 5_000
+HISTORIES = 5_000
 
 
 @pytest.mark.timeout(900)
