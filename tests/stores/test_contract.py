@@ -583,12 +583,10 @@ def test_of_two_who_fill_a_store_the_first_gives_up(empty: Store, beside: Store)
         beside._commit(keyed.Step({}, {keyed.FILLING: "of another process"}))
         return fill(*arguments)
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(StoreError, match="another process has just begun to"),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(empty, "_fill", fill_too_late)
-        empty.initialise(META, Contents([granted(1, 1, 100, 200)]))
+        with pytest.raises(StoreError, match="another process has just begun to"):
+            empty.initialise(META, Contents([granted(1, 1, 100, 200)]))
     assert empty.meta() is None
 
 
