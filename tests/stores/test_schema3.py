@@ -161,6 +161,17 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"zflake.stores.{module}.CHUNK", 3)
 
 
+def test_a_file_that_lacks_its_last_commit_is_not_taken_for_what_it_was_since_it_is_converted(
+    tmp_path: Path,
+) -> None:
+    place = SqlitePlace(tmp_path / "store.db")
+    put_sqlite(place)
+    marker = Path(f"{place.path}.marker")
+    incarnation, commits, checkpointed = marker.read_text().split()
+    marker.write_text(f"{incarnation:<32} {int(commits) + 1:020} {checkpointed}\n")
+    assert not is_converted(place.url)
+
+
 CALLS: Final[dict[str, tuple[type, str]]] = {
     "redis": (redis.Redis, "execute_command"),
     "etcd": (EtcdHttp, "ask_once"),

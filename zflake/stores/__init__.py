@@ -1,12 +1,14 @@
 """Stores: where a delegator's records are durable.  They load and swap; they decide nothing.
 
 contract.py    what every store does
-memory.py      the reference implementation, which forgets
-sqlite.py      one file on one machine, the default; sqlite_file.py: whether it is what it was
-postgresql.py  tables in a PostgreSQL
-etcd.py        keys in an etcd cluster
-redis.py       keys in a Redis; redis.lua: the script that writes them
-text.py        meta, records and spans as text, for those with keys and values
+keyed.py       the family of those that keep values under keys, with all their guards
+memory.py        the reference implementation, which forgets
+text.py          keys and values as text, and what these two share because of that:
+redis.py         keys in a Redis; redis.lua: the script that writes them
+etcd.py          keys in an etcd cluster; etcd_http.py: its API; etcd_identity.py: whether it is what it was
+rows.py        the family of those that take SQL, with all their guards
+sqlite.py        one file on one machine, the default; sqlite_file.py: whether it is what it was
+postgresql.py    tables in a PostgreSQL
 url.py         the URLs of those that are servers
 """
 
@@ -40,10 +42,11 @@ FORMS: Final = (
 def open_store(url: str, *, read_only: bool = False) -> Store:
     """Open the store of that URL: `sqlite:///file`, `postgresql://`, `etcd://`, `redis://` or `memory:`.
 
-    With `read_only` it is looked at, though a delegator may be using it; there must be one.
+    With `read_only` the store is only looked at, while a delegator may be using it; there must be one, of this
+    schema.  Otherwise a store of an older schema is brought to this one.
 
     Raises `ConfigError` for a URL of no known engine, or one whose package is not installed, `StoreError`
-    where the store can't be used.
+    if the store can't be used.
     """
     check_url(url)
     if url == MEMORY:
@@ -56,7 +59,7 @@ def open_store(url: str, *, read_only: bool = False) -> Store:
 
 
 def name_of(url: str) -> str:
-    """What the store of a URL is called: the URL without its login and options, but for where in a database it is.
+    """The name of a URL's store: the URL without login and options, but with the place inside a database.
 
     Raises `ConfigError` for a URL that can't be read.
     """

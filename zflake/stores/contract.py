@@ -1,4 +1,4 @@
-"""What every store does for the lessor, and what it promises.
+"""The contract of every store: its calls, and its promises.
 
 - `swap` is atomic and durable: when it says True, the record survives any crash of this process and, but
   for `memory:`, of this machine.
@@ -53,7 +53,7 @@ def foreign(url: str, advice: str) -> StoreError:
 
 @contextlib.contextmanager
 def reading(url: str, advice: str) -> Iterator[None]:
-    """Raise `foreign` where what was read can't be understood."""
+    """Raise `foreign` if the text that was read can't be understood."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, LayoutError) as error:
@@ -61,20 +61,20 @@ def reading(url: str, advice: str) -> Iterator[None]:
 
 
 def outdated(ends: Sequence[int], count: int, before: int, keep: int) -> int:
-    """How many spans to forget, of those that end first; theirs are the `ends`, ascending.
+    """How many of the spans that end first to forget; `ends` are their ends, ascending.
 
-    That is those that ended by `before`, and those by which there are more (`count`) than to `keep`.
+    These are the ones that ended by `before`, and those of all `count` that are too many to `keep`.
     """
     return max(bisect_right(ends, before), min(len(ends), count - keep))
 
 
 def traced(latest: Span | None, tick: int, since: int) -> Traced:
-    """What to say of a tick; `latest` is the span of its machine that begins last of those that begin by then."""
+    """The answer about a tick; `latest` is the last span of its machine that begins at the tick or before."""
     return Traced(latest if latest is not None and tick < latest.end else None, since)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """So many at a time."""
+    """The items, in lists of `size`; the last list may be shorter."""
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
@@ -85,10 +85,10 @@ class Contents:
     """All that a store holds, beside its meta."""
 
     records: Iterable[Record] = ()
-    """Of the machine IDs that were ever used."""
+    """One for each machine ID that was ever used."""
     spans: Iterable[Span] = ()
     since: int = 0
-    """From which tick on the spans are complete."""
+    """The tick from which on the spans are complete."""
     marks: Iterable[Mark] = ()
 
 
@@ -98,7 +98,7 @@ class Store(ABC):
     url: str
     """Names the store to people."""
     exclusive: bool = True
-    """Whether nobody else can be using it meanwhile."""
+    """Whether no other process can use it meanwhile."""
     half_filled: bool = False
     """Whether a copy into this store was broken off: it has no meta, and what it has is not all."""
     had_data: bool = False
@@ -106,7 +106,7 @@ class Store(ABC):
 
     @abstractmethod
     def meta(self) -> Meta | None:
-        """What holds for the whole store; None where it was never initialised."""
+        """The meta of the whole store; None if the store was never initialised."""
 
     @abstractmethod
     def incarnation(self, meta: Meta | None = None) -> str:
@@ -120,7 +120,7 @@ class Store(ABC):
 
     @abstractmethod
     def initialise(self, meta: Meta, contents: Contents = Contents()) -> None:
-        """Make this store's first meta, and fill it; `StoreError` where it has one."""
+        """Make this store's first meta, and fill it; `StoreError` if it has one."""
 
     @abstractmethod
     def contents(self) -> Contents:
@@ -130,23 +130,23 @@ class Store(ABC):
     def swap_meta(self, old: Meta, new: Meta) -> bool:
         """Put `new` in place of the meta that has the `store_id` and the `version` of `old`.
 
-        False where there is no such meta; then nothing is written.
+        False if there is no such meta; then nothing is written.
         """
 
     @abstractmethod
     def by_machines(self, machines: Sequence[int]) -> list[Record]:
-        """The record of each of these machine IDs, in as few round trips as can be."""
+        """The record of each of these machine IDs, in as few round trips as possible."""
 
     @abstractmethod
     def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
-        """For each of these tokens the record whose token it is; None where there is none."""
+        """The record with each of these tokens; None for a token of no record."""
 
     def by_machine(self, machine: int) -> Record:
         """The record of one machine ID."""
         return self.by_machines([machine])[0]
 
     def by_token(self, token: Token) -> Record | None:
-        """The record whose token this is."""
+        """The record with this token."""
         return self.by_tokens([token])[0]
 
     @abstractmethod
@@ -159,10 +159,7 @@ class Store(ABC):
 
     @abstractmethod
     def held(self, now: int) -> Sequence[Record]:
-        """The records that have a token and whose fence lies above tick `now`: who holds a lease.
-
-        In order of their machine IDs.
-        """
+        """The records of leases that are held: with a token, and a fence above tick `now`; by machine ID."""
 
     @abstractmethod
     def marks(self) -> Sequence[Mark]:
@@ -180,19 +177,19 @@ class Store(ABC):
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         """Try all swaps in one commit, each for itself, in order; write the delegator's `mark` with them.
 
-        Where there is no meta (any more) nothing is written at all.
+        If there is no meta (any more), nothing is written at all.
 
         The span `[span_start, fence)` of a record with a token is put in place of one with the same start;
-        where the record has none, the machine's spans are cut at its fence.
+        if the record has none, the machine's spans are cut at its fence.
 
         True for each that found its record at the gen of `old` and meta at its version, and is durable now.
-        Where the store can change its incarnation while it is used, meta must be of the present one.  False for
+        If the store can change its incarnation while it is used, meta must be of the present one.  False for
         each that lost the race, or whose token is another machine's; that one wrote nothing.
         """
 
     @abstractmethod
     def trace(self, machine: int, tick: int) -> Traced:
-        """Who was granted a tick of a machine ID."""
+        """The holder to which a tick of a machine ID was granted."""
 
     @abstractmethod
     def prune(self, before: int, keep: int, limit: int) -> int:

@@ -54,7 +54,7 @@ class EtcdHttp:
         ]
 
     def ask(self, path: str, request: Op, *, write: bool = False) -> Op:
-        """What one of the endpoints answers.  A write that fails is not repeated: it may have happened."""
+        """The answer of one of the endpoints.  A write that fails is not repeated: it may have happened."""
         for attempt in range(1, len(self._clients) + 1):
             try:
                 return self.ask_once(path, request)
@@ -66,7 +66,7 @@ class EtcdHttp:
         raise AssertionError("there is an endpoint")
 
     def ask_node(self, path: str, request: Op) -> Op:
-        """What a node says of itself; nothing if it tells that to root only."""
+        """A node's answer about itself; empty if it tells that to root only."""
         try:
             return self.ask(path, request)
         except StoreError as error:
@@ -75,7 +75,7 @@ class EtcdHttp:
             raise
 
     def ask_once(self, path: str, request: Op) -> Op:
-        """What the endpoint answers whose turn it is."""
+        """The answer of the endpoint whose turn it is."""
         client = self._clients[self._turn]
         try:
             if self._login is not None and "Authorization" not in client.session.headers:

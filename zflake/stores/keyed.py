@@ -44,7 +44,7 @@ CHUNK: Final = 100
 
 
 class Found(Enum):
-    """What a condition can ask of a key, beside the stamp of its value."""
+    """The conditions on a key that ask for no stamp."""
 
     NOTHING = 0
     ANYTHING = 1
@@ -81,16 +81,13 @@ def stamp_of(key: Key, thing: Thing) -> Stamp:
 class KeyedStore(Store):
     """A store whose engine compares and writes keys."""
 
-    advice: str = ""
-    """What to do about a place that holds something else than a store."""
     batch: int = 1 << 20
     """Steps that the engine can commit at once."""
     page: int = 256
     """Keys that a walk reads at a time."""
 
     def __init__(self) -> None:
-        # By the first machine of a range: where the search for never-used machines begins.  No machine that was
-        # used becomes unused again.
+        # By the first machine of a range: the first one that may be unused.  No used machine becomes unused again.
         self._unused_from: dict[int, int] = {}
         # This delegator's mark, as it was last written.
         self._own_mark: Mark | None = None
@@ -266,7 +263,7 @@ class KeyedStore(Store):
         }
         if new.token is not None and new.token != old.token:
             conditions["token", new.token] = Found.NOTHING
-        # What stays is written after it was to go.
+        # A key that stays is written after it was to go.
         writes: dict[Key, Thing | None] = dict.fromkeys(key for key, _ in items_of(old)) if old.gen else {}
         writes.update(items_of(new))
         if new.token is None:
@@ -278,7 +275,7 @@ class KeyedStore(Store):
         return Step(conditions, writes)
 
     def _cut(self, old: Record, fence: int) -> dict[Key, Thing | None]:
-        """What is written so that no span of a machine reaches above the fence."""
+        """The writes after which no span of a machine reaches above the fence."""
         spans = [Span(old.machine, old.span_start, old.fence, old.holder)]
         if fence < old.span_start:  # else those before end below
             spans = [span for _, span in self._items(("span", old.machine), ("span", old.machine + 1))]

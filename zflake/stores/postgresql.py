@@ -2,8 +2,8 @@
 
 A commit returns once it is in the log on disk (`synchronous_commit=on`, `fsync=on`), so a crash loses nothing.
 A standby that was promoted, and a database restored to a point in time, may lack the last commits: they are on
-another timeline of PostgreSQL's.  What was dumped and loaded again was written by another transaction of it, or
-is another database.  All of these together are the incarnation.
+another timeline of PostgreSQL's.  A dump that was loaded again was written by another transaction of that
+timeline, or is another database.  All of these together are the incarnation.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ except ImportError as error:
     raise ConfigError("postgresql:// needs the psycopg package: pip install 'zflake[postgresql]'") from error
 
 TIMEOUT_S: Final = 2
+"""Seconds to wait for a connection, a statement, and the next statement of a transaction."""
 ADVICE: Final = "name another ?schema="
 CHUNK: Final = 1000
+"""Rows in a round trip."""
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
 # A delegator that dies in a transaction must not keep its locks.  (Nor may a transaction use psycopg's pipeline:
 # after that the time-out does not run.)
@@ -56,7 +58,7 @@ CREATE TABLE life (one int PRIMARY KEY);
 INSERT INTO life VALUES (1);
 """
 )
-# By which transaction the row was written that is never written again.
+# The transaction that wrote the row which is never written again.
 _LIFE: Final = "(SELECT xmin::text FROM life)"
 _NEEDED: Final = {
     (table, name) for table, names in (COLUMNS | {"life": "one"}).items() for name in names.split(", ")
@@ -66,7 +68,7 @@ _KEYS: Final = {"machine": ("machine",), "span": ("machine", "start")}
 
 
 class Connection(psycopg.Connection[tuple[Any, ...]]):
-    """A connection that is given up where the server does not answer in time.
+    """A connection that is given up if the server does not answer in time.
 
     The server's own time-out does not run while its process, or its machine, stands still.
     """
@@ -95,7 +97,7 @@ class PostgresqlStore(RowStore):
     Other parameters go to libpq.  A server that answers before its log is on disk is refused, unless the URL
     says `unchecked=yes`.
 
-    Raises `ConfigError` for a URL that can't be read, `StoreError` where the server can't be used.
+    Raises `ConfigError` for a URL that can't be read, `StoreError` if the server can't be used.
     """
 
     exclusive = False
@@ -194,7 +196,7 @@ class PostgresqlStore(RowStore):
 
     @property
     def _db(self) -> psycopg.Connection[tuple[Any, ...]]:
-        """The connection; a new one where there is none (any more)."""
+        """The connection; a new one if there is none (any more)."""
         if self._connection is None:
             self._connection = self._connect()
         return self._connection
@@ -243,7 +245,7 @@ class PostgresqlStore(RowStore):
             )
 
     def _check_data(self, db: psycopg.Connection[tuple[Any, ...]]) -> bool:
-        """Whether the tables are there; `StoreError` where something else is in their place."""
+        """Whether the tables are there; `StoreError` if something else is in their place."""
         rows = db.execute(
             "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = %s",
             (self._schema,),
@@ -256,7 +258,7 @@ class PostgresqlStore(RowStore):
 
     def _create(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
         with db.transaction():
-            # Two delegators may come first at once.
+            # Two delegators may be the first at once.
             db.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"zflake {self._schema}",))
             if not self._check_data(db):
                 db.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(self._schema)))
@@ -265,8 +267,8 @@ class PostgresqlStore(RowStore):
     def _convert(self) -> None:
         """Bring the tables to this schema; that can be broken off anywhere, and done by several at once.
 
-        The meta says first that older delegators may not use the store.  From then on nobody writes a record,
-        until the meta says that all is converted.
+        The meta says first that older delegators may not use the store.  From then on no delegator writes a
+        record, until the meta says that all is converted.
         """
         row = self._run("SELECT schema, reader FROM meta").fetchone()
         if row is None or row[0] >= SCHEMA:

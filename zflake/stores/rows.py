@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Final, Protocol, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
@@ -86,12 +86,13 @@ _FIRST_META: Final = (
 _NEXT_META: Final = (
     f"UPDATE meta SET {_assignments(META)} WHERE version = :old_version AND store_id = :old_store_id"
 )
-_FIRST_RECORD: Final = f"INSERT INTO machine ({RECORD}) VALUES ({_parameters(RECORD)}) ON CONFLICT DO NOTHING"
+_INSERT: Final = f"INSERT INTO machine ({RECORD}) VALUES ({_parameters(RECORD)})"
+_FIRST_RECORD: Final = f"{_INSERT} ON CONFLICT DO NOTHING"
 _NEXT_RECORD: Final = (
     f"UPDATE machine SET {_assignments(RECORD)} WHERE machine = :machine AND gen = :old_gen"
     " AND NOT EXISTS (SELECT 1 FROM machine WHERE token = :token AND machine <> :machine)"
 )
-# What follows upon a record that was written, of a grant and of a release.
+# The statements that follow upon a record that was written, of a grant and of a release.
 _GRANT: Final = [
     f"""
 INSERT INTO span ({SPAN}) SELECT :machine, :span_start, :fence, :holder WHERE {{done}}
@@ -120,37 +121,22 @@ _PRUNE: Final = "DELETE FROM span WHERE machine = :machine AND start = :start AN
 _RAISE_SINCE: Final = "UPDATE meta SET since = :stop WHERE since < :stop"
 
 
-class Done(Protocol):
-    """What a statement gave."""
-
-    @property
-    def rowcount(self) -> int:
-        """How many rows it changed."""
-
-    def fetchone(self) -> Any:
-        """The next row."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """All rows."""
-
-
 class RowStore(Store):
     """A store whose engine takes SQL."""
 
     advice: ClassVar[str]
-    """What to do about a place that holds something else than a store."""
+    """Advice about a place that holds something else than a store."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        # By the first machine of a range: where the search for never-used machines begins.  No machine that was
-        # used becomes unused again.
+        # By the first machine of a range: the first one that may be unused.  No used machine becomes unused again.
         self._unused_from: dict[int, int] = {}
 
     # --- what an engine gives ---
 
     @abstractmethod
-    def _run(self, text: str, values: Values | None = None) -> Done:
-        """Run a statement."""
+    def _run(self, text: str, values: Values | None = None) -> Any:
+        """Run a statement; gives the engine's cursor."""
 
     @abstractmethod
     def _run_many(self, text: str, rows: Iterable[Values]) -> None:
@@ -158,7 +144,7 @@ class RowStore(Store):
 
     @abstractmethod
     def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
-        """What `make` makes of each of many rows."""
+        """`make` of each of many rows."""
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[None]:
@@ -207,10 +193,10 @@ class RowStore(Store):
         with self._transaction():
             if self._run(_FIRST_META, {**_meta_values(meta), "since": contents.since}).rowcount != 1:
                 raise StoreError(f"{self.url} is initialised already")
-            self._run_many(_FIRST_RECORD, map(_record_values, contents.records))
+            self._run_many(_INSERT, map(_record_values, contents.records))
             spans = map(_span_values, contents.spans)
             self._run_many(f"INSERT INTO span ({SPAN}) VALUES ({_parameters(SPAN)})", spans)
-            marks = map(_mark_values, contents.marks)
+            marks = [_values(mark, MARK) for mark in contents.marks]
             self._run_many(f"INSERT INTO mark ({MARK}) VALUES ({_parameters(MARK)})", marks)
 
     def contents(self) -> Contents:
@@ -221,7 +207,7 @@ class RowStore(Store):
     def swap_meta(self, old: Meta, new: Meta) -> bool:
         values = {**_meta_values(new), "old_version": old.version, "old_store_id": old.store_id}
         with self._transaction():
-            won = self._run(_NEXT_META, values).rowcount == 1
+            won: bool = self._run(_NEXT_META, values).rowcount == 1
             if won:
                 self._meta_written(new)
         return won
@@ -252,7 +238,7 @@ class RowStore(Store):
         outcomes: dict[int, bool] = {}
         with self._transaction():
             if mark is not None:
-                self._run(_PUT_MARK, _mark_values(mark))
+                self._run(_PUT_MARK, _values(mark, MARK))
             version = self._current_version() if swaps else None
             for place, swap in self._in_order(swaps):
                 outcomes[place] = swap.version == version and self._swap(swap.old, swap.new)
@@ -306,25 +292,17 @@ class RowStore(Store):
         return max(self._rows(_only, "SELECT since FROM meta"), default=0)
 
     def _rows(self, make: Callable[[Any], T], text: str, **values: Any) -> list[T]:
-        """What `make` makes of each row."""
+        """`make` of each row."""
         with self._errors():
             return [make(row) for row in self._run(text, values)]
 
 
+def _values(thing: Meta | Mark, columns: str) -> dict[str, Any]:
+    return {column: getattr(thing, column) for column in columns.split(", ")}
+
+
 def _meta_values(meta: Meta) -> dict[str, Any]:
-    return {
-        "store_id": meta.store_id,
-        "layout": json.dumps(meta.layout.to_map()),
-        "ttl": meta.ttl,
-        "first_machine": meta.first_machine,
-        "last_machine": meta.last_machine,
-        "floor": meta.floor,
-        "version": meta.version,
-        "incarnation": meta.incarnation,
-        "moved": meta.moved,
-        "schema": meta.schema,
-        "reader": meta.reader,
-    }
+    return _values(meta, META) | {"layout": json.dumps(meta.layout.to_map())}
 
 
 def _record_values(record: Record) -> dict[str, Any]:
@@ -343,15 +321,6 @@ def _record_values(record: Record) -> dict[str, Any]:
 def _span_values(span: Span) -> dict[str, Any]:
     holder = holder_to_text(span.holder)
     return {"machine": span.machine, "start": span.start, "stop": span.end, "holder": holder}
-
-
-def _mark_values(mark: Mark) -> dict[str, Any]:
-    return {
-        "delegator": mark.delegator,
-        "now_us": mark.now_us,
-        "lead_us": mark.lead_us,
-        "address": mark.address,
-    }
 
 
 def record_of(row: Sequence[Any]) -> Record:

@@ -36,13 +36,11 @@ CREATE TABLE life (
 INSERT INTO life VALUES (1, 0);
 """
 )
-# Of schema 3, with `holder()` for the JSON object that its columns are now.
+_TABLES_3: Final = ("meta", "machine", "span", "mark", "life")
+# Of schema 3, with `holder()` for the JSON object that four columns are now.  The commits stay as many as they were:
+# they are still to be compared with the marker.
 _CONVERT: Final = f"""
-ALTER TABLE meta RENAME TO old_meta;
-ALTER TABLE machine RENAME TO old_machine;
-ALTER TABLE span RENAME TO old_span;
-ALTER TABLE mark RENAME TO old_mark;
-ALTER TABLE life RENAME TO old_life;
+{"".join(f"ALTER TABLE {table} RENAME TO old_{table};" for table in _TABLES_3)}
 DROP INDEX machine_by_fence;
 DROP INDEX span_by_end;
 {_TABLES}
@@ -52,13 +50,9 @@ INSERT INTO machine
     FROM old_machine;
 INSERT INTO span SELECT machine, start, end, holder(name, host, pid, address) FROM old_span;
 INSERT INTO mark SELECT {MARK} FROM old_mark;
-UPDATE life SET commits = (SELECT commits + 1 FROM old_life);
+UPDATE life SET commits = (SELECT commits FROM old_life);
 UPDATE meta SET schema = {SCHEMA}, reader = {READER}, version = version + 1;
-DROP TABLE old_meta;
-DROP TABLE old_machine;
-DROP TABLE old_span;
-DROP TABLE old_mark;
-DROP TABLE old_life;
+{"".join(f"DROP TABLE old_{table};" for table in _TABLES_3)}
 PRAGMA user_version = {READER};
 """
 
@@ -137,7 +131,7 @@ class SqliteStore(RowStore):
             self._held.close()
 
     def _check_commits(self) -> None:
-        """Raise `StoreError` where there are fewer commits than there were: SQLite's own restore goes by the log."""
+        """Raise `StoreError` if there are fewer commits than there were: SQLite's own restore goes by the log."""
         row = self._db.execute("SELECT commits, (SELECT incarnation FROM meta) FROM life").fetchone()
         # More there may be: a COMMIT that failed may have happened.
         if row is None or row[0] < self._commits or row[1] != self._met:

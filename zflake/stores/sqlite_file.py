@@ -1,8 +1,8 @@
 """The file of an SQLite store: used by one process, and no older than it was.
 
 The *lock file* beside the database is held for as long as the process lives, so that a second delegator on
-the same file is refused and not merely serialised.  It is never removed: whoever had opened it before would
-lock a file that nobody else finds.
+the same file is refused and not merely serialised.  It is never removed: a process that had opened it before
+would lock a file that no other one finds.
 
 The *marker* beside it says how far the database has come: its incarnation, how many commits it has had, and
 how many of them the main file alone holds, without its log.  It is written after each commit and not forced
@@ -50,7 +50,7 @@ class DatabaseFile:
         self._overwritten = False
 
     def lock(self, held: ExitStack) -> None:
-        """Take the lock until `held` is closed; `StoreError` where another process has it."""
+        """Take the lock until `held` is closed; `StoreError` if another process has it."""
         path = Path(f"{self.path}.lock")
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -76,7 +76,7 @@ class DatabaseFile:
     def main_file(self) -> tuple[int, str]:
         """How many commits the main file holds, its log aside, and of which incarnation.
 
-        -1 where it is empty; no incarnation where it has no meta yet.
+        -1 if it is empty; no incarnation if it has no meta yet.
         """
         db = sqlite3.connect(f"{self.uri}?mode=ro&immutable=1", uri=True)
         try:
@@ -94,9 +94,9 @@ class DatabaseFile:
         self._checkpointed, self._incarnation = self.main_file()
 
     def check(self, incarnation: str) -> None:
-        """Raise `StoreError` unless the path still names the open file, and nobody has put another one into it.
+        """Raise `StoreError` unless the path still names the open file, with what this process put into it.
 
-        Whoever opens the path next must find what is written now, in this incarnation.
+        The next process that opens the path must find what is written now, in this incarnation.
         """
         try:
             status = self.path.stat()
@@ -122,7 +122,7 @@ class DatabaseFile:
             raise self.renounced()
 
     def renounced(self) -> StoreError:
-        """Take nothing any more, and see that whoever opens the database next knows; gives what to raise."""
+        """Take nothing any more, and have the next process that opens the database know; gives what to raise."""
         self._overwritten = True
         with contextlib.suppress(OSError):
             self._close_marker()
@@ -135,7 +135,7 @@ class DatabaseFile:
     # --- the marker ---
 
     def check_kind(self) -> None:
-        """Raise `StoreError` where database or marker are there and no files: to open a pipe waits for ever."""
+        """Raise `StoreError` if database or marker are there and no files: to open a pipe waits for ever."""
         if self.path.is_dir():
             raise StoreError(f"{self._url} is a folder; name a file in it")
         for path in (self.path, self.marker_path):
@@ -143,9 +143,9 @@ class DatabaseFile:
                 raise StoreError(f"{self._url}: {path} is no file; move it away, or name another store")
 
     def read_marker(self) -> Progress | None:
-        """What the marker says; None where there is none.
+        """The progress that the marker tells; None if there is no marker.
 
-        Where it can't be read, or the main file is behind it, no incarnation is like the one that this gives.
+        If it can't be read, or the main file is behind it, no incarnation is like the one that this gives.
         """
         try:
             text = self.marker_path.read_text("ascii", "replace")

@@ -75,7 +75,7 @@ def holder_to_text(holder: Holder) -> str:
 def holder_from_text(text: str) -> Holder:
     """The holder of what `holder_to_text` gave, or of the list that schema 3 had.
 
-    What a later zflake adds is passed over.
+    A name that a later zflake adds is passed over.
     """
     parts: list[Any] | dict[str, Any] = json.loads(text)
     if isinstance(parts, list):
@@ -215,7 +215,7 @@ class TextStore(KeyedStore):
 
     @abstractmethod
     def _old_items(self) -> Items:
-        """What a store of schema 3 holds in a form of its own; nobody writes to it any more."""
+        """The items that schema 3 keeps in a form of its own; no delegator writes them any more."""
 
     def _drop_old(self) -> None:
         """Remove what only schema 3 had."""
@@ -244,8 +244,8 @@ class TextStore(KeyedStore):
     def _convert(self) -> None:
         """Bring the store to this schema; that can be broken off anywhere, and done by several at once.
 
-        The meta says first that older delegators may not use the store.  From then on nobody writes a record,
-        until the meta says that all is converted.
+        The meta says first that older delegators may not use the store.  From then on no delegator writes a
+        record, until the meta says that all is converted.
         """
         for _ in range(TRIES):
             (text,) = self._texts([META])

@@ -23,21 +23,19 @@ class StoreUrl:
     user: str | None
     password: str | None
     hosts: tuple[tuple[str, int | None], ...]
-    """Names or addresses, without the brackets of IPv6, and ports; none where the URL names no host."""
+    """Names or addresses, without the brackets of IPv6, and ports; none if the URL names no host."""
     path: str
-    """With its first slash; empty where there is none."""
+    """With its first slash; empty if there is none."""
     options: dict[str, str]
 
     @property
     def name(self) -> str:
-        """What names the store to people: what may be shown, and the option that says where in a database it is."""
-        where = [
-            f"{option}={self.options[option]}" for option in ("prefix", "schema") if option in self.options
-        ]
-        return "?".join([self.shown, *where])
+        """The store's name for people: what may be shown, with the option that says where in a database it is."""
+        inside = [f"{name}={self.options[name]}" for name in ("prefix", "schema") if name in self.options]
+        return "?".join([self.shown, *inside])
 
     def flag(self, name: str) -> bool:
-        """Whether an option that is `yes` or `no` is yes; raises `ConfigError` where it is neither."""
+        """Whether an option that is `yes` or `no` is yes; raises `ConfigError` if it is neither."""
         value = self.options.get(name, "no")
         if value not in ("yes", "no"):
             raise ConfigError(f"{self.shown}: {name} is yes or no")
