@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from zflake.core.lease import Meta
@@ -232,8 +232,7 @@ class EtcdStore(TextStore):
         return bool(self._range("", "mark/", limit=1) or self._range("mark0", _LAST, limit=1))
 
     def _old_items(self) -> Items:
-        parts: Iterable[str] = ("machine", "span")
-        for kind in parts:
+        for kind in ("machine", "span"):
             yield from self._items((kind,), (f"{kind}~",))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from zflake.core.lease import Meta, Span
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import reading
-from zflake.stores.keyed import SINCE, Found, Items, Key, Step, items_of, items_of_span
+from zflake.stores.keyed import META, SINCE, Found, Items, Key, Step, items_of, items_of_span
 from zflake.stores.text import (
     TextStore,
     holder_from_text,
@@ -111,12 +111,9 @@ class RedisStore(TextStore):
 
     def _texts(self, keys: Sequence[Key]) -> list[str | None]:
         with self._errors():
-            if len(keys) == 1 and keys[0] == ("meta",):
-                return [self._redis.hget(self._meta_key, "text")]
-            if keys[0] == ("meta",):
-                return [*self._texts(keys[:1]), *self._texts(keys[1:])]
-            texts: list[str | None] = self._redis.hmget(self._values_key, list(map(key_to_text, keys)))
-            return texts
+            first = [self._redis.hget(self._meta_key, "text")] if keys[0] == META else []
+            names = list(map(key_to_text, keys[len(first) :]))
+            return first + (self._redis.hmget(self._values_key, names) if names else [])
 
     def _keys(self, low: Key, high: Key, *, limit: int = 0, last: bool = False) -> list[Key]:
         begin, end = f"[{key_to_text(low)}", f"({key_to_text(high)}"
