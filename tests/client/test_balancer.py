@@ -15,7 +15,7 @@ from zflake.client.conversation import (
     Conversation,
     Outcome,
     Pause,
-    Step,
+    Action,
     Wait,
     begin,
     fetch_layout,
@@ -62,7 +62,7 @@ class Call:
         self.site = site
         self.caller = caller
         self.talk = talk
-        self.step: Step | None = None
+        self.step: Action | None = None
         self.runs: list[Run] | None = None
         self.woken = False
         self.hear(None)

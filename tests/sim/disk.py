@@ -131,9 +131,9 @@ class Connection(MemoryStore):
         self._reach()
         return super().marks()
 
-    def set_marks(self, now_us: int) -> None:
+    def set_marks(self, timeline_us: int) -> None:
         self._reach()
-        super().set_marks(now_us)
+        super().set_marks(timeline_us)
 
     def swap_meta(self, old: Meta, new: Meta) -> bool:
         self._reach()

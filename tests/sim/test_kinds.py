@@ -42,7 +42,7 @@ def test_a_late_write_of_a_dead_delegator_sets_no_timeline_back() -> None:
     world.run(2 * SECOND_US)
     sim._stop_delegators()
     (mark, *_) = (mark for mark in sim.disk.marks() if mark.delegator == "d1")
-    late = Mark("d1", mark.now_us + SECOND_US // 2)
+    late = Mark("d1", mark.timeline_us + SECOND_US // 2)
     world.run(20 * SECOND_US)
     write: Callable[..., object] = sim.disk.apply
     world.after(SECOND_US, None, write, [], late)

@@ -479,7 +479,7 @@ def test_a_store_that_is_initialised_is_not_filled(store: Store) -> None:
 
 
 def marked(store: Store) -> list[tuple[str, int]]:
-    return [(mark.delegator, mark.now_us) for mark in store.marks()]
+    return [(mark.delegator, mark.timeline_us) for mark in store.marks()]
 
 
 def test_marks_read_back_whole_by_name(store: Store) -> None:

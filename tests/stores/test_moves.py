@@ -537,7 +537,7 @@ def test_rewind_sets_the_time_back_and_keeps_every_fence(place: Place) -> None:
     assert "1 leases that reached far ahead were ended" in rewind(place.url)
     assert "nothing to do" in rewind(place.url)
     with opened(place.url) as store:
-        assert max(mark.now_us for mark in store.marks()) <= now_us()
+        assert max(mark.timeline_us for mark in store.marks()) <= now_us()
         assert store.by_machine(grant.machine) == replace(far, gen=3, token=None)
         assert store.meta() == meta
 

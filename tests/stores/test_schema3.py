@@ -157,8 +157,8 @@ def cut_after(patch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("keyed", "postgresql"):
-        monkeypatch.setattr(f"zflake.stores.{module}.CHUNK", 3)
+    monkeypatch.setattr("zflake.stores.keyed.CHUNK", 3)
+    monkeypatch.setattr("zflake.stores.postgresql.ROWS_AT_ONCE", 3)
 
 
 def test_a_file_that_lacks_its_last_commit_is_not_taken_for_what_it_was_since_it_is_converted(

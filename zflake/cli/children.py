@@ -27,7 +27,7 @@ STOP_S: Final = 5.0
 CALM_S: Final = 10.0
 """Seconds after whose run a child that ended is started again at once."""
 
-Event: TypeAlias = tuple[str, dict[str, Any] | None]
+LogEvent: TypeAlias = tuple[str, dict[str, Any] | None]
 """A child's name and a line of its log, or None when it has ended."""
 
 
@@ -35,7 +35,7 @@ class Child:
     """One daemon and its log."""
 
     def __init__(
-        self, name: str, module: str, arguments: Sequence[str], events: queue.SimpleQueue[Event]
+        self, name: str, module: str, arguments: Sequence[str], events: queue.SimpleQueue[LogEvent]
     ) -> None:
         self.name = name
         self.address: str | None = None
@@ -90,7 +90,7 @@ class Children:
         self.stopping = False
         """Whether a signal asked this process to stop, or `stop` did."""
         self._command_of = command_of
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[LogEvent] = queue.SimpleQueue()
         self._children: dict[str, Child] = {}
 
     def heed_signals(self) -> None:

@@ -19,7 +19,7 @@ def facts_of(url: str) -> dict[str, Any]:
         meta, contents = meta_of(store), store.contents()
         records, marks = list(contents.records), list(contents.marks)
         layout = meta.layout
-        now = tick_of(layout, max([clock.wall_us(), *(mark.now_us for mark in marks)]))
+        now = tick_of(layout, max([clock.wall_us(), *(mark.timeline_us for mark in marks)]))
         highest = max((record.fence for record in records), default=0)
         return {
             "store": store.url,
@@ -37,7 +37,7 @@ def facts_of(url: str) -> dict[str, Any]:
             "floor": iso(layout.time_of(meta.floor)) if meta.floor else None,
             "moved_to": meta.moved or None,
             "granting_in_ms": loss.resting_ms(meta, now),
-            "marks": {mark.delegator: iso_us(mark.now_us) for mark in marks},
+            "marks": {mark.delegator: iso_us(mark.timeline_us) for mark in marks},
             "is_as_it_was": store.incarnation() == meta.incarnation,
             "spans": len(list(contents.spans)),
             "spans_since": iso(layout.time_of(contents.since)) if contents.since else None,

@@ -72,10 +72,10 @@ class Wait(NamedTuple):
 
 
 T = TypeVar("T")
-Step: TypeAlias = Ask | Pause | Wait
+Action: TypeAlias = Ask | Pause | Wait
 Outcome: TypeAlias = Response | ProtocolError | None
 """What came of an ask: an answer, an error for an answer that is not zflake's, None if no answer came in time."""
-Conversation: TypeAlias = Generator[Step, Outcome, T]
+Conversation: TypeAlias = Generator[Action, Outcome, T]
 
 
 class Budget:

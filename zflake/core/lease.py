@@ -166,7 +166,7 @@ class Mark:
 
     delegator: str
     """Names the process; the next one after a restart may have another name."""
-    now_us: int
+    timeline_us: int
     lead_us: int = 0
     """Microseconds that the timeline was ahead of that delegator's wall clock."""
     address: str = ""

@@ -75,11 +75,11 @@ class Marks:
         moved = []
         moves = {}
         for mark in marks:
-            before_us, times = self._moves.get(mark.delegator, (mark.now_us, 0))
-            if mark.now_us != before_us and mark.delegator != self._own:
-                moved.append(mark.now_us)
+            before_us, times = self._moves.get(mark.delegator, (mark.timeline_us, 0))
+            if mark.timeline_us != before_us and mark.delegator != self._own:
+                moved.append(mark.timeline_us)
                 times += 1
-            moves[mark.delegator] = mark.now_us, times
+            moves[mark.delegator] = mark.timeline_us, times
         self._moves = moves
         self.latest = marks
         return max(moved, default=None)
@@ -92,7 +92,7 @@ class Marks:
         reader that was stopped between two looks, shows it as a move of this moment, however old it is.  One
         that moves again has a delegator behind it.
         """
-        return max((now_us for now_us, times in self._moves.values() if times >= PROOF), default=None)
+        return max((mark_us for mark_us, times in self._moves.values() if times >= PROOF), default=None)
 
 
 class Timeline:

@@ -61,7 +61,7 @@ def begin_timeline(
     """
     running_us = listen(store, name, sleep)
     # The clocks are read after the marks: what the store takes to give them would be added otherwise.
-    marks_us = [mark.now_us for mark in store.marks()]
+    marks_us = [mark.timeline_us for mark in store.marks()]
     if running_us is not None:
         if accept_clock:
             raise ConfigError("--accept-clock: other delegators are running on this store; stop them first")

@@ -219,7 +219,7 @@ class Committer:
         self.meta = meta
 
     def _rest(self, meta: Meta, incarnation: str) -> None:
-        marks_us = [mark.now_us for mark in self._store.marks()]
+        marks_us = [mark.timeline_us for mark in self._store.marks()]
         latest = loss.latest_tick(meta.layout, self._latest(), marks_us)
         known = self.meta
         new = loss.after_loss(

@@ -132,7 +132,7 @@ def rewind_url(url: str) -> str:
     try:
         meta = meta_of(store)
         wall_us = clock.wall_us()
-        mark_us = max((mark.now_us for mark in store.marks()), default=0)
+        mark_us = max((mark.timeline_us for mark in store.marks()), default=0)
         if mark_us <= wall_us + LEAD_US:
             return (
                 f"nothing to do: the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock"

@@ -91,11 +91,11 @@ class Report:
         timeline_us, own = self.clock.timeline_us(), self.clock.mark()
         others = [mark for mark in self.clock.marks if mark.delegator != own.delegator]
         for mark in [own, *others]:
-            if timeline_us - mark.now_us < GONE_US:
+            if timeline_us - mark.timeline_us < GONE_US:
                 yield {
                     "name": mark.delegator,
                     "address": mark.address,
-                    "marked_ms_ago": max(0, timeline_us - mark.now_us) // 1000,
+                    "marked_ms_ago": max(0, timeline_us - mark.timeline_us) // 1000,
                     "lead_ms": mark.lead_us // 1000,
                 }
 

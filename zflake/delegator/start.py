@@ -132,7 +132,7 @@ def _change(store: Store, meta: Meta, wishes: Wishes, timeline_us: int) -> Meta 
 
 def tidy_marks(store: Store, timeline_us: int) -> None:
     """Forget the marks of delegators that have long gone; the latest mark stays."""
-    marks_us = [mark.now_us for mark in store.marks()]
+    marks_us = [mark.timeline_us for mark in store.marks()]
     before_us = min(timeline_us - FORGET_MARKS_US, max(marks_us, default=0))
     if any(mark_us < before_us for mark_us in marks_us):
         store.forget_marks(before_us)
@@ -196,7 +196,9 @@ def _initialise(store: Store, wishes: Wishes, timeline_us: int) -> Meta:
 
 
 def _latest(store: Store, layout: Layout, timeline_us: int) -> int:
-    return loss.latest_tick(layout, tick_of(layout, timeline_us), [mark.now_us for mark in store.marks()])
+    return loss.latest_tick(
+        layout, tick_of(layout, timeline_us), [mark.timeline_us for mark in store.marks()]
+    )
 
 
 def _check_layout(store: Store, layout: Layout, wishes: Wishes) -> None:

@@ -170,8 +170,8 @@ class Store(ABC):
         """Forget the marks below `before_us`."""
 
     @abstractmethod
-    def set_marks(self, now_us: int) -> None:
-        """Set every delegator's mark to `now_us`, in one commit."""
+    def set_marks(self, timeline_us: int) -> None:
+        """Set every delegator's mark to `timeline_us`, in one commit."""
 
     @abstractmethod
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:

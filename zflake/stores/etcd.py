@@ -33,11 +33,11 @@ from zflake.stores.text import (
 )
 from zflake.stores.url import parse_url
 
-BATCH: Final = 60
+TXN_STEPS: Final = 60
 """Steps in a transaction: etcd takes 128 operations, nested ones counted with their parents."""
 READS: Final = 100
 """Keys that are read in a transaction."""
-PAGE: Final = 1000
+RANGE_KEYS: Final = 1000
 """Pairs in an answer."""
 OPTIONS: Final = ("unchecked", "tls", "ca")
 FORM: Final = "etcd://[user:password@]host1[:port],host2,host3/prefix, and ?tls=yes&ca=FILE if it has TLS"
@@ -62,8 +62,8 @@ class EtcdStore(TextStore):
     """
 
     exclusive = False
-    batch = BATCH
-    page = PAGE
+    batch = TXN_STEPS
+    page = RANGE_KEYS
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)
@@ -189,7 +189,7 @@ class EtcdStore(TextStore):
         request["range_end"] = self._b64(high)
         while more and (not limit or len(pairs) < limit):
             request["key"] = self._b64(f"{self._name(pairs[-1])}\0" if pairs else low)
-            request["limit"] = min(PAGE, limit - len(pairs)) if limit else PAGE
+            request["limit"] = min(RANGE_KEYS, limit - len(pairs)) if limit else RANGE_KEYS
             answer = self._ask("/kv/range", request)
             pairs += answer.get("kvs", ())
             more = answer.get("more", False)

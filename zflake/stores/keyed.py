@@ -65,7 +65,7 @@ class Step(NamedTuple):
 _STAMPS: Final[Mapping[str | int | Token, Callable[[Any], Stamp]]] = {
     "meta": attrgetter("version"),
     "machine": attrgetter("gen"),
-    "mark": attrgetter("now_us"),
+    "mark": attrgetter("timeline_us"),
 }
 
 
@@ -237,9 +237,9 @@ class KeyedStore(Store):
         own = self._own_mark
         if own is None or own.delegator != mark.delegator:
             (own,) = self._get([key])
-        later = mark if own is None else max(mark, own, key=attrgetter("now_us"))
+        later = mark if own is None else max(mark, own, key=attrgetter("timeline_us"))
         return Step(
-            {META: Found.ANYTHING, key: Found.NOTHING if own is None else own.now_us}, {key: later}
+            {META: Found.ANYTHING, key: Found.NOTHING if own is None else own.timeline_us}, {key: later}
         ), later
 
     def _independent(self, swaps: Sequence[Swap]) -> list[Step]:
@@ -296,13 +296,13 @@ class KeyedStore(Store):
         return [thing for _, thing in self._items(("mark",), ("mark~",))]
 
     def forget_marks(self, before_us: int) -> None:
-        gone: list[Key] = [("mark", mark.delegator) for mark in self._marks() if mark.now_us < before_us]
+        gone: list[Key] = [("mark", mark.delegator) for mark in self._marks() if mark.timeline_us < before_us]
         self._own_mark = None
         if gone:
             self._commit(Step({}, dict.fromkeys(gone)))
 
-    def set_marks(self, now_us: int) -> None:
-        marks = [replace(mark, now_us=now_us) for mark in self._marks()]
+    def set_marks(self, timeline_us: int) -> None:
+        marks = [replace(mark, timeline_us=timeline_us) for mark in self._marks()]
         self._own_mark = None
         if marks:
             self._commit(Step({}, {("mark", mark.delegator): mark for mark in marks}))

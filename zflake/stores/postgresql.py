@@ -33,7 +33,7 @@ except ImportError as error:
 TIMEOUT_S: Final = 2
 """Seconds to wait for a connection, a statement, and the next statement of a transaction."""
 ADVICE: Final = "name another ?schema="
-CHUNK: Final = 1000
+ROWS_AT_ONCE: Final = 1000
 """Rows in a round trip."""
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
 # A delegator that dies in a transaction must not keep its locks.  (Nor may a transaction use psycopg's pipeline:
@@ -160,13 +160,13 @@ class PostgresqlStore(RowStore):
 
     def _run_many(self, text: str, rows: Iterable[Values]) -> None:
         cursor = self._db.cursor()
-        for some in batched(rows, CHUNK):
+        for some in batched(rows, ROWS_AT_ONCE):
             cursor.executemany(_translated(text), some)
 
     def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
-        # No wait is for more than `CHUNK` rows.
+        # No wait is for more than `ROWS_AT_ONCE` rows.
         with self._transaction(), self._db.cursor(name="stream") as cursor:
-            cursor.itersize = CHUNK
+            cursor.itersize = ROWS_AT_ONCE
             cursor.execute(text)
             return [make(row) for row in cursor]
 
@@ -288,7 +288,7 @@ class PostgresqlStore(RowStore):
         columns, bounds = ", ".join(key), ", ".join(map(str, after))
         text = (
             f"SELECT {columns}, holder FROM {table} WHERE ({columns}) > ({bounds}) ORDER BY {columns}"
-            f" LIMIT {CHUNK} FOR UPDATE"
+            f" LIMIT {ROWS_AT_ONCE} FOR UPDATE"
         )
         where = " AND ".join(f"{column} = :{column}" for column in key)
         with self._transaction():

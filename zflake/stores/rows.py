@@ -10,6 +10,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from typing import Any, ClassVar, Final, TypeVar
 
 from zflake.core.layout import Layout
@@ -63,13 +64,13 @@ CREATE TABLE mark (
 CREATE INDEX machine_by_fence ON machine (fence, machine);
 CREATE INDEX span_by_stop ON span (stop);
 """
-META: Final = (
+META_COLUMNS: Final = (
     "store_id, layout, ttl, first_machine, last_machine, floor, version, incarnation, moved, schema, reader"
 )
 RECORD: Final = "machine, fence, gen, token, start, tenancy_start, span_start, holder"
 SPAN: Final = "machine, start, stop, holder"
 MARK: Final = "delegator, now_us, lead_us, address"
-COLUMNS: Final = {"meta": f"{META}, since", "machine": RECORD, "span": SPAN, "mark": MARK}
+COLUMNS: Final = {"meta": f"{META_COLUMNS}, since", "machine": RECORD, "span": SPAN, "mark": MARK}
 
 
 def _parameters(columns: str) -> str:
@@ -80,11 +81,9 @@ def _assignments(columns: str) -> str:
     return ", ".join(f"{column} = :{column}" for column in columns.split(", "))
 
 
-_FIRST_META: Final = (
-    f"INSERT INTO meta (one, {META}, since) VALUES (1, {_parameters(META)}, :since) ON CONFLICT DO NOTHING"
-)
+_FIRST_META: Final = f"INSERT INTO meta (one, {META_COLUMNS}, since) VALUES (1, {_parameters(META_COLUMNS)}, :since) ON CONFLICT DO NOTHING"
 _NEXT_META: Final = (
-    f"UPDATE meta SET {_assignments(META)} WHERE version = :old_version AND store_id = :old_store_id"
+    f"UPDATE meta SET {_assignments(META_COLUMNS)} WHERE version = :old_version AND store_id = :old_store_id"
 )
 _INSERT: Final = f"INSERT INTO machine ({RECORD}) VALUES ({_parameters(RECORD)})"
 _FIRST_RECORD: Final = f"{_INSERT} ON CONFLICT DO NOTHING"
@@ -179,7 +178,7 @@ class RowStore(Store):
     # --- meta ---
 
     def meta(self) -> Meta | None:
-        metas = self._rows(self._meta_of, f"SELECT {META} FROM meta")
+        metas = self._rows(self._meta_of, f"SELECT {META_COLUMNS} FROM meta")
         return metas[0] if metas else None
 
     def _meta_of(self, row: Sequence[Any]) -> Meta:
@@ -196,7 +195,7 @@ class RowStore(Store):
             self._run_many(_INSERT, map(_record_values, contents.records))
             spans = map(_span_values, contents.spans)
             self._run_many(f"INSERT INTO span ({SPAN}) VALUES ({_parameters(SPAN)})", spans)
-            marks = [_values(mark, MARK) for mark in contents.marks]
+            marks = [_mark_values(mark) for mark in contents.marks]
             self._run_many(f"INSERT INTO mark ({MARK}) VALUES ({_parameters(MARK)})", marks)
 
     def contents(self) -> Contents:
@@ -238,7 +237,7 @@ class RowStore(Store):
         outcomes: dict[int, bool] = {}
         with self._transaction():
             if mark is not None:
-                self._run(_PUT_MARK, _values(mark, MARK))
+                self._run(_PUT_MARK, _mark_values(mark))
             version = self._current_version() if swaps else None
             for place, swap in self._in_order(swaps):
                 outcomes[place] = swap.version == version and self._swap(swap.old, swap.new)
@@ -260,9 +259,9 @@ class RowStore(Store):
         with self._transaction():
             self._run("DELETE FROM mark WHERE now_us < :before_us", {"before_us": before_us})
 
-    def set_marks(self, now_us: int) -> None:
+    def set_marks(self, timeline_us: int) -> None:
         with self._transaction():
-            self._run("UPDATE mark SET now_us = :now_us", {"now_us": now_us})
+            self._run("UPDATE mark SET now_us = :timeline_us", {"timeline_us": timeline_us})
 
     # --- provenance ---
 
@@ -297,12 +296,13 @@ class RowStore(Store):
             return [make(row) for row in self._run(text, values)]
 
 
-def _values(thing: Meta | Mark, columns: str) -> dict[str, Any]:
-    return {column: getattr(thing, column) for column in columns.split(", ")}
-
-
 def _meta_values(meta: Meta) -> dict[str, Any]:
-    return _values(meta, META) | {"layout": json.dumps(meta.layout.to_map())}
+    columns = {column: getattr(meta, column) for column in META_COLUMNS.split(", ")}
+    return columns | {"layout": json.dumps(meta.layout.to_map())}
+
+
+def _mark_values(mark: Mark) -> dict[str, Any]:
+    return dict(zip(MARK.split(", "), astuple(mark), strict=True))
 
 
 def _record_values(record: Record) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from zflake.core.lease import READER, SCHEMA, Holder, Meta, Record
 from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import Contents, check_current, check_schema
-from zflake.stores.rows import MARK, META, RECORD, TABLES, RowStore, Values, record_of
+from zflake.stores.rows import MARK, META_COLUMNS, RECORD, TABLES, RowStore, Values, record_of
 from zflake.stores.sqlite_file import DatabaseFile, Progress
 from zflake.stores.text import holder_to_text
 
@@ -44,7 +44,7 @@ _CONVERT: Final = f"""
 DROP INDEX machine_by_fence;
 DROP INDEX span_by_end;
 {_TABLES}
-INSERT INTO meta SELECT one, {META}, (SELECT since FROM old_life) FROM old_meta;
+INSERT INTO meta SELECT one, {META_COLUMNS}, (SELECT since FROM old_life) FROM old_meta;
 INSERT INTO machine
     SELECT machine, fence, gen, token, start, tenancy_start, span_start, holder(name, host, pid, address)
     FROM old_machine;

@@ -105,14 +105,14 @@ def record_from_text(machine: int, text: str) -> Record:
 
 
 def mark_to_text(mark: Mark) -> str:
-    """`now_us lead_us address`."""
-    return f"{pad(mark.now_us)} {mark.lead_us} {mark.address}"
+    """`timeline_us lead_us address`."""
+    return f"{pad(mark.timeline_us)} {mark.lead_us} {mark.address}"
 
 
 def mark_from_text(delegator: str, text: str) -> Mark:
     """The mark of what `mark_to_text` gave."""
-    now_us, lead_us, address = text.split(" ", 2)
-    return Mark(delegator, int(now_us), int(lead_us), address)
+    timeline_us, lead_us, address = text.split(" ", 2)
+    return Mark(delegator, int(timeline_us), int(lead_us), address)
 
 
 def span_to_text(span: Span) -> str:

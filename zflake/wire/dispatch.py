@@ -24,7 +24,7 @@ MAX_SHOWN: Final = 60
 
 A = TypeVar("A")
 """A daemon's reply address: the dispatcher hands it to the handler unchanged."""
-Handler: TypeAlias = Callable[[A, int, Any, int, int], bytes | None]
+MethodHandler: TypeAlias = Callable[[A, int, Any, int, int], bytes | None]
 """Called with reply address, msgid, checked params, time of arrival and time now (both on the local clock, µs).
 Gives the answer; None if that comes later, or never."""
 
@@ -83,7 +83,7 @@ class Dispatcher(Generic[A]):
 
     __slots__ = ("_daemon", "_table", "requests")
 
-    def __init__(self, daemon: str, handlers: Mapping[Method, Handler[A]], requests: Requests) -> None:
+    def __init__(self, daemon: str, handlers: Mapping[Method, MethodHandler[A]], requests: Requests) -> None:
         self.requests = requests
         self._daemon = daemon
         # Keyed by the text of the method, and flat: this is looked up for every ID.
@@ -123,7 +123,7 @@ class Dispatcher(Generic[A]):
         return encode_error(msgid, code, message, retry_after_ms)
 
 
-def told(tell: Callable[[], Any]) -> Handler[Any]:
+def told(tell: Callable[[], Any]) -> MethodHandler[Any]:
     """The handler of a method that takes nothing and tells something."""
 
     def handler(_asker: Any, msgid: int, _none: None, _arrived_us: int, _local_us: int) -> bytes:
