@@ -153,9 +153,8 @@ MUTANTS: Final = (
            '"compare": []', _GEN, {"gen": 4}),
     Mutant("the first step compares", ("etcd",), Etcd, "_commit",
            '"compare": self._compares(first.conditions)', '"compare": []', _LATE_MARK),
-    Mutant("a lower bound", ("etcd",), Etcd, "_compares",
-           '("GREATER", _before(wanted)), ("LESS", _behind(wanted))', '("LESS", _behind(wanted)),', _GEN,
-           {"gen": 5}),
-    Mutant("an upper bound", ("etcd",), Etcd, "_compares", ', ("LESS", _behind(wanted)))', ",)", _GEN,
-           {"gen": 2}),
+    Mutant("a lower bound", ("etcd",), Etcd, "_compares", '("GREATER", "LESS"), _bounds(wanted)',
+           '("LESS",), _bounds(wanted)[1:]', _GEN, {"gen": 5}),
+    Mutant("an upper bound", ("etcd",), Etcd, "_compares", '("GREATER", "LESS"), _bounds(wanted)',
+           '("GREATER",), _bounds(wanted)[:1]', _GEN, {"gen": 2}),
 )  # fmt: skip

@@ -160,8 +160,7 @@ class EtcdStore(TextStore):
                 result = "EQUAL" if wanted is Found.NOTHING else "GREATER"
                 compares.append({"key": key, "target": "VERSION", "result": result, "version": 0})
             else:
-                # It begins so, if it lies between these two.
-                for result, bound in (("GREATER", _before(wanted)), ("LESS", _behind(wanted))):
+                for result, bound in zip(("GREATER", "LESS"), _bounds(wanted), strict=True):
                     compares.append({"key": key, "target": "VALUE", "result": result, "value": bound})
         return compares
 
@@ -244,16 +243,10 @@ def _text(encoded: str) -> str:
     return b64decode(encoded).decode(errors="backslashreplace")
 
 
-def _before(text: str) -> str:
-    """A bound, encoded, just below all that begins with the text."""
-    data = text.encode()
-    return b64encode(data[:-1] + bytes([data[-1] - 1, 0xFF])).decode()
-
-
-def _behind(text: str) -> str:
-    """A bound, encoded, just above all that begins with the text."""
-    data = text.encode()
-    return b64encode(data[:-1] + bytes([data[-1] + 1])).decode()
+def _bounds(text: str) -> list[str]:
+    """Two bounds, encoded, between which lie all texts that begin with this one, and no others."""
+    *head, end = text.encode()
+    return [b64encode(bytes([*head, *tail])).decode() for tail in ((end - 1, 0xFF), (end + 1,))]
 
 
 open_url = EtcdStore

@@ -182,7 +182,10 @@ class RedisStore(TextStore):
                     )
             for delegator, text in self._redis.hgetall(self._prefix + "marks").items():
                 yield ("mark", delegator), mark_from_text(delegator, text)
-            yield SINCE, int(self._redis.get(self._prefix + "since") or 0)
+            if (
+                since := self._redis.get(self._prefix + "since")
+            ) is not None:  # else it was taken over before
+                yield SINCE, int(since)
 
     def _drop_old(self) -> None:
         with self._errors():

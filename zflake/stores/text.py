@@ -115,17 +115,6 @@ def mark_from_text(delegator: str, text: str) -> Mark:
     return Mark(delegator, int(timeline_us), int(lead_us), address)
 
 
-def span_to_text(span: Span) -> str:
-    """`end holder`."""
-    return f"{pad(span.end)} {holder_to_text(span.holder)}"
-
-
-def span_from_text(machine: int, start: int, text: str) -> Span:
-    """The span of what `span_to_text` gave."""
-    end, _, holder = text.partition(" ")
-    return Span(machine, start, int(end), holder_from_text(holder))
-
-
 # --- keys, and the values under them ---
 
 
@@ -151,7 +140,7 @@ _WRITERS: Final[Mapping[Any, Callable[[Any], str]]] = {
     "store": "{}\n".format,
     "machine": record_to_text,
     "token": pad,
-    "span": span_to_text,
+    "span": lambda span: f"{pad(span.end)} {holder_to_text(span.holder)}",
     "mark": mark_to_text,
     "since": pad,
 }
@@ -170,7 +159,8 @@ def value_from_text(key: Key, text: str, url: str) -> Thing:
         case ("machine", int(machine)):
             return record_from_text(machine, text)
         case ("span", int(machine), int(start)):
-            return span_from_text(machine, start, text)
+            end, _, holder = text.partition(" ")
+            return Span(machine, start, int(end), holder_from_text(holder))
         case ("mark", str(delegator)):
             return mark_from_text(delegator, text)
         case ("token" | "since", *_):
