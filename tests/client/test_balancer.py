@@ -11,11 +11,11 @@ import pytest
 from zflake.client.balancer import EJECT_S, REFRESH_S, Balancer
 from zflake.client.conversation import (
     ATTEMPT_S,
+    Action,
     Ask,
     Conversation,
     Outcome,
     Pause,
-    Action,
     Wait,
     begin,
     fetch_layout,
