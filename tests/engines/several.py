@@ -20,9 +20,9 @@ from typing import Any, Final, Self
 
 import pytest
 
+from tests.jobs.checker import Verdict, leases_in, windows_of
 from tests.proxy import Mode, Proxy
 from tests.servers import Etcd, Postgres, Redis, Server
-from tests.system.checker import Verdict, leases_in, windows_of
 from tests.system.daemons import Daemon, Daemons, children_of, status_of, until
 
 ENGINES: Final = ("redis", "etcd", "postgresql")

@@ -12,11 +12,11 @@ from typing import Final, TypeAlias
 import pytest
 
 import zflake
+from tests.jobs.checker import check_runs, check_stores, runs_of, ticks_of
+from tests.jobs.load import Load
 from tests.system.conftest import Peers
 from tests.system.daemons import Daemon, Daemons, status_of, until
 from tests.system.faketime import HOUR_S, YEAR_S, WrongClock, clean_up_after, need_faketime
-from tests.system.load import Load
-from tests.system.runs import check_runs, check_stores, runs_of, ticks_of
 from zflake.core.layout import DEFAULT
 
 Clocks: TypeAlias = Callable[..., WrongClock]

@@ -19,9 +19,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
+from tests.jobs.load import Load
 from tests.system.conftest import start_cluster
 from tests.system.daemons import Daemon, Daemons, environment, status_of, until
-from tests.system.load import Load
 
 REST_MS: Final = 70_000
 """How long a store rests that may have lost windows; the ttl is shorter here."""

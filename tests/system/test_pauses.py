@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from typing import Final
 
 import numpy as np
 
+from tests.jobs.checker import check_runs, read_runs, runs_of
+from tests.jobs.load import Load, moments
+from tests.jobs.takers import Orders, Taker
 from tests.system.conftest import start_cluster
 from tests.system.daemons import Daemons, names_of, status_of, until
-from tests.system.load import Load, moments
-from tests.system.runs import check_runs, read_runs, runs_of
 
 RESTARTS: Final = 16
 
@@ -42,8 +42,8 @@ def test_a_worker_stopped_past_its_window_finds_its_machine_id_taken_and_takes_a
 def test_a_delegator_and_a_client_stopped_past_a_window_change_nothing_but_the_wait(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=2, ttl="1s")
     out = daemons.folder / "client.runs"
-    argv = [cluster.delegator.address, "auto", "1", "0", str(out)]
-    client = daemons.process([sys.executable, "-m", "tests.system.run_taker", *argv])
+    orders = Orders([cluster.delegator.address], "auto", 1, str(out))
+    client = Taker.start(daemons, "client", orders).process
     until(lambda: out.exists() and out.stat().st_size, "the client's first run")
     with Load(cluster.workers) as load:
         load.go_on()

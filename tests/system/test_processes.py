@@ -16,8 +16,8 @@ import pytest
 
 import zflake
 from tests.conftest import Peer
+from tests.jobs.checker import Verdict, leases_in, windows_of
 from tests.servers import free_port
-from tests.system.checker import Verdict, leases_in, windows_of
 from tests.system.conftest import Peers, start_cluster
 from tests.system.daemons import (
     Daemon,

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from typing import Final, Self
 
 import zflake
-from tests.system.checker import Verdict
+from tests.jobs.checker import Verdict, check_runs, runs_of, ticks_of
 from tests.system.daemons import Daemon, until
-from tests.system.runs import check_runs, runs_of, ticks_of
 from zflake.core.layout import DEFAULT, Layout
 from zflake.core.mint import Run
 

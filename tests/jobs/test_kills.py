@@ -8,12 +8,12 @@ from __future__ import annotations
 import signal
 from typing import Final
 
-from tests.system import kills
-from tests.system.checker import Lease
+from tests.jobs import kills
+from tests.jobs.checker import Lease
+from tests.jobs.kills import LAUNCHER, leaked
+from tests.jobs.load import Load
 from tests.system.daemons import Daemons, names_of, status_of, until
 from tests.system.failpoints import STATEMENTS, WORKER_POINTS
-from tests.system.kills import LAUNCHER, leaked
-from tests.system.load import Load
 
 TRIED: Final = [
     *(f"renew: {where}" for where in (*STATEMENTS, "before the marker", "after the swap")),

@@ -12,8 +12,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from tests.system.checker import EXAMPLES, Lease
-from tests.system.runs import Runs
+from tests.jobs.checker import EXAMPLES, Lease, Runs
 from zflake.core.layout import DEFAULT
 
 SERVED_MS: Final = 2_000

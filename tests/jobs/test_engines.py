@@ -10,17 +10,17 @@ from typing import Final
 import numpy as np
 import pytest
 
-from tests.engines import delegators_job, engine_job, outages
-from tests.engines.delegators_job import Fault, Job, Result
-from tests.engines.outages import Outage
+from tests.jobs import delegators, engines, outages
+from tests.jobs.checker import RECORD, runs_of
+from tests.jobs.delegators import Fault, Job, Result
+from tests.jobs.outages import Outage
 from tests.servers import Etcd
-from tests.system.runs import RECORD, runs_of
 from zflake.core.layout import DEFAULT
 
 RATE: Final = 2_500
 IDS: Final = 50_000
 STRIKE: Final = Fault(
-    "a fault", at=1_000, tick=9_000, since_s=0.0, within_s=15.0, before=0, back=2_000, granted_s=1.0
+    "a fault", at=1_000, tick=9_000, since_s=0.0, within_s=15.0, before=0, over=2_000, granted_s=1.0
 )
 
 
@@ -32,7 +32,7 @@ def test_on_etcd_ids_go_on_while_a_minority_is_killed_and_again_after_a_majority
         "delegator 1 killed and restarted",
         "two etcd nodes killed, and back after all windows",
     ]
-    result = engine_job.run(tmp_path, "etcd", IDS, rate=RATE, faults=faults, ttl_s=5).check()
+    result = engines.run(tmp_path, "etcd", IDS, rate=RATE, faults=faults, ttl_s=5).check()
     assert not result.violations, str(result)
     assert len(result.outages) == 1, str(result)
     assert [fault.what for fault in result.faults] == faults
@@ -43,7 +43,7 @@ def test_on_etcd_ids_go_on_while_a_minority_is_killed_and_again_after_a_majority
 @pytest.mark.timeout(120)
 def test_a_redis_that_was_failed_over_or_restarted_is_rested_from(tmp_path: Path) -> None:
     faults = ["Redis failed over to a replica that lacks a lease", "Redis killed and restarted"]
-    result = engine_job.run(tmp_path, "redis", IDS, rate=RATE, faults=faults, patient=False).check()
+    result = engines.run(tmp_path, "redis", IDS, rate=RATE, faults=faults, patient=False).check()
     assert not result.violations, str(result)
     assert not result.outages, str(result)
     assert result.notes["all delegators rested"] == 2
@@ -57,7 +57,7 @@ def test_a_redis_that_was_failed_over_or_restarted_is_rested_from(tmp_path: Path
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """One that was done, on a PostgreSQL that was killed."""
     faults = ["PostgreSQL killed and restarted"]
-    return engine_job.run(tmp_path_factory.mktemp("job"), "postgresql", IDS, rate=RATE, faults=faults)
+    return engines.run(tmp_path_factory.mktemp("job"), "postgresql", IDS, rate=RATE, faults=faults)
 
 
 @pytest.fixture
@@ -68,6 +68,7 @@ def forged(job: Job) -> Iterator[Path]:
     path.unlink()
 
 
+@pytest.mark.xdist_group("job")
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_on_postgresql_nobody_notices_that_it_is_killed(job: Job) -> None:
@@ -79,6 +80,7 @@ def test_on_postgresql_nobody_notices_that_it_is_killed(job: Job) -> None:
     assert fault.settled_s is not None
 
 
+@pytest.mark.xdist_group("job")
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
@@ -91,6 +93,7 @@ def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
     assert str(result).endswith("FAILED")
 
 
+@pytest.mark.xdist_group("job")
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_run_that_nobody_was_granted_is_caught(job: Job, forged: Path) -> None:
@@ -101,6 +104,7 @@ def test_a_run_that_nobody_was_granted_is_caught(job: Job, forged: Path) -> None
     assert any("outside every granted window" in violation for violation in job.check().violations)
 
 
+@pytest.mark.xdist_group("job")
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_window_that_was_granted_twice_is_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +113,7 @@ def test_a_window_that_was_granted_twice_is_caught(job: Job, monkeypatch: pytest
     assert any("overlap" in violation for violation in job.check().violations)
 
 
+@pytest.mark.xdist_group("job")
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_ids_that_are_missing_are_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +176,9 @@ def test_windows_that_were_not_used_are_caught(ended_ms: int, began_ms: int, wor
 def test_an_outage_that_no_fault_explains_is_caught() -> None:
     found = [Outage((10_000, 12_000), 0, 0)]
     stops = replace(STRIKE, stops=True)
-    assert delegators_job.unforeseen(found, [STRIKE, stops]) == []
-    assert delegators_job.unforeseen(found, [stops, STRIKE]) == ["no window for 2.0 s after: a fault"]
-    assert delegators_job.unforeseen(found, [replace(stops, tick=11_000)]) == [
+    assert delegators.unforeseen(found, [STRIKE, stops]) == []
+    assert delegators.unforeseen(found, [stops, STRIKE]) == ["no window for 2.0 s after: a fault"]
+    assert delegators.unforeseen(found, [replace(stops, tick=11_000)]) == [
         "no window for 2.0 s after: nothing at all"
     ]
 
@@ -194,13 +199,13 @@ def test_a_call_that_failed_while_a_window_was_open_is_caught() -> None:
     ("fault", "words"),
     [
         (replace(STRIKE, at=0), "no IDs"),
-        (replace(STRIKE, back=1_000), "no IDs"),
+        (replace(STRIKE, over=1_000), "no IDs"),
         (replace(STRIKE, granted_s=15.1), "no lease for 15.1 s"),
     ],
 )
 def test_a_fault_that_struck_nobody_or_lasted_is_caught(fault: Fault, words: str) -> None:
-    assert delegators_job.idle_or_late(STRIKE) == []
-    (violation,) = delegators_job.idle_or_late(fault)
+    assert [*STRIKE.idle, *delegators.late(STRIKE)] == []
+    (violation,) = [*fault.idle, *delegators.late(fault)]
     assert words in violation
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 
 import zflake
-from tests.engines.delegators_job import AGAIN_S, REST_S, TIMEOUT_S, Job
+from tests.jobs.delegators import AGAIN_S, REST_S, TIMEOUT_S, Job
 from tests.servers import Etcd, Postgres, Redis, await_true
-from tests.system.daemons import Daemons, status_of
+from tests.system.daemons import WAIT_S, Daemons, status_of
 from zflake.core.loss import REST_MS
 
 RESTS: Final = "Nothing is granted for"
@@ -66,7 +66,7 @@ class EtcdJob(Job):
         for node in gone:
             node.kill()
         self._probe()
-        self.read_leases()
+        self.look()
         self.back()  # before all windows have ended: from then on there are no IDs
         end = max(lease[4] for lease in self.leases)
         self.wait(lambda: self.tick() > end + 1_000, "all windows to end")
@@ -90,9 +90,7 @@ class EtcdJob(Job):
         said = f"{type(refusal).__name__}: {str(refusal).partition(' (')[0]}"
         self.result.notes[f"who wanted a lease was told after {took_s:.0f} s: {said}"] += 1
         if not isinstance(refusal, zflake.Unavailable) or took_s > TIMEOUT_S + 1.0:
-            self.result.violations.append(
-                f"no clear error without a majority, after {took_s:.1f} s: {refusal!r}"
-            )
+            self.violations.append(f"no clear error without a majority, after {took_s:.1f} s: {refusal!r}")
 
     def _are_healthy(self) -> bool:
         return all(node.is_healthy for node in self.nodes)
@@ -161,7 +159,7 @@ class RedisJob(Job):
         replica.await_copy()
         replica.cut_off()
         known = len(self.leases)
-        self.join()
+        self.join(WAIT_S + REST_S)
         self.strike(
             "Redis failed over to a replica that lacks a lease", within_s=REST_S + AGAIN_S, stops=True
         )

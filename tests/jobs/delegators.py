@@ -1,6 +1,6 @@
 """A job for several delegators: a cluster on one store, the faults that strike it, and the check of what was taken.
 
-What is special to a store, its servers and what can happen to them, is in engine_job.py.
+What is special to a store, its servers and what can happen to them, is in engines.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from tests.engines.outages import (
+from tests.jobs import job
+from tests.jobs.checker import Lease, check_eras, read_runs
+from tests.jobs.job import JOB_S, Report
+from tests.jobs.outages import (
     End,
     Outage,
     cut_short,
@@ -29,13 +31,9 @@ from tests.engines.outages import (
     unexcused,
 )
 from tests.servers import Server, free_port
-from tests.system.checker import Lease
-from tests.system.cluster_job import REPORT_S, Taker
-from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, TookTooLong, status_of
-from tests.system.runs import check_eras, read_runs
+from tests.system.daemons import WAIT_S, Daemon, Daemons, status_of
 from zflake.core.loss import MARGIN_MS, REST_MS
 
-CLIENTS: Final = ("auto", "auto", "auto", "broker")
 DELEGATORS: Final = 3
 WORKERS: Final = 6
 TIMEOUT_S: Final = 5.0
@@ -46,38 +44,32 @@ DUE_S: Final = 7.0
 """Or so much longer than a third of a ttl, after which a holder renews, where that is more."""
 REST_S: Final = (REST_MS + MARGIN_MS) / 1000
 """How long a store rests that may have forgotten, if no ttl is longer than `REST_MS`."""
-JOB_S: Final = 3600.0
 LOST: Final = re.compile(r"lost machine (\d+)")
 
 
-@dataclass
-class Fault:
-    """One fault, and what came of it."""
+@dataclass(kw_only=True)
+class Fault(job.Fault):
+    """One fault, and what came of it; it is over when what it took away comes back."""
 
-    what: str
-    at: int
-    """How many IDs had been taken when it struck."""
     tick: int
     """When it struck."""
     since_s: float
     """From when on to measure (monotonic clock): when it struck, or enough of what it took away came back."""
     within_s: float
-    """How long it may take from then until leases are granted again."""
+    """Seconds from then until leases are granted again, at most."""
     before: int
     """How many leases had been logged by then."""
     stops: bool = False
     """Whether all windows may end before it is over."""
-    back: int = 0
-    """How many IDs had been taken when what it took away came back."""
     granted_s: float | None = None
-    """After how long the next lease was granted."""
+    """Seconds until the next lease was granted."""
     settled_s: float | None = None
-    """After how long every holder had been granted one."""
+    """Seconds until every holder had been granted one."""
 
 
 @dataclass
 class Result:
-    """What became of a job; sound where nothing is in `violations`."""
+    """What became of a job; sound if nothing is in `violations`."""
 
     engine: str
     wanted: int
@@ -130,45 +122,40 @@ class Result:
         )
 
 
-class Job:
+class Job(job.Job):
     """One job on one store; what is special to that is left to the classes derived from this."""
 
     name: ClassVar[str]
     ttl_s: ClassVar[int] = 10
+    faults: list[Fault]  # type: ignore[assignment]
 
     def __init__(
-        self,
-        daemons: Daemons,
-        ids: int,
-        *,
-        draw: random.Random,
-        rate: int,
-        ttl_s: int | None,
-        report: Callable[[str], None],
+        self, daemons: Daemons, ids: int, *, draw: random.Random, rate: int, ttl_s: int | None, report: Report
     ) -> None:
-        self.result = Result(self.name, ids)
+        super().__init__(daemons, draw, report)
+        self.result = Result(self.name, ids, faults=self.faults, violations=self.violations)
         self.servers: list[Server] = []
         self.url = ""
-        self.delegators: list[Daemon] = []
-        """One for each port, the present ones."""
-        self.workers: list[Daemon] = []
-        self.clients: list[Taker] = []
         self.leases: list[Lease] = []
         """What delegators logged, in the order in which it was read."""
         self.eras: list[tuple[int, int]] = [(0, 0)]
         """At which lease, and tick, each life of the store began that has forgotten something of the one before."""
         self.forgotten: set[int] = set()
         """The leases that a life of the store has forgotten, by their places in `leases`."""
-        self._killed: list[Daemon] = []
         self._ended: list[End] = []
-        self.daemons, self.draw, self._rate, self._report = daemons, draw, rate, report
-        self._ttl_s = ttl_s or self.ttl_s
-        self.endpoints = [f"tcp://127.0.0.1:{free_port()}" for _ in range(DELEGATORS)]
-        self._started: list[Daemon] = []
+        self._rate, self._ttl_s = rate, ttl_s or self.ttl_s
+        self._endpoints = [f"tcp://127.0.0.1:{free_port()}" for _ in range(DELEGATORS)]
+        self._present: list[Daemon] = []  # of the delegators, one for each endpoint
         self._read: dict[Path, int] = {}
-        self._fault: Fault | None = None
         self._offset_us = 0
-        self._began = self._reported = time.monotonic()
+
+    @property
+    def endpoints(self) -> list[str]:
+        return self._endpoints
+
+    def holders(self) -> dict[str, int]:
+        """The names of those who hold a lease now, and their machine IDs."""
+        return {lease["name"]: lease["machine"] for lease in self._status().get("leases", ())}
 
     # --- what is special to a store ---
 
@@ -197,20 +184,16 @@ class Job:
         }
         left = list(faults or ())
         first = True
-        while left or (faults is None and (first or self.taken() < self.result.wanted)):
+        while left or (faults is None and (first or self.taken < self.result.wanted)):
             if not left:
                 left = self.draw.sample(list(known), len(known))
                 first = False
             known[left.pop(0)]()
             self._settle(patient=patient)
-        self.wait(lambda: self.taken() >= self.result.wanted, "all IDs", JOB_S)
+        self.wait_for_ids(self.result.wanted, "all IDs", JOB_S)
         self.result.seconds = time.monotonic() - self._began
-        for client in self.clients:
-            client.process.kill()
-        for daemon in (*reversed(self._present()), *self.delegators):
-            if code := daemon.terminate():
-                self.result.violations.append(f"{daemon.name} ended with exit code {code}")
-        self.read_leases()
+        self.stop(self._present)
+        self.look()
         self._complain()
 
     def check(self) -> Result:
@@ -233,26 +216,25 @@ class Job:
                 client.process.name, client.errors, result.outages, self._offset_us
             )
         for fault in result.faults:
-            result.violations += idle_or_late(fault)
+            result.violations += [*fault.idle, *late(fault)]
         result.check_seconds = time.monotonic() - began
         return result
 
     # --- faults ---
 
     def _kill_worker(self) -> None:
-        victim = self.draw.choice(self._present())
-        holders = self.wait(self._holders, "a delegator to answer")
+        victim = self.draw.choice(self.present)
+        holders = self.wait(self.holders, "a delegator to answer")
         self.strike("worker killed and replaced")
-        victim.kill()
-        self._killed.append(victim)
-        self.read_leases()
+        self.kill(victim)
+        self.look()
         self._ended.append((holders[victim.name], self.tick(), len(self.leases)))
-        self.join()
+        self.join(WAIT_S + REST_S)
         self.back()
 
     def _killer(self, k: int) -> Callable[[], None]:
         def kill_delegator() -> None:
-            old = self.delegators[k]
+            old = self._present[k]
             fault = self.strike(f"delegator {k + 1} killed and restarted")
             old.kill()
             self.wait(lambda: fault.granted_s is not None, "another delegator to grant a lease")
@@ -264,30 +246,32 @@ class Job:
 
     def strike(self, what: str, *, within_s: float = AGAIN_S, stops: bool = False) -> Fault:
         """Note that a fault strikes now."""
-        self.read_leases()
-        within_s = max(within_s, self._ttl_s / 3 + DUE_S)
+        self.look()
         fault = Fault(
-            what, self.taken(), self.tick(), time.monotonic(), within_s, len(self.leases), stops=stops
+            what,
+            self.taken,
+            tick=self.tick(),
+            since_s=time.monotonic(),
+            within_s=max(within_s, self._ttl_s / 3 + DUE_S),
+            before=len(self.leases),
+            stops=stops,
         )
-        self._fault = fault
-        self.result.faults.append(fault)
-        self._report(f"{fault.at:,} IDs: {what}")
+        self.faults.append(fault)
+        self.report(f"{fault.at:,} IDs: {what}")
         return fault
 
     def back(self) -> None:
         """Note that what the fault took away comes back."""
-        assert self._fault is not None
-        self._fault.back = self.taken()
+        self.faults[-1].over = self.taken
 
     def _settle(self, *, patient: bool) -> None:
         """Wait until all is as it was before the fault."""
-        fault = self._fault
-        assert fault is not None
+        fault = self.faults[-1]
         before = [client.taken for client in self.clients]
         self.wait(
             lambda: (
                 all(c.taken > taken for c, taken in zip(self.clients, before, strict=True))
-                or (not patient and self.taken() > sum(before))
+                or (not patient and self.taken > sum(before))
             ),
             f"IDs for each client after: {fault.what}",
             WAIT_S + REST_S,
@@ -295,13 +279,13 @@ class Job:
         if patient:
             self.wait(lambda: fault.settled_s is not None, "leases for every worker", WAIT_S + REST_S)
             self.wait(self._is_at_rest, "all delegators to grant, all workers to hold", WAIT_S + REST_S)
-        self._report(
-            f"{self.taken():,} IDs: over"
+        self.report(
+            f"{self.taken:,} IDs: over"
             + ("" if fault.granted_s is None else f", granted again after {fault.granted_s:.1f} s")
         )
 
     def _is_at_rest(self) -> bool:
-        names = {worker.name for worker in self._present()}
+        names = {worker.name for worker in self.present}
         statuses = map(status_of, self.endpoints)
         return all(
             status.get("granting_in_ms") == 0 and names <= {lease["name"] for lease in status["leases"]}
@@ -312,89 +296,51 @@ class Job:
 
     def _start(self) -> None:
         self.url = self.start_servers()
-        self._report(f"servers of {self.name} run: {self.url}")
+        self.report(f"servers of {self.name} run: {self.url}")
         self._start_delegator(0)
         for k in range(1, DELEGATORS):
             self._start_delegator(k, wait=False)
-        for daemon in self.delegators:
+        for daemon in self._present:
             self.wait(daemon.find_address, f"{daemon.name} to serve")
         for _ in range(WORKERS):
-            self._start_worker()
-        self.wait(lambda: self._holders().keys() >= {w.name for w in self.workers}, "all workers to hold")
+            self.start_worker()
+        self.wait(lambda: self.holders().keys() >= {w.name for w in self.workers}, "all workers to hold")
         status = self.wait(self._status, "a delegator to answer")
         self._offset_us = int(status["now_us"] - time.monotonic() * 1e6)
-        for k, route in enumerate(CLIENTS):
-            path = self.daemons.folder / f"client-{k}.runs"
-            argv = [",".join(self.endpoints), route, str(self.draw.randrange(2**32)), str(self._rate)]
-            process = self.daemons.process(
-                [sys.executable, "-m", "tests.system.run_taker", *argv, str(path), str(TIMEOUT_S)],
-                f"client-{k}",
-            )
-            self.clients.append(Taker(process, path, route))
-        self.wait(lambda: all(client.taken for client in self.clients), "each client's first ID")
+        self.start_clients(rate=self._rate, timeout_s=TIMEOUT_S)
         self._began = time.monotonic()
 
     def _start_delegator(self, k: int, *, wait: bool = True) -> None:
         flags = ["--store", self.url, "--bind", self.endpoints[k]]
-        n = sum(daemon.name.startswith(f"delegator-{k + 1}-") for daemon in self._started)
+        n = sum(daemon.name.startswith(f"delegator-{k + 1}-") for daemon in self.delegators)
         daemon = self.daemons.delegator(
             *flags,
             name=f"delegator-{k + 1}-{n + 1}",
-            new=not self._started,
+            new=not self.delegators,
             ttl=f"{self._ttl_s}s",
         )
-        self._started.append(daemon)
-        self.delegators[k : k + 1] = [daemon]
+        self.delegators.append(daemon)
+        self._present[k : k + 1] = [daemon]
         if wait:
             self.wait(daemon.find_address, f"{daemon.name} to serve")
 
-    def _start_worker(self) -> Daemon:
-        flags = [flag for endpoint in self.endpoints for flag in ("--delegator", endpoint)]
-        worker = self.daemons.worker(*flags, name=f"worker-{len(self.workers) + 1}")
-        self.workers.append(worker)
-        return worker
-
-    def join(self) -> Daemon:
-        """Start a worker, and wait until it holds a machine ID."""
-        worker = self._start_worker()
-        self.wait(
-            lambda: worker.name in self._holders(), f"{worker.name} to get a machine ID", WAIT_S + REST_S
-        )
-        return worker
-
-    def _present(self) -> list[Daemon]:
-        """The workers that ought to run."""
-        return [worker for worker in self.workers if worker not in self._killed]
-
     def _status(self) -> dict[str, Any]:
-        """What a delegator says that answers; empty where none does."""
+        """What a delegator says that answers; empty if none does."""
         return next(filter(None, map(status_of, self.endpoints)), {})
-
-    def _holders(self) -> dict[str, int]:
-        """The names of those who hold a lease now, and their machine IDs."""
-        return {lease["name"]: lease["machine"] for lease in self._status().get("leases", ())}
 
     def tick(self) -> int:
         """The timeline's now."""
         return tick_at(time.monotonic(), self._offset_us)
 
-    def taken(self) -> int:
-        return sum(client.taken for client in self.clients)
-
     def said(self, words: str) -> int:
         """How many lines of the delegators' logs have these words."""
-        return sum(daemon.said(words) for daemon in self._started)
+        return sum(daemon.said(words) for daemon in self.delegators)
 
     def _complain(self) -> None:
-        result = self.result
-        errors = 0
-        for daemon in (*self._started, *self.workers):
-            for event in daemon.events():
-                errors += event["level"] == "error"
-                if event["level"] in ("critical", "stray") or "trace" in event:
-                    result.violations.append(f"{daemon.name} logged {event['message']}")
-        if errors:
-            result.notes["a delegator logged an error of a store that was away"] += errors
+        daemons = [*self.delegators, *self.workers]
+        self.violations += job.complaints(daemons, expected=[""])
+        if errors := sum(event["level"] == "error" for daemon in daemons for event in daemon.events()):
+            self.result.notes["a delegator logged an error of a store that was away"] += errors
         self._note_losses()
 
     def _note_losses(self) -> None:
@@ -409,13 +355,13 @@ class Job:
                     logged = max(begin for begin, since in self.eras if since <= tick)
                     self._ended.append((int(found[1]), tick, logged))
         if losses and len(self.eras) == 1:
-            self.result.violations.append(f"workers were told {losses} times that their leases are lost")
+            self.violations.append(f"workers were told {losses} times that their leases are lost")
         elif losses:
             self.result.notes["a holder was told that its lease is lost"] += losses
 
-    def read_leases(self) -> None:
+    def look(self) -> None:
         """Take in what delegators have logged since, and note what it says of the last fault."""
-        for daemon in self._started:
+        for daemon in self.delegators:
             path = daemon.log_path
             if path.stat().st_size <= (offset := self._read.get(path, 0)):
                 continue
@@ -428,36 +374,14 @@ class Job:
                 if b'"lease"' in line and (lease := json.loads(line).get("lease")):
                     self.leases.append(tuple(lease))
                     self.result.grants[daemon.name.rpartition("-")[0]] += lease[0] != "released"
-        if (fault := self._fault) is None or fault.settled_s is not None:
+        if not self.faults or (fault := self.faults[-1]).settled_s is not None:
             return
         granted = {lease[1] for lease in self.leases[fault.before :] if lease[0] != "released"}
         after_s = time.monotonic() - fault.since_s
         if granted and fault.granted_s is None:
             fault.granted_s = after_s
-        if granted and len(granted) >= len(self._present()):
+        if granted and len(granted) >= len(self.present):
             fault.settled_s = after_s
-
-    # --- pace ---
-
-    def pause(self, seconds: float) -> None:
-        over = time.monotonic() + seconds
-        self.wait(lambda: time.monotonic() >= over, "time to pass")
-
-    def wait(self, condition: Callable[[], Any], what: str, within_s: float = WAIT_S) -> Any:
-        """Wait until `condition` gives something true, which is returned."""
-        deadline = time.monotonic() + within_s
-        while True:
-            self.read_leases()
-            if result := condition():
-                return result
-            if time.monotonic() > deadline:
-                raise TookTooLong(f"{what}: not within {within_s:g} s, at {self.taken()} IDs")
-            if crashed := [c.process for c in self.clients if c.process.popen.poll()]:
-                raise AssertionError(f"{crashed[0].name} crashed: {crashed[0].log()[-1000:]}")
-            if time.monotonic() - self._reported >= REPORT_S:
-                self._reported = time.monotonic()
-                self._report(f"{self.taken():,} IDs")
-            time.sleep(5 * POLL_S)
 
 
 def unforeseen(outages: Iterable[Outage], faults: Sequence[Fault]) -> list[str]:
@@ -472,11 +396,8 @@ def unforeseen(outages: Iterable[Outage], faults: Sequence[Fault]) -> list[str]:
     return found
 
 
-def idle_or_late(fault: Fault) -> list[str]:
-    """What is wrong with a fault: no IDs were taken while it lasted, or it took too long until leases were granted."""
-    found = []
-    if not 0 < fault.at < fault.back:
-        found.append(f"no IDs were taken while: {fault.what}")
-    if fault.granted_s is not None and fault.granted_s > fault.within_s:
-        found.append(f"no lease for {fault.granted_s:.1f} s after: {fault.what}")
-    return found
+def late(fault: Fault) -> list[str]:
+    """The violation that it took too long until leases were granted again, if so."""
+    if fault.granted_s is None or fault.granted_s <= fault.within_s:
+        return []
+    return [f"no lease for {fault.granted_s:.1f} s after: {fault.what}"]

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.system.checker import Lease, Verdict, leases_in, windows_of
+from tests.jobs.checker import Lease, Verdict, judge, leases_in, runs_of, windows_of
+from tests.jobs.load import Load
 from tests.system.daemons import Daemon, Daemons, names_of, until
 from tests.system.failpoints import DELEGATOR_POINTS
-from tests.system.load import Load
-from tests.system.runs import judge, runs_of
 from zflake.core.layout import DEFAULT
 
 TTL_S: Final = 1

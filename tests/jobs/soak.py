@@ -15,15 +15,13 @@ from typing import TypeAlias
 
 import pytest
 
-from tests.engines import delegators_job, engine_job
+from tests.jobs import cluster, delegators, engines, kills
 from tests.sim import mutants
 from tests.sim import soak as simulation
-from tests.system import cluster_job, flood, kills, main_job
+from tests.system import flood
 
-Proof: TypeAlias = Callable[
-    [Path, Callable[[str], None]],
-    main_job.Result | flood.Result | kills.Result | cluster_job.Result | delegators_job.Result,
-]
+Result: TypeAlias = flood.Result | kills.Result | cluster.Result | delegators.Result
+Proof: TypeAlias = Callable[[Path, Callable[[str], None]], Result]
 
 
 def main() -> int:
@@ -31,11 +29,11 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     job = commands.add_parser("main-job", help="many IDs through a cluster while its parts fail")
     job.add_argument("--ids", type=int, default=10_000_000, help="how many IDs (default: %(default)s)")
-    job.add_argument("--seed", type=int, default=1, help="of the clients' sizes of calls")
+    job.add_argument("--seed", type=int, default=1, help="of the clients' calls and the faults' choices")
     job.add_argument(
         "--route",
-        choices=(main_job.HALF, "auto", "direct", "broker"),
-        default=main_job.HALF,
+        choices=(cluster.HALF, "auto", "direct", "broker"),
+        default=cluster.HALF,
         help="how clients ask: half of them auto and half broker, or all alike (default: %(default)s)",
     )
     flooding = commands.add_parser("flood", help="far more requests than a delegator can pass on")
@@ -43,27 +41,27 @@ def main() -> int:
     killing = commands.add_parser("kills", help="a delegator killed at every point around commit and reply")
     killing.add_argument("--rounds", type=int, default=3, help="how often at each (default: %(default)s)")
     killing.add_argument("--seed", type=int, default=1, help="of the points' order")
-    cluster = commands.add_parser("cluster", help="as many IDs as there can be, while everything fails")
-    cluster.add_argument("--ids", type=int, default=1_000_000_000, help="how many IDs (default: %(default)s)")
-    cluster.add_argument(
-        "--part", type=int, default=cluster_job.PART, help="how many at a time (default: %(default)s)"
+    parts = commands.add_parser("cluster", help="as many IDs as there can be, while everything fails")
+    parts.add_argument("--ids", type=int, default=1_000_000_000, help="how many IDs (default: %(default)s)")
+    parts.add_argument(
+        "--part", type=int, default=cluster.PART, help="how many at a time (default: %(default)s)"
     )
-    cluster.add_argument("--parts", type=int, help="after how many parts to stop, to be continued later")
-    cluster.add_argument("--seed", type=int, default=1, help="of the faults' order")
-    cluster.add_argument("--state", type=Path, metavar="DIR", help="a folder to begin in, or to go on in")
-    engines = commands.add_parser("engines", help="several delegators on a real store that is killed")
-    engines.add_argument("--engine", choices=tuple(engine_job.ENGINES), required=True, help="which store")
-    engines.add_argument(
+    parts.add_argument("--parts", type=int, help="after how many parts to stop, to be continued later")
+    parts.add_argument("--seed", type=int, default=1, help="of the faults' order")
+    parts.add_argument("--state", type=Path, metavar="DIR", help="a folder to begin in, or to go on in")
+    storing = commands.add_parser("engines", help="several delegators on a real store that is killed")
+    storing.add_argument("--engine", choices=tuple(engines.ENGINES), required=True, help="which store")
+    storing.add_argument(
         "--ids", type=int, default=20_000_000, help="how many IDs at least (default: %(default)s)"
     )
-    engines.add_argument("--seed", type=int, default=1, help="of the faults' order")
-    engines.add_argument(
+    storing.add_argument("--seed", type=int, default=1, help="of the faults' order")
+    storing.add_argument(
         "--rate",
         type=int,
         default=12_500,
         help="what each client may take in a second (default: %(default)s)",
     )
-    for command in (job, flooding, killing, engines):
+    for command in (job, flooding, killing, storing):
         command.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder for all files, kept")
     simulating = commands.add_parser("sim", help="whole clusters in virtual time, one for each seed")
     simulating.add_argument(
@@ -111,7 +109,7 @@ def main() -> int:
 
 
 def _main_job(ids: int, route: str, seed: int) -> Proof:
-    return lambda folder, report: main_job.run(folder, ids, route=route, seed=seed, report=report)
+    return lambda folder, report: cluster.run_main(folder, ids, route=route, seed=seed, report=report)
 
 
 def _flood(seconds: float) -> Proof:
@@ -124,14 +122,12 @@ def _kills(rounds: int, seed: int) -> Proof:
 
 def _cluster(arguments: argparse.Namespace) -> Proof:
     ids, part, parts, seed = arguments.ids, arguments.part, arguments.parts, arguments.seed
-    return lambda folder, report: cluster_job.run(
-        folder, ids, part=part, parts=parts, seed=seed, report=report
-    )
+    return lambda folder, report: cluster.run(folder, ids, part=part, parts=parts, seed=seed, report=report)
 
 
 def _engines(arguments: argparse.Namespace) -> Proof:
     engine, ids, seed, rate = arguments.engine, arguments.ids, arguments.seed, arguments.rate
-    return lambda folder, report: engine_job.run(
+    return lambda folder, report: engines.run(
         folder, engine, ids, seed=seed, rate=rate, report=report
     ).check()
 

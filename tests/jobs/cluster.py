@@ -1,0 +1,425 @@
+"""The jobs on one delegator and its SQLite file: the cluster job, and the main job, which is a short one of its kind.
+
+The cluster job takes as many IDs as processes can make, in parts, while everything fails that can.  A delegator,
+three workers and four clients, each a process of its own, with one machine ID more than there are workers.  A
+folder keeps the store, the logs, the runs and a state file, so that a job of a billion IDs can be done in parts,
+each a cluster on the store that the last one left.  Faults come one after another, in an order that a seed draws,
+each once before any comes again.
+
+The main job is one part.  Its clients take lists of IDs as callers do, half of them through the delegator.  There
+are no more machine IDs than workers, so that a worker that joins must take over a machine ID that another has
+minted with.  Its few faults strike at shares of the IDs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.jobs.checker import check_runs, read_runs
+from tests.jobs.job import JOB_S, ROUTES, Fault, Job, Report, complaints, errors_of, mb_in
+from tests.jobs.kills import LAUNCHER
+from tests.system import faketime
+from tests.system.daemons import Daemon, Daemons, names_of, status_of
+
+WORKERS: Final = 3
+TTL_S: Final = 2
+PART: Final = 100_000_000
+IDS_PER_S: Final = 100_000
+"""IDs a second that the main job takes at most: it must last until all faults have struck."""
+LEAST_S: Final = 10.0
+HALF: Final = "half"
+"""Half of the clients by the route `auto`, which finds the workers, and half by `broker`."""
+FAILPOINTS: Final = (
+    "renew: before COMMIT",
+    "renew: after COMMIT",
+    "renew: before the marker",
+    "answer: after the log",
+    "answer: before the send",
+    "answer: after the send",
+)
+STATE: Final = "state.json"
+EXPECTED_ERRORS: Final = ("was moved or replaced while in use", "the disk", "disk I/O error")
+"""What a delegator may log as an error: its store was taken away, or its disk was full."""
+
+
+KILL_WORKER: Final = "worker killed and replaced"
+KILL_DELEGATOR: Final = "delegator killed and restarted"
+FREEZE_WORKER: Final = "worker frozen while its machine ID is taken over"
+MAIN: Final = ((0.10, KILL_WORKER), (0.35, KILL_DELEGATOR), (0.50, FREEZE_WORKER), (0.80, KILL_DELEGATOR))
+"""The faults of the main job, each with the share of the IDs that are taken before."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of a job."""
+
+    rate: int = 0
+    """IDs that each client may take in a second; 0: as many as it can get."""
+    faults: Sequence[tuple[float, str]] = ()
+    """Faults to inject, in this order, all of them, each with the share of a part's IDs that are taken before;
+    none: as many as there is time for, in any order."""
+    routes: Sequence[str] = ROUTES
+    spare: int = 1
+    """Machine IDs beyond those that the workers need."""
+    lists: bool = False
+    """Whether clients take lists of IDs, as callers do, or runs."""
+
+
+@dataclass
+class State:
+    """How far a job has come."""
+
+    parts: int = 0
+    ids: int = 0
+    seconds: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    by_route: Counter[str] = field(default_factory=Counter)
+    brokered: int = 0
+    """Requests that delegators passed on, except those of their last instants before a kill."""
+    left: list[str] = field(default_factory=list)
+    """The faults that are to come before any comes again."""
+    violations: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path) -> State:
+        """The state that a folder keeps; that of a job not begun if it keeps none."""
+        path = folder / STATE
+        if not path.exists():
+            return cls()
+        kept = json.loads(path.read_text())
+        return cls(**kept | {name: Counter(kept[name]) for name in ("faults", "by_route")})
+
+    def save(self, folder: Path) -> None:
+        fresh = folder / f"{STATE}.new"
+        fresh.write_text(json.dumps(vars(self), indent=1))
+        fresh.replace(folder / STATE)
+
+
+@dataclass
+class Result:
+    """What became of a job so far; sound if nothing is in `violations`."""
+
+    name: str
+    wanted: int
+    state: State
+    windows: int = 0
+    runs: int = 0
+    check_seconds: float = 0.0
+    kept_mb: float = 0.0
+    peak_mb: float = 0.0
+    by_machine: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def violations(self) -> list[str]:
+        return self.state.violations
+
+    def __str__(self) -> str:
+        state = self.state
+        rate = state.ids / max(state.seconds, 1e-9)
+        lines = [
+            f"{self.name}: {state.ids:,} of {self.wanted:,} IDs, parts: {state.parts}",
+            f"  {state.seconds:.1f} s, {rate:,.0f} IDs/s, starts and faults and all",
+            *(f"  fault: {what}, {count} times" for what, count in sorted(state.faults.items())),
+            f"  checked: {self.runs:,} runs in {self.windows:,} windows, in {self.check_seconds:.1f} s",
+            f"  kept on disk: {self.kept_mb:.1f} MB; this process at most: {self.peak_mb:.0f} MB",
+            *(f"  route {route}: {count:,} IDs" for route, count in sorted(state.by_route.items())),
+            f"  brokered: {state.brokered:,} requests",
+            *(f"  machine {machine}: {count:,} IDs" for machine, count in sorted(self.by_machine.items())),
+            *(f"  VIOLATION: {violation}" for violation in self.violations),
+            f"  {'FAILED' if self.violations else 'all distinct, all inside their windows, no client saw an error'}",
+        ]
+        return "\n".join(lines)
+
+
+def run(
+    folder: Path,
+    ids: int,
+    plan: Plan = Plan(),
+    *,
+    part: int = PART,
+    parts: int | None = None,
+    seed: int = 1,
+    report: Report = lambda _: None,
+    name: str = "cluster job",
+) -> Result:
+    """Go on with the job in a folder until it has so many IDs, or has done so many parts more."""
+    state = State.load(folder)
+    result = check(folder, ids, state, name)
+    done = 0
+    while state.ids < ids and not state.violations and (parts is None or done < parts):
+        with Daemons(folder) as daemons:
+            job = Part(daemons, state, plan, random.Random(f"{seed}/{state.parts}"), report)
+            began = time.monotonic()
+            try:
+                job.run(min(part, ids - state.ids))
+            finally:
+                state.seconds += time.monotonic() - began
+                state.violations += job.violations
+                state.save(folder)
+                job.clean_up()
+        state.parts += 1
+        done += 1
+        result = check(folder, ids, state, name)
+        state.save(folder)
+        report(f"part {state.parts}: {state.ids:,} IDs, {len(state.violations)} violations")
+    return result
+
+
+def run_main(
+    folder: Path, ids: int, *, route: str = HALF, seed: int = 1, report: Report = lambda _: None
+) -> Result:
+    """Do the main job in an empty folder."""
+    rate = int(ids / len(ROUTES) / max(LEAST_S, ids / IDS_PER_S))
+    routes = ("auto", "auto", "broker", "broker") if route == HALF else (route,) * len(ROUTES)
+    plan = Plan(rate, MAIN, routes, spare=0, lists=True)
+    result = run(folder, ids, plan, part=ids, seed=seed, report=report, name="main job")
+    result.state.violations += wrong_ways(result)
+    return result
+
+
+def wrong_ways(result: Result) -> list[str]:
+    """Routes that no client went, or that none was to go."""
+    state = result.state
+    found = [f"no IDs were taken by route {route}" for route, ids in state.by_route.items() if not ids]
+    if "broker" in state.by_route and not state.brokered:
+        found.append("clients took IDs by route broker, and no delegator passed a request on")
+    # By `auto` a request is brokered only if no worker answers.
+    if "broker" not in state.by_route and state.brokered > result.wanted // 100:
+        found.append(f"{state.brokered} requests were brokered, though workers could be asked directly")
+    return found
+
+
+def check(folder: Path, ids: int, state: State, name: str = "cluster job") -> Result:
+    """Check all that a folder keeps, that of a part which was broken off included."""
+    began = time.monotonic()
+    runs = read_runs(sorted(folder.glob("*.runs")))
+    verdict = check_runs(sorted(folder.glob("*-delegator-*.log")), runs)
+    state.ids = verdict.ids
+    state.violations += [violation for violation in verdict.violations if violation not in state.violations]
+    return Result(
+        name,
+        ids,
+        state,
+        windows=verdict.windows,
+        runs=len(runs),
+        check_seconds=time.monotonic() - began,
+        kept_mb=mb_in(folder),
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        by_machine=verdict.by_machine,
+    )
+
+
+class Part(Job):
+    """One part: a cluster from its start to its end, and the faults in it."""
+
+    def __init__(
+        self, daemons: Daemons, state: State, plan: Plan, draw: random.Random, report: Report
+    ) -> None:
+        super().__init__(daemons, draw, report)
+        self.routes, self.before = plan.routes, state.ids
+        # A part that was broken off leaves its files; the next one has other names.
+        self.prefix = f"part-{state.parts}-{os.getpid()}-"
+        self._state, self._plan = state, plan
+        self._bind = "tcp://127.0.0.1:*"
+        self._kinds: dict[str, Callable[[], None]] = {
+            KILL_WORKER: self._kill_worker,
+            FREEZE_WORKER: self._freeze_worker,
+            KILL_DELEGATOR: self._kill_delegator,
+            "delegator told to stop and restarted": self._stop_delegator,
+            "delegator killed between a commit and its answer": self._kill_at_failpoint,
+            "delegator frozen past the windows": self._freeze_delegator,
+            "client frozen": self._freeze_client,
+            "store moved away and back": self._move_store,
+            "disk full for a while": self._fill_disk,
+        }
+        if plan.faults:
+            return
+        if faketime.why_not(daemons.folder):
+            report("CLOCKS ARE NOT STEPPED: the package libfaketime is not there, or does not work here")
+        else:
+            self._kinds["wall clock of the delegator stepped"] = self._step_clock
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [self._bind]
+
+    def holders(self) -> Collection[str]:
+        return names_of(self.delegators[-1])
+
+    def run(self, ids: int) -> None:
+        """Start, have faults strike until there are so many IDs, stop."""
+        self._start()
+        state, given = self._state, list(self._plan.faults)
+        while given or (not self._plan.faults and self.taken < ids):
+            if not given and not state.left:
+                state.left = self.draw.sample(list(self._kinds), len(self._kinds))
+            share, what = given.pop(0) if given else (0.0, state.left.pop(0))
+            self.wait_for_ids(int(share * ids), f"{share:.0%} of all IDs", JOB_S)
+            self._strike(what)
+        self.wait_for_ids(ids, "all IDs", JOB_S)
+        self._count_brokered()
+        self.stop([self.delegators[-1]])
+        for client in self.clients:
+            state.by_route[client.route] += client.taken
+        self.violations += errors_of(self.clients)
+        self.violations += complaints((*self.delegators, *self.workers), EXPECTED_ERRORS)
+
+    def _strike(self, what: str) -> None:
+        fault = Fault(what, self.taken)
+        self.report(f"{self.before + fault.at:,} IDs: {what}")
+        self._kinds[what]()
+        fault.over = self.taken
+        # It struck a cluster at work, and that works again.
+        self.wait_for_ids(fault.over + 1, f"IDs after: {what}")
+        self._state.faults[what] += 1
+        self.faults.append(fault)
+        self.violations += fault.idle
+
+    def clean_up(self) -> None:
+        """End what still runs, and remove what it leaves behind outside the folder."""
+        for process in self.daemons.end():
+            faketime.clean_up_after(process.pid)
+
+    # --- faults ---
+
+    def _kill_worker(self) -> None:
+        self.kill(self.draw.choice(self.present))
+        self.join()
+
+    def _freeze_worker(self) -> None:
+        frozen = self.draw.choice(self.present)
+        frozen.signal(signal.SIGSTOP)
+        guests = [
+            self.join() for _ in range(self._plan.spare + 1)
+        ]  # the last gets the frozen one's machine ID
+        frozen.signal(signal.SIGCONT)
+        self.wait(lambda: frozen.said("lost machine"), "the frozen worker to find its lease lost")
+        for guest in guests:
+            self.leave(guest)
+        self.wait(lambda: frozen.name in self.holders(), "the frozen worker to serve again")
+
+    def _kill_delegator(self) -> None:
+        self._count_brokered()
+        self.delegators[-1].kill()
+        self.pause(self.draw.uniform(0.0, 0.7 * TTL_S))
+        self._restart()
+
+    def _stop_delegator(self) -> None:
+        self._count_brokered()
+        self.leave(self.delegators[-1])
+        self._restart()
+
+    def _kill_at_failpoint(self) -> None:
+        point = self.draw.choice(FAILPOINTS)
+        self.delegators[-1].kill()
+        victim = self._restart(via=(LAUNCHER, point, str(self.draw.randint(1, 3))))
+        victim.signal(signal.SIGUSR1)
+        self.wait(lambda: not victim.alive, f"it to be killed at {point}")
+        if victim.wait() != -signal.SIGKILL:
+            self.violations.append(f"{victim.name} ended with exit code {victim.wait()}")
+        self._restart()
+
+    def _freeze_delegator(self) -> None:
+        delegator = self.delegators[-1]
+        delegator.signal(signal.SIGSTOP)
+        self.pause(1.2 * TTL_S)
+        delegator.signal(signal.SIGCONT)
+        self._renewed(delegator)
+
+    def _freeze_client(self) -> None:
+        client = self.draw.choice(self.clients).process
+        client.signal(signal.SIGSTOP)
+        self.pause(0.5)
+        client.signal(signal.SIGCONT)
+
+    def _move_store(self) -> None:
+        store = self.daemons.folder / "store.db"
+        refused = self._unavailable()
+        store.rename(store.with_suffix(".away"))
+        self.wait(lambda: self._unavailable() > refused, "grants to be refused")
+        self.pause(self.draw.uniform(0.0, 0.5 * TTL_S))
+        store.with_suffix(".away").rename(store)
+        self._renewed(self.delegators[-1])
+
+    def _fill_disk(self) -> None:
+        delegator = self.delegators[-1]
+        _, most = resource.prlimit(delegator.pid, resource.RLIMIT_FSIZE)
+        # Room for what it has to say; the log of commits grows past that in no time.
+        size = delegator.log_path.stat().st_size + 20_000
+        refused = self._unavailable()
+        resource.prlimit(delegator.pid, resource.RLIMIT_FSIZE, (size, most))
+        self.wait(lambda: self._unavailable() > refused, "grants to be refused")
+        resource.prlimit(delegator.pid, resource.RLIMIT_FSIZE, (most, most))
+        self._renewed(delegator)
+
+    def _step_clock(self) -> None:
+        clock = faketime.WrongClock(
+            self.daemons.folder / f"clock-{len(self.delegators)}", faketime.HOUR_S // 2
+        )
+        self.delegators[-1].kill()
+        delegator = self._restart(env=clock.env)
+        for off_s in (faketime.HOUR_S, -faketime.HOUR_S, 14 * faketime.YEAR_S):
+            clock.set(off_s)
+            self.pause(0.3)
+        self._renewed(delegator)
+        clock.set(0)
+
+    # --- parts ---
+
+    def _start(self) -> None:
+        store = self.daemons.folder / "store.db"
+        if (away := store.with_suffix(".away")).exists():  # the last part was broken off just then
+            away.rename(store)
+        self._restart(*(() if store.exists() else ("--new",)), await_renewals=False)
+        for _ in range(WORKERS):
+            self.join()
+        self.start_clients(rate=self._plan.rate, lists=self._plan.lists)
+
+    def _restart(
+        self,
+        *flags: str,
+        await_renewals: bool = True,
+        via: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> Daemon:
+        delegator = self.daemons.delegator(
+            *("--machines", f"0-{WORKERS - 1 + self._plan.spare}", *flags),
+            name=f"{self.prefix}delegator-{len(self.delegators) + 1}",
+            bind=self._bind,
+            new=False,
+            ttl=f"{TTL_S}s",
+            via=via,
+            env=env,
+        )
+        self.delegators.append(delegator)
+        self.wait(delegator.find_address, f"{delegator.name} to serve")
+        self._bind = delegator.address
+        if await_renewals:
+            self._renewed(delegator)
+        return delegator
+
+    def _renewed(self, delegator: Daemon) -> None:
+        """Wait until every worker has renewed with it after now."""
+        before = len(delegator.leases("renewed"))
+        needed = len(self.present)
+        self.wait(
+            lambda: len({lease[1] for lease in delegator.leases("renewed")[before:]}) >= needed,
+            f"renewals by {delegator.name}",
+        )
+
+    def _unavailable(self) -> int:
+        return int(status_of(self._bind).get("errors", {}).get("unavailable", 0))
+
+    def _count_brokered(self) -> None:
+        """Note what the present delegator has passed on: it is about to go, and its count with it."""
+        self._state.brokered += status_of(self._bind).get("broker", {}).get("brokered", 0)
