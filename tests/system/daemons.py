@@ -39,8 +39,12 @@ def until(condition: Callable[[], Any], what: str, *, within_s: float = WAIT_S) 
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without zflake's own variables, with zflake itself importable."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("ZFLAKE_")}
+    """This process's environment without zflake's own variables, with zflake itself importable.
+
+    Nor with the size of a terminal, which pytest-xdist sets for its workers.
+    """
+    foreign = ("ZFLAKE_", "COLUMNS", "LINES")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [own.get("PYTHONPATH", ""), str(ROOT)]))
     return own | dict(extra or {})
 
