@@ -498,7 +498,7 @@ def _cut_off(pair: Pair) -> None:
 def test_a_delegator_that_stood_still_for_longer_than_a_ttl_grants_nothing_that_others_granted(
     site: Site,
 ) -> None:
-    with site.pair(ttl_ms=2_000) as pair:
+    with site.pair(ttl_ms=3_000) as pair:
         pair.add_workers(2)
         first, second = pair.delegators
         acquirer = Acquirer([second.address])
