@@ -10,7 +10,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ WIDTH: Final = 20
 """Digits of a number in a key."""
 TRIES: Final = 8
 """Attempts at a conversion that others overtake."""
-_FIELDS: Final = frozenset(field.name for field in fields(Holder))
+_FIELDS: Final = tuple(field.name for field in fields(Holder))
 
 
 def pad(number: int) -> str:
@@ -68,7 +68,7 @@ def meta_from_text(text: str, url: str) -> Meta:
 @lru_cache(maxsize=1 << 14)
 def holder_to_text(holder: Holder) -> str:
     """A holder as a JSON object."""
-    return json.dumps(asdict(holder))
+    return json.dumps({name: getattr(holder, name) for name in _FIELDS})
 
 
 @lru_cache(maxsize=1 << 14)
