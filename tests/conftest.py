@@ -1,4 +1,4 @@
-"""What tests of several folders need: daemons in threads, peers that follow a script, waiting."""
+"""Tools that tests of several folders need: daemons in threads, peers that follow a script, waiting."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def brief(values: Iterable[Any], usual: Collection[Any]) -> list[Any]:
 
 
 class Bell(Waker):
-    """An waker without signals, for a daemon that runs in a thread."""
+    """A waker without signals, for a daemon that runs in a thread."""
 
     def stop(self) -> None:
         self.stopping = True
@@ -102,7 +102,7 @@ class Peer:
         self.socket.send_multipart(frames)
 
     def receive(self, wait_s: float = WAIT_S) -> Response | None:
-        """The next response; None where none comes."""
+        """The next response; None if none comes."""
         if not self.socket.poll(int(wait_s * 1000)):
             return None
         return decode_response(self.socket.recv_multipart()[-1])
@@ -183,7 +183,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """A server of each engine, started where a test first needs it; tests leave it as it was."""
+    """A server of each engine, started when a test first needs it; tests leave it as it was."""
     servers = Servers(tmp_path_factory.mktemp("servers"))
     yield servers
     for server in servers.started:

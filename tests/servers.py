@@ -54,7 +54,7 @@ def _on_path(name: str) -> str | None:
 
 
 def find_program(name: str, *wheel: str) -> str:
-    """The path of a server's program; skips the test loudly where there is none, fails it under CI."""
+    """The path of a server's program; if there is none, skips the test loudly, or fails it under CI."""
     found = _on_path(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     for package_path in wheel:
         package, _, inside = package_path.partition("/")
@@ -110,7 +110,7 @@ class Server:
         return False
 
     def user(self) -> str | None:
-        """Whom to run as where this is root; None for nobody else."""
+        """The user to run as if this is root; None: as root."""
         return None
 
     def start(self) -> None:
@@ -240,7 +240,7 @@ class Etcd(Server):
 
     @classmethod
     def need_durable(cls) -> None:
-        """Skip what kills an etcd loudly where that loses commits when it is killed; fail it under CI."""
+        """Skip a test that kills etcd, loudly, if this etcd loses commits then; fail it under CI."""
         from zflake.stores.etcd import LOSES_COMMITS
 
         if (version := cls.version()) in LOSES_COMMITS:

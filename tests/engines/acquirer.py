@@ -36,7 +36,7 @@ class Granted(NamedTuple):
 
 
 class Acquirer:
-    """Takes leases, of which nobody hears again; its requests are repeated until they are granted."""
+    """Takes leases, which no holder uses; its requests are repeated until they are granted."""
 
     def __init__(self, endpoints: Sequence[str], name: str = "acquirer") -> None:
         self.sent = 0
@@ -79,7 +79,7 @@ class Acquirer:
         return None
 
     def _ask(self, request: Acquire, turns: Sequence[int]) -> list[object]:
-        """What those endpoints answer, as far as they do."""
+        """The answers of those endpoints, as far as they give any."""
         method, params = lease_call(request)
         sockets = [connected(self._context, zmq.DEALER, self._endpoints[turn], queue=True) for turn in turns]
         answers: list[object] = []

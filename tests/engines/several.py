@@ -27,10 +27,10 @@ from tests.system.daemons import Daemon, Daemons, children_of, status_of, until
 
 ENGINES: Final = ("redis", "etcd", "postgresql")
 TTL_MS: Final = 20_000
-"""Of the cluster that is shared: an outage of 6 s ends no window, by far."""
+"""Milliseconds of a window of the shared cluster: an outage of 6 s ends no window, by far."""
 HEALTHY_MS: Final = TTL_MS * 6 // 10
 SOON_S: Final = 1.0
-"""What waits for no store; generous, for a machine with other work."""
+"""Seconds for what waits for no store; generous, for a machine with other work."""
 
 
 def several(*engines: str) -> pytest.MarkDecorator:
@@ -170,7 +170,7 @@ class Pair:
         self.proxies.pop()
 
     def restart(self, number: int, *flags: str, env: dict[str, str] | None = None) -> Daemon:
-        """Start a delegator again that has ended, at the address where it was."""
+        """Start a delegator again that has ended, at the address that it had."""
         self.retired.append(self.delegators[number])
         self.delegators[number] = self._start(number, *flags, bind=self.addresses[number], env=env)
         return self.delegators[number]
@@ -241,7 +241,7 @@ class Pair:
 
 
 def ready_at(delegator: Daemon) -> set[str]:
-    """The names of those whom the delegator gives requests now."""
+    """The names of the workers that get requests from the delegator now."""
     return {lease["name"] for lease in status_of(delegator.address).get("leases", ()) if lease["worker"]}
 
 
@@ -250,7 +250,7 @@ def _has_all(delegator: Daemon, names: set[str]) -> bool:
 
 
 def complaints(daemon: Daemon, since: int = 0) -> list[dict[str, Any]]:
-    """What a daemon logged of level warning or above, but for its first `since` lines."""
+    """Lines of level warning or above that a daemon logged, without its first `since` lines."""
     return [event for event in daemon.events()[since:] if event.get("level") != "info"]
 
 

@@ -38,7 +38,7 @@ def facts_of(url: str) -> dict[str, Any]:
 
 
 def held_by(delegator: Daemon, name: str) -> dict[str, Any]:
-    """The lease of that name; empty where nobody of that name has one."""
+    """The lease of that name; empty if no holder of that name has one."""
     leases = status_of(delegator.address).get("leases", ())
     found = [lease for lease in leases if lease["name"] == name and lease["worker"]]
     return dict(found[0]) if found else {}
@@ -93,7 +93,7 @@ def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
     assert len(set(ids)) == len(ids)
     assert {DEFAULT.decompose(id_).machine for id_ in ids} == {first["machine"]}
     assert worker.said("lost") == 0
-    # Who minted the first of them is known on the last engine, too.
+    # The last engine knows the minter of the first of them, too.
     traced = tool("trace", str(ids[0]), "--to", address)
     assert traced.returncode == 0
     assert "constant" in traced.stdout

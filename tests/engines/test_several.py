@@ -46,7 +46,7 @@ pytestmark = pytest.mark.timeout(400)
 BUDGET_S: Final = 5.0
 OUTAGE_S: Final = 6.0
 DRAIN_S: Final = 10.0
-"""What a delegator may take to end, generously: it gives its store 2 s."""
+"""Seconds that a delegator may take to end, generously: it gives its store 2 s."""
 FEW: Final = 8
 """As many lines an outage may cost in a log, not one for each failure."""
 CROWD: Final = 16
@@ -72,7 +72,7 @@ def _names(pair: Pair) -> list[str]:
 
 
 def _acquire(delegator: Daemon, name: str = "x", token: bytes = b"") -> Any:
-    """A window that nobody will use; it is left to run out."""
+    """A window that no holder will use; it is left to run out."""
     params = (token or secrets.token_bytes(16), name, "host", 1, "")
     return ask(delegator.address, Method.LEASE_ACQUIRE, params, BUDGET_S)
 
@@ -210,19 +210,19 @@ def _all_renewed(delegator: Daemon, names: list[str], before: dict[int, int]) ->
 
 @dataclass
 class Outage:
-    """What was seen while a store did not answer."""
+    """Observations while a store did not answer."""
 
     errors: list[str] = field(default_factory=list)
     slowest: dict[str, float] = field(default_factory=dict)
     made: dict[str, int] = field(default_factory=dict)
     acquire: BaseException | None = None
-    """What an acquire met with."""
+    """The outcomes of acquires."""
     exit_code: int = -1
-    """Of a delegator that was told to end meanwhile."""
+    """The exit of a delegator that was told to end meanwhile."""
     back_s: float = 0.0
     """How long it took until a lease was granted afterwards."""
     complaints: list[list[dict[str, Any]]] = field(default_factory=list)
-    """In each delegator's log."""
+    """Lines in each delegator's log."""
     stray: str = ""
     """Lines of a log that are none."""
 
@@ -306,7 +306,7 @@ _seen: dict[tuple[str, str], Outage] = {}
 
 
 def _outage(site: Site, kind: str) -> Outage:
-    """What was seen in such an outage, which is made once."""
+    """Observations of such an outage, which is made once."""
     if (site.engine, kind) not in _seen:
         outage = site.frozen() if kind == "frozen" else _slow_for_one_and_silent_for_the_other(site)
         site.healthy()
@@ -388,7 +388,7 @@ def _refused_or_granted(delegator: Daemon) -> None:
         _acquire(delegator)
 
 
-# --- outcomes that nobody knows ---
+# --- unknown outcomes ---
 
 
 @several()
@@ -410,7 +410,7 @@ def test_answers_that_are_lost_leak_no_machine_id_and_lose_no_lease(site: Site) 
             used = [record.machine for record in store.contents().records if record.gen]
         finally:
             store.close()
-        assert len(used) == len(holders) + len(pair.workers), "no machine ID is used by nobody"
+        assert len(used) == len(holders) + len(pair.workers), "each used machine ID has a holder"
         renewals = sum(len(delegator.leases("renewed")) for delegator in pair.delegators)
         assert renewals > len(generators)
         assert pair.lost() == 0
@@ -431,7 +431,7 @@ def _acquire_while_answers_are_lost(pair: Pair) -> list[Granted]:
     threads = [threading.Thread(target=take, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
-    # What stalls for so long is given up and said again; it arrives all the same, and late.
+    # A request that stalls for so long is given up and said again; it arrives all the same, and late.
     plan = [(Mode.NO_ANSWERS, 0.4)] * 4 + [(Mode.STALL, 3.0), (Mode.NO_ANSWERS, 2.5)]
     for k, (mode, seconds) in enumerate(plan):
         proxy = pair.proxies[k % 2]
@@ -657,14 +657,14 @@ def _empty(pair: Pair) -> None:
 
 @dataclass
 class Emptied:
-    """What came of a store that was emptied under two delegators."""
+    """The outcome of a store that was emptied under two delegators."""
 
     granted: int
     """How many grants there were after it was noticed."""
     said: list[str]
-    """What the delegators logged about it."""
+    """The delegators' log lines about it."""
     again: str
-    """How the next start of a delegator ended; empty where it serves."""
+    """How the next start of a delegator ended; empty if it serves."""
     rests: bool = False
 
 

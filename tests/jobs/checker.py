@@ -27,7 +27,7 @@ Runs: TypeAlias = npt.NDArray[np.uint64]
 Lease: TypeAlias = tuple[str, int, int, int, int]
 """`(verb, machine, gen, start, end)`; if the verb is `released`, the last is the new fence."""
 Windows: TypeAlias = dict[int, list[tuple[int, int]]]
-"""By machine, ascending: `[start, end)` as truncated by releases."""
+"""The windows of each machine, ascending: `[start, end)` as truncated by releases."""
 
 RECORD: Final = 16
 """Bytes of one run in a file: first and count, each a little-endian uint64."""
@@ -37,7 +37,7 @@ EXAMPLES: Final = 3
 
 @dataclass
 class Verdict:
-    """What a check found; sound if nothing is in `violations`."""
+    """The findings of a check; sound if nothing is in `violations`."""
 
     ids: int = 0
     windows: int = 0
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def leases_in(logs: Iterable[Path]) -> Iterator[Lease]:
-    """What delegators logged about leases."""
+    """The leases that delegators logged."""
     for log in logs:
         for event in read_events(log):
             if (lease := event.get("lease")) is not None:

@@ -49,7 +49,7 @@ FAILPOINTS: Final = (
 )
 STATE: Final = "state.json"
 EXPECTED_ERRORS: Final = ("was moved or replaced while in use", "the disk", "disk I/O error")
-"""What a delegator may log as an error: its store was taken away, or its disk was full."""
+"""Words of the errors that a delegator may log: its store was taken away, or its disk was full."""
 
 
 KILL_WORKER: Final = "worker killed and replaced"
@@ -107,7 +107,7 @@ class State:
 
 @dataclass
 class Result:
-    """What became of a job so far; sound if nothing is in `violations`."""
+    """The outcome of a job so far; sound if nothing is in `violations`."""
 
     name: str
     wanted: int

@@ -37,11 +37,11 @@ from zflake.core.loss import MARGIN_MS, REST_MS
 DELEGATORS: Final = 3
 WORKERS: Final = 6
 TIMEOUT_S: Final = 5.0
-"""What a call of a client's has."""
+"""Seconds that a client's call has."""
 AGAIN_S: Final = 15.0
 """How long it may take at most, on a busy machine, until leases are granted again."""
 DUE_S: Final = 7.0
-"""Or so much longer than a third of a ttl, after which a holder renews, where that is more."""
+"""Seconds past a third of a ttl, after which a holder renews; they count instead if that is later."""
 REST_S: Final = (REST_MS + MARGIN_MS) / 1000
 """How long a store rests that may have forgotten, if no ttl is longer than `REST_MS`."""
 LOST: Final = re.compile(r"lost machine (\d+)")
@@ -54,7 +54,7 @@ class Fault(job.Fault):
     tick: int
     """When it struck."""
     since_s: float
-    """From when on to measure (monotonic clock): when it struck, or enough of what it took away came back."""
+    """The time to measure from (monotonic clock): when it struck, or enough of what it took away came back."""
     within_s: float
     """Seconds from then until leases are granted again, at most."""
     before: int
@@ -69,7 +69,7 @@ class Fault(job.Fault):
 
 @dataclass
 class Result:
-    """What became of a job; sound if nothing is in `violations`."""
+    """The outcome of a job; sound if nothing is in `violations`."""
 
     engine: str
     wanted: int
@@ -81,7 +81,7 @@ class Result:
     faults: list[Fault] = field(default_factory=list)
     outages: list[Outage] = field(default_factory=list)
     grants: Counter[str] = field(default_factory=Counter)
-    """By delegator."""
+    """Grants of each delegator."""
     notes: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
 
@@ -137,9 +137,9 @@ class Job(job.Job):
         self.servers: list[Server] = []
         self.url = ""
         self.leases: list[Lease] = []
-        """What delegators logged, in the order in which it was read."""
+        """The leases that delegators logged, in the order in which it was read."""
         self.eras: list[tuple[int, int]] = [(0, 0)]
-        """At which lease, and tick, each life of the store began that has forgotten something of the one before."""
+        """The lease, and the tick, at which each life of the store began that has forgotten something of the one before."""
         self.forgotten: set[int] = set()
         """The leases that a life of the store has forgotten, by their places in `leases`."""
         self._ended: list[End] = []
@@ -164,7 +164,7 @@ class Job(job.Job):
         raise NotImplementedError
 
     def faults_of_store(self) -> Mapping[str, Callable[[], None]]:
-        """What can happen to the servers."""
+        """The faults of the servers."""
         raise NotImplementedError
 
     def stop_servers(self) -> None:
@@ -325,7 +325,7 @@ class Job(job.Job):
             self.wait(daemon.find_address, f"{daemon.name} to serve")
 
     def _status(self) -> dict[str, Any]:
-        """What a delegator says that answers; empty if none does."""
+        """The status of a delegator that answers; empty if none does."""
         return next(filter(None, map(status_of, self.endpoints)), {})
 
     def tick(self) -> int:

@@ -5,8 +5,8 @@ workers and four clients that know all delegators, each a process of its own.  F
 while IDs are taken, in an order that a seed draws, each once before any comes again.
 
 What is checked afterwards: no ID twice, none outside the windows that delegators logged; leases granted again
-soon after every fault; no call failed within its timeout, but where no window was open at all.  That comes to
-pass where the store is away for longer than windows last (two of three nodes gone), and where it has to rest
+soon after every fault; no call failed within its timeout unless no window was open at all.  That comes to
+pass if the store is away for longer than windows last (two of three nodes gone), and if it has to rest
 (a Redis that was restarted or failed over): then IDs must have been taken to the very end of the windows, and
 again as soon as there were new ones.
 """
@@ -78,7 +78,7 @@ class EtcdJob(Job):
         self.wait(self._are_healthy, "all nodes to be there again")
 
     def _probe(self) -> None:
-        """See that who wants a lease that nobody can grant is told so, in time and in plain words."""
+        """See that a caller hears in time, and in plain words, that no delegator can grant it a lease."""
         began = time.monotonic()
         refusal: zflake.ZflakeError | None = None
         with zflake.LeasedGenerator(self.endpoints, timeout=TIMEOUT_S, name="probe") as generator:
@@ -103,7 +103,7 @@ class PostgresqlJob(Job):
 
     def start_servers(self) -> str:
         folder = self.daemons.folder
-        folder.chmod(folder.stat().st_mode | 0o001)  # the server may have to run as somebody else
+        folder.chmod(folder.stat().st_mode | 0o001)  # the server may have to run as another user
         self.server = Postgres(folder / "postgres")
         self.servers.append(self.server)
         self.server.start()
@@ -209,8 +209,8 @@ def run(
     """Do the job in an empty folder; what it gives is to be checked.
 
     `rate` is what each client may take in a second (0: all it can get); `faults` strike in this order (None:
-    all of them in any order, again and again while there are IDs to take).  Who is not `patient` waits for
-    no store that rests.
+    all of them in any order, again and again while there are IDs to take).  A job that is not
+    `patient` waits for no store that rests.
     """
     with Daemons(folder) as daemons:
         job = ENGINES[engine](

@@ -49,7 +49,7 @@ class Job:
 
     routes: Sequence[str] = ROUTES
     prefix: str = ""
-    """In front of the names of all that a job starts."""
+    """The beginning of the names of all that a job starts."""
 
     def __init__(self, daemons: Daemons, draw: random.Random, report: Report) -> None:
         self.daemons, self.draw, self.report = daemons, draw, report
@@ -159,7 +159,7 @@ def errors_of(clients: Iterable[Taker]) -> list[str]:
 
 
 def complaints(daemons: Iterable[Daemon], expected: Sequence[str] = ()) -> list[str]:
-    """What daemons logged that they should not: errors, except those with `expected` words, and worse."""
+    """Lines that daemons should not have logged: errors, except those with `expected` words, and worse."""
     return [
         f"{daemon.name} logged {event['message']}"
         for daemon in daemons
@@ -171,5 +171,5 @@ def complaints(daemons: Iterable[Daemon], expected: Sequence[str] = ()) -> list[
 
 
 def mb_in(folder: Path) -> float:
-    """What the files of a folder take."""
+    """Megabytes that the files of a folder take."""
     return sum(path.stat().st_size for path in folder.iterdir()) / 1e6

@@ -28,13 +28,13 @@ TTL_S: Final = 1
 WORKERS: Final = 3
 MACHINES: Final = 8
 ONCE: Final = ("meta", "mark", "acquire", "release")
-"""What is passed once only, since what is done here leads there once."""
+"""Points that are passed once only, since one fault leads there once."""
 LAUNCHER: Final = "tests.system.failpoints"
 
 
 @dataclass
 class Result:
-    """What came of it; sound where nothing is in `violations`."""
+    """The outcome; sound if nothing is in `violations`."""
 
     points: list[str] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
@@ -44,7 +44,7 @@ class Result:
         lines = [
             f"kills: {len(self.points)} kills, {self.verdict.ids:,} IDs in {self.verdict.windows} windows",
             *(f"  VIOLATION: {violation}" for violation in self.violations),
-            f"  {'FAILED' if self.violations else 'no window granted twice, none to nobody, no ID twice, nobody lost'}",
+            f"  {'FAILED' if self.violations else 'no window granted twice, each to a holder, no ID twice, no lease lost'}",
         ]
         return "\n".join(lines)
 
@@ -138,7 +138,7 @@ class Kills:
                 guests = [self._daemons.worker(to=self._bind)]
                 self._await_holders(guests)
             victim.signal(signal.SIGUSR1)
-            if kind == "mark":  # which is written where there is nothing else to commit
+            if kind == "mark":  # which is written if there is nothing else to commit
                 self._signal_workers(signal.SIGSTOP)
             if kind == "acquire":
                 guests = [self._daemons.worker(to=self._bind)]
@@ -216,7 +216,7 @@ class Kills:
         logged = {(lease[1], lease[2]) for lease in leases_in(d.log_path for d in self.delegators)}
         logged |= {(lease[1], lease[2]) for lease in self._unlogged}
         sql = "SELECT machine, gen, start, fence FROM machine WHERE token IS NULL"
-        # Not for writing: whoever closes a database last moves its log into the main file.
+        # Not for writing: the last connection to close a database moves its log into the main file.
         with closing(sqlite3.connect(f"file:{self._daemons.folder}/store.db?mode=ro", uri=True)) as db:
             for machine, gen, start, fence in db.execute(sql):
                 if (machine, gen) not in logged:
@@ -224,12 +224,12 @@ class Kills:
 
 
 def leaked(leases: Iterable[Lease]) -> list[str]:
-    """Generations that nobody was ever told of: grants that went to nobody."""
+    """Generations that no delegator ever logged: grants that went to no holder."""
     told: dict[int, set[int]] = defaultdict(set)
     for _, machine, gen, _, _ in leases:
         told[machine].add(gen)
     return [
-        f"machine {machine}: gens {sorted(missing)} were granted to nobody"
+        f"machine {machine}: gens {sorted(missing)} were granted to no holder"
         for machine, gens in told.items()
         if (missing := set(range(1, max(gens))) - gens)
     ]

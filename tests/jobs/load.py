@@ -87,7 +87,7 @@ class Load:
         return ticks_of(self.runs)
 
     def check(self, delegators: Iterable[Daemon]) -> Verdict:
-        """What the checker says; what one worker gave must ascend as well."""
+        """The checker's verdict; the IDs of one worker must ascend as well."""
         verdict = check_runs([d.log_path for d in delegators], runs_of(self.runs))
         for name, taker in self.takers.items():
             firsts = [first for first, _, _ in taker.runs]
@@ -96,7 +96,7 @@ class Load:
         return verdict
 
     def lost(self) -> list[str]:
-        """Who was told that its lease is lost."""
+        """The workers that were told that their leases are lost."""
         return [worker.name for worker in self.workers if worker.said("lost machine")]
 
 

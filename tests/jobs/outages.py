@@ -1,6 +1,6 @@
 """Times without a window: when there were any, how IDs ended before them and began after them, who failed in them.
 
-A client may only be refused while nobody has a window that holds the timeline's now.
+A client may only be refused while no holder has a window that holds the timeline's now.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def outages_between(gaps: Iterable[Gap], runs: Runs) -> list[Outage]:
 
 
 def cut_short(outages: Iterable[Outage]) -> list[str]:
-    """What windows were not used to their ends, or from their beginnings on."""
+    """The windows that were not used to their ends, or from their beginnings on."""
     found = []
     for outage in outages:
         if outage.ended_ms > SERVED_MS:
             found.append(
-                f"no IDs in the last {outage.ended_ms} ms of a window, while nobody was granted another"
+                f"no IDs in the last {outage.ended_ms} ms of a window, while no holder was granted another"
             )
         if outage.began_ms > BACK_MS:
             found.append(f"no IDs in the first {outage.began_ms} ms of windows after there were none")

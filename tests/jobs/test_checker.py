@@ -21,7 +21,7 @@ LEASES: Final[list[Lease]] = [
 
 
 class Job:
-    """What a sound job would have left behind, to be spoilt."""
+    """The leavings of a sound job, to be spoilt."""
 
     def __init__(self, folder: Path, layout: Layout = DEFAULT) -> None:
         self.log = folder / "delegator.log"

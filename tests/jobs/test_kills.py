@@ -65,7 +65,7 @@ def test_workers_killed_around_their_renewals_leave_machine_ids_that_others_take
     assert load.lost() == []
 
 
-def test_a_grant_that_nobody_was_told_of_is_caught() -> None:
+def test_a_grant_that_no_holder_was_told_of_is_caught() -> None:
     leases: list[Lease] = [("acquired", 1, 1, 0, 10), ("renewed", 1, 2, 10, 20), ("renewed", 1, 4, 30, 40)]
     assert leaked(leases[:2]) == []
-    assert leaked(leases) == ["machine 1: gens [3] were granted to nobody"]
+    assert leaked(leases) == ["machine 1: gens [3] were granted to no holder"]

@@ -136,11 +136,11 @@ class Daemon(Process):
         return sum(words in str(event.get("message")) for event in self.events())
 
     def leases(self, verb: str) -> list[list[Any]]:
-        """What a delegator has logged about leases: `[verb, machine, gen, start, end]`."""
+        """The leases that a delegator has logged: `[verb, machine, gen, start, end]`."""
         return [event["lease"] for event in self.events() if event.get("lease", [""])[0] == verb]
 
     def find_address(self) -> str | None:
-        """The address that it logged, None before; `AssertionError` where it has ended instead."""
+        """The address that it logged, None before; `AssertionError` if it has ended instead."""
         for event in self.events():
             if "address" in event:
                 return str(event["address"])
@@ -272,7 +272,7 @@ def resident_mb(pid: int) -> float:
 
 
 def status_of(endpoint: str) -> dict[str, Any]:
-    """What a daemon says of itself; empty where it does not answer now."""
+    """A daemon's account of itself; empty if it does not answer now."""
     try:
         return ask_status(endpoint, 1.0)
     except ZflakeError:

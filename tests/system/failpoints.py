@@ -97,7 +97,7 @@ def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def kinds_of(swaps: Collection[Swap]) -> set[str]:
-    """What a transaction does."""
+    """The work of a transaction."""
     kinds = set() if swaps else {"mark"}
     for swap in swaps:
         new = swap.new

@@ -1,7 +1,7 @@
 """Wall clocks that are wrong: a preloaded library shows processes another time, and steps it while they run.
 
 The wall clock alone is faked.  The clocks that daemons run on (CLOCK_BOOTTIME, CLOCK_MONOTONIC) stay true,
-as they do where somebody sets the clock of a real machine.
+as they do when an operator sets the clock of a real machine.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class WrongClock:
         fresh.replace(self._path)
 
     def time(self) -> float:
-        """What it shows."""
+        """The time that it shows."""
         return time.time() + self.off_s
 
 

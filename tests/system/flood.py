@@ -23,7 +23,7 @@ from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, resident_mb, s
 CLIENTS: Final = 200
 TTL_S: Final = 2
 GROWTH_MB: Final = 64.0
-"""By how much a flood may make a daemon grow, however long it lasts: queues and buffers, all of which end."""
+"""Megabytes that a daemon may grow by in a flood, however long it lasts: queues and buffers, all of which end."""
 CALLS: Final = 30
 RECOVERY_S: Final = 1.0
 """Within what time after the flood a lone client must be served as before."""
@@ -36,13 +36,13 @@ REPORT_S: Final = 5.0
 
 @dataclass
 class Result:
-    """What became of a flood; withstood where nothing is in `violations`."""
+    """The outcome of a flood; withstood if nothing is in `violations`."""
 
     seconds: float
     answers: Counter[str] = field(default_factory=Counter)
-    """By `ids`, by the error's code, and `sent`: the requests."""
+    """Requests, under `sent`; their answers, under `ids` or the error's code."""
     grown_mb: dict[str, float] = field(default_factory=dict)
-    """By how much each daemon had grown at the most."""
+    """Megabytes that each daemon had grown by at the most."""
     renewals: int = 0
     before_s: float = 0.0
     after_s: float = 0.0
@@ -148,9 +148,9 @@ def _median_s(client: zflake.Client, calls: int) -> float:
 def _judge(result: Result) -> None:
     say = result.violations.append
     if not result.answers["ids"]:
-        say("nobody in the flood got an ID")
+        say("no client in the flood got an ID")
     if not result.answers["overloaded"] + result.answers["timeout"]:
-        say("nobody was told that it is too much: that was no flood")
+        say("no client was told that it is too much: that was no flood")
     if result.answers["unavailable"]:
         say(f"{result.answers['unavailable']} were told that there is no worker, which was there all along")
     for who, mb in result.grown_mb.items():

@@ -1,4 +1,4 @@
-"""Who floods a delegator, a process of its own: many clients with far more requests than can be answered.
+"""The flood on a delegator, a process of its own: many clients with far more requests than can be answered.
 
 `flood.py` starts it as `python flooder.py ENDPOINT CLIENTS SECONDS`.  Each client is a socket of its own
 that keeps `DEPTH` requests under way, whatever becomes of them.  At the end it prints one JSON object: how

@@ -1,4 +1,4 @@
-"""What the commands promise: one clear line for each mistake, nothing changed by it; and what they print."""
+"""The promises of the commands: one clear line for each mistake, nothing changed by it; and what they print."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KUBERNETES: Final = {
     "ZFLAKE_WORKER_SERVICE_PORT": "7411",
     "ZFLAKE_NONSENSE": "1",
 }
-"""What Kubernetes sets for Services of these names, and something unknown."""
+"""The variables that Kubernetes sets for Services of these names, and an unknown one."""
 
 
 def command(
@@ -74,14 +74,14 @@ def refusal(
 
 @pytest.fixture
 def taken() -> Iterator[str]:
-    """An endpoint at which somebody else serves."""
+    """An endpoint at which another process serves."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture
-def nobody() -> str:
-    """An endpoint at which nobody serves."""
+def deserted() -> str:
+    """An endpoint at which nothing serves."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
@@ -306,13 +306,13 @@ def test_a_store_of_another_layout_or_in_use_is_refused(daemons: Daemons, tmp_pa
     assert meta() == before
 
 
-# --- nobody there ---
+# --- nothing there ---
 
 
 @pytest.mark.parametrize("argv", [["next"], ["status"], ["next", "--format", "json"]], ids=" ".join)
-def test_no_delegator_is_one_line(argv: list[str], nobody: str, tmp_path: Path) -> None:
-    line = refusal(TOOL, *argv, "--to", nobody, "--timeout", "300ms", folder=tmp_path)
-    assert nobody in line
+def test_no_delegator_is_one_line(argv: list[str], deserted: str, tmp_path: Path) -> None:
+    line = refusal(TOOL, *argv, "--to", deserted, "--timeout", "300ms", folder=tmp_path)
+    assert deserted in line
     assert "within 0.3 s" in line
 
 

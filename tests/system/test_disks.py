@@ -79,7 +79,7 @@ def _grants(*delegators: Daemon) -> int:
 
 
 def _fences(store: Path) -> list[int]:
-    # Not for writing: whoever closes a database last moves its log into the main file.
+    # Not for writing: the last connection to close a database moves its log into the main file.
     with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as db:
         return [fence for (fence,) in db.execute("SELECT fence FROM machine")]
 
@@ -142,7 +142,7 @@ def test_a_store_that_may_not_be_written_is_refused_and_goes_on_once_it_may(daem
         store.chmod(0o644)
         again = daemons.delegator(bind=address, new=False, ttl="2s")
         until(lambda: again.leases("renewed"), "a renewal")
-        # What is open may be written whatever becomes of the file's mode.
+        # An open file may be written whatever becomes of the file's mode.
         store.chmod(0o444)
         before = _grants(again)
         until(lambda: _grants(again) > before + 1, "more renewals")
@@ -174,7 +174,7 @@ def test_a_store_that_is_moved_away_and_back_grants_nothing_meanwhile(daemons: D
 
 
 def _lose(daemons: Daemons, lose: Callable[[Path, Path], None], *, running: bool) -> None:
-    """Have a store lost under a delegator that runs, or was killed just before; see that nobody is hurt."""
+    """Have a store lost under a delegator that runs, or was killed just before; see that no holder is hurt."""
     cluster = start_cluster(daemons, workers=1, ttl="1s")
     store, (worker,) = _store(daemons), cluster.workers
     backup = daemons.folder / "backup"
@@ -203,7 +203,7 @@ def _lose(daemons: Daemons, lose: Callable[[Path, Path], None], *, running: bool
         granted_to = max(_fences(store))
         lose(store, backup)
         if running:
-            # What it was about to commit may still have been.
+            # Its last commit may still have been.
             granted_to += 2_000
             until(lambda: _unavailable(delegator), "the delegator to stop granting")
             before = _grants(*delegators)

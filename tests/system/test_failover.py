@@ -1,4 +1,4 @@
-"""What clients keep while parts of a cluster freeze, drown, restart, or are not what they should be."""
+"""The promises that clients keep while parts of a cluster freeze, drown, restart, or are not what they should be."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BUDGET_S: Final = 5.0
 
 
 def _workers(delegator: Daemon) -> list[str]:
-    """The names of those whom the delegator gives requests now."""
+    """The names of the workers that get requests from the delegator now."""
     leases = status_of(delegator.address).get("leases", ())
     return [lease["name"] for lease in leases if lease["worker"]]
 
@@ -97,7 +97,7 @@ def test_with_one_of_two_workers_frozen_every_brokered_request_is_answered(daemo
     facts = status_of(cluster.delegator.address)
     assert facts["broker"]["requeued"] > 0, "the frozen worker had some of them"
     assert _workers(cluster.delegator) == [other.name]
-    # Thawed, it is given requests again, and what it answers too late is nobody's.
+    # Thawed, it is given requests again, and what it answers too late goes to no client.
     frozen.signal(signal.SIGCONT)
     _await_worker(frozen, cluster.delegator)
     strays = until(
@@ -422,7 +422,7 @@ def test_status_tells_what_the_broker_and_each_worker_do(cluster: Cluster) -> No
 
 ON_TERMINAL: Final = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests themselves run in the background
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if the tests themselves run in the background
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # a session's first terminal is the one whose Ctrl-C it hears
 os.execv(sys.executable, [sys.executable, "-m", "zflake", *sys.argv[1:]])
 """

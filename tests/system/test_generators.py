@@ -137,7 +137,7 @@ def test_gunicorns_preloaded_workers_give_distinct_ids_and_a_reload_gives_their_
 ) -> None:
     delegator = daemons.delegator(ttl="120s")
     server, port = gunicorn(daemons, delegator.address)
-    assert held(delegator) == {}, "the app was loaded, and nobody has asked"
+    assert held(delegator) == {}, "the app was loaded, and no request has come"
     askers = Askers(port)
     try:
         until(

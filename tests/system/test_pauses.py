@@ -1,4 +1,4 @@
-"""What a cluster keeps when its parts are stopped for longer than a window, or restarted again and again."""
+"""The promises that a cluster keeps when its parts are stopped for longer than a window, or restarted again and again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What daemons promise as processes: signals, outages, pauses, `zflake up`."""
+"""The promises of daemons as processes: signals, outages, pauses, `zflake up`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_sigterm_drains_a_worker(daemons: Daemons, peers: Peers) -> None:
         assert response.msgid in asked
         asked.discard(response.msgid)
         ids += _ids(response)
-        if response.error is not None:  # it came too late for this worker: whoever sent it asks another
+        if response.error is not None:  # it came too late for this worker: its sender asks another
             assert response.error.code == "unavailable"
     assert worker.wait() == 0
     assert len(ids) > 1

@@ -1,4 +1,4 @@
-"""What daemons promise to peers that are not zflake's: answers where there is a request, and no harm otherwise."""
+"""The promises of daemons to peers that are not zflake's: answers if there is a request, and no harm otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.system.conftest import Cluster, Peers
 from tests.system.daemons import WAIT_S, Daemon, Daemons, resident_mb, status_of, until
 
 GROWTH_MB: Final = 40.0
-"""By how much hostile input may make a daemon grow: a few full socket buffers, and no more."""
+"""Megabytes that hostile input may make a daemon grow by: a few full socket buffers, and no more."""
 
 
 def _request(method: Any, params: Any, msgid: Any = 7) -> bytes:
