@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dis
 import os
 import signal
@@ -122,12 +123,32 @@ def interrupt(call: Callable[[], Any], at: int, handler: Callable[[], Any], *, r
     return done
 
 
+_fork: Final[Callable[[], int]] = ctypes.PyDLL(None).fork  # PyDLL: the child must have the GIL
+
+
+def libc_fork() -> int:
+    """A fork that Python does not hear of.
+
+    A thread that has waited a switch interval for the GIL asks its owner to hand it over.  A child that inherits such
+    a request hands it to a thread that the child does not have, and hangs; so no thread asks at the moment of the fork.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1)
+    time.sleep(2 * interval)  # the threads that wait already have their turn
+    pid = _fork()
+    sys.setswitchinterval(interval)
+    return pid
+
+
 def in_child(fork: Callable[[], int], work: Callable[[], list[int]]) -> list[int]:
     """What `work` gives in a forked child; `AssertionError` where it fails there."""
     read, write = os.pipe()
     pid = fork()
     if pid == 0:  # pragma: no cover
         status = 1
+        signal.signal(
+            signal.SIGALRM, signal.SIG_DFL
+        )  # which ends a child that hangs, whatever pytest-timeout wants
         signal.alarm(30)
         try:
             os.write(write, " ".join(map(str, work())).encode())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
 
 import pytest
 
+from tests.embedded.conftest import libc_fork
 from zflake.embedded import fork
 from zflake.embedded.fork import MINE, UNTIL, Page, PidPage, new_page
 
-FORKS = [os.fork, ctypes.PyDLL(None).fork]  # PyDLL: the child must have the GIL
 
-
-@pytest.mark.parametrize("fork", FORKS, ids=["os.fork", "libc"])
+@pytest.mark.parametrize("fork", [os.fork, libc_fork], ids=["os.fork", "libc"])
 @pytest.mark.parametrize("make", [new_page, PidPage])
 def test_a_child_finds_zeros_and_the_parent_what_it_wrote(
     make: Callable[[], Page], fork: Callable[[], int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import gc
 import multiprocessing
@@ -21,7 +20,7 @@ from typing import Any, Final
 import pytest
 
 from tests.conftest import Connect, Scripts, until
-from tests.embedded.conftest import Calls, delegator, in_child, interrupt, storm
+from tests.embedded.conftest import Calls, delegator, in_child, interrupt, libc_fork, storm
 from zflake import (
     Closed,
     ConfigError,
@@ -571,7 +570,7 @@ def test_nor_does_a_child_of_a_fork_that_python_knows_nothing_of(monkeypatch: py
             return []
 
         for _ in range(3):
-            in_child(ctypes.PyDLL(None).fork, work)
+            in_child(libc_fork, work)
         assert ids.next_id() > before[-1]
 
 

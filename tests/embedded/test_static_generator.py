@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import os
 import pickle
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.embedded.conftest import Calls, in_child, interrupt, storm
+from tests.embedded.conftest import Calls, in_child, interrupt, libc_fork, storm
 from zflake import Closed, ConfigError, Field, Layout, LayoutError, StaticGenerator, clock, layouts
 from zflake.embedded import generator
 from zflake.holder import static
@@ -300,7 +299,7 @@ def test_a_storm_of_handlers_neither_repeats_nor_blocks(ids: StaticGenerator) ->
 # --- forks ---
 
 
-@pytest.mark.parametrize("fork", [os.fork, ctypes.PyDLL(None).fork], ids=["os.fork", "libc"])
+@pytest.mark.parametrize("fork", [os.fork, libc_fork], ids=["os.fork", "libc"])
 @pytest.mark.parametrize("used", [True, False])
 def test_a_forked_child_is_refused_and_told_what_to_do(
     ids: StaticGenerator, fork: Callable[[], int], used: bool
@@ -320,7 +319,7 @@ def test_a_forked_child_is_refused_and_told_what_to_do(
 
 
 @pytest.mark.parametrize("many", [1, 3 * FULL])
-@pytest.mark.parametrize("fork", [os.fork, ctypes.PyDLL(None).fork], ids=["os.fork", "libc"])
+@pytest.mark.parametrize("fork", [os.fork, libc_fork], ids=["os.fork", "libc"])
 def test_a_fork_in_the_midst_of_a_call_gives_the_child_none_of_its_ids(
     fork: Callable[[], int], many: int
 ) -> None:

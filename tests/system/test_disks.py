@@ -123,7 +123,7 @@ def test_a_full_disk_stops_grants_and_nothing_else_until_there_is_room(daemons: 
 
 
 def test_a_store_that_may_not_be_written_is_refused_and_goes_on_once_it_may(daemons: Daemons) -> None:
-    cluster = start_cluster(daemons, workers=1, ttl="2s")
+    cluster = start_cluster(daemons, workers=1, ttl="8s")
     address = cluster.delegator.address
     store = _store(daemons)
     with Load(cluster.workers) as load:
@@ -140,7 +140,7 @@ def test_a_store_that_may_not_be_written_is_refused_and_goes_on_once_it_may(daem
         assert "let this user write the file" in line
         load.go_on("while its window lasts")
         store.chmod(0o644)
-        again = daemons.delegator(bind=address, new=False, ttl="2s")
+        again = daemons.delegator(bind=address, new=False, ttl="8s")
         until(lambda: again.leases("renewed"), "a renewal")
         # An open file may be written whatever becomes of the file's mode.
         store.chmod(0o444)

@@ -109,9 +109,10 @@ _PUT_MARK: Final = (
     " address = excluded.address WHERE excluded.now_us > mark.now_us"
 )
 # The numbers first to last that have no row yet.  The walk stops at the limit.
+# A subquery for each number, since PostgreSQL 16 makes NOT EXISTS a hash join, whose order is that of the hashes.
 _UNUSED: Final = (
     "WITH RECURSIVE number (n) AS (SELECT CAST(:first AS bigint) UNION ALL SELECT n + 1 FROM number WHERE n < :last)"
-    " SELECT n FROM number WHERE n <= :last AND NOT EXISTS (SELECT 1 FROM machine WHERE machine = n) LIMIT :limit"
+    " SELECT n FROM number WHERE n <= :last AND (SELECT 1 FROM machine WHERE machine = n) IS NULL LIMIT :limit"
 )
 # The sign keeps the engine from taking the range by machine, and sorting all of it.
 _LOWEST: Final = f"SELECT {RECORD} FROM machine WHERE +machine BETWEEN :first AND :last ORDER BY fence, machine LIMIT :limit"
