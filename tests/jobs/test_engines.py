@@ -88,6 +88,7 @@ def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
     forged.write_bytes(job.clients[0].path.read_bytes()[:RECORD])
     result = job.check()
     again = result.ids - sound.ids
+    assert len(result.violations) == 1, str(result)
     (violation,) = result.violations
     assert violation.startswith(f"{again} IDs came again")
     assert str(result).endswith("FAILED")
