@@ -137,7 +137,8 @@ class Checker:
         self._latest: dict[int, tuple[tuple[int, ...], int]] = {}
         self._gens: dict[int, int] = {}  # of the records as they are now
         self._taken_out: dict[int, int] = {}  # until when machines were not leased
-        self._life = 0
+        self.life = 0
+        """How often the store has been lost: what was said in an earlier life was right then."""
         self._ceiling_us = -(1 << 62)  # what the timeline may show at true time 0, at most
         self.wall_us: Callable[[], int] = lambda: -(1 << 62)
         """What the latest of all wall clocks shows."""
@@ -189,13 +190,13 @@ class Checker:
                 return
         raise Violation(f"durable: {_of(grant)} was answered, and no such record was ever stored")
 
-    def lost(self, books: Books, token: Token) -> None:
-        """A holder was told `lost`; `token` is that of its newest window."""
+    def lost(self, books: Books, token: Token, life: int) -> None:
+        """A holder was told `lost`, in this life of the store; `token` is that of its newest window."""
         self.tally.lost += 1
         books.over = True
         holder, machine = books.holder, books.machine
         newest = self._newest(machine, token)
-        if newest.forgotten and newest.gen >= self._gens.get(machine, 0):
+        if newest.forgotten and life == self.life and newest.gen >= self._gens.get(machine, 0):
             raise Violation(f"floor: holder {holder} showed that the store forgot its window, and none rose")
         if self._may_be_gone(newest):
             return
@@ -210,7 +211,7 @@ class Checker:
 
     def _may_be_gone(self, newest: Rectangle) -> bool:
         """Whether a tenancy may be over for one of the honest limits: a clone, or a loss since its newest window."""
-        return len(newest.holders) > 1 or newest.life != self._life
+        return len(newest.holders) > 1 or newest.life != self.life
 
     def gave_up(self, holder: int, machine: int) -> None:
         """A holder has dropped its lease though nobody told it to."""
@@ -317,7 +318,7 @@ class Checker:
             raise Violation(f"superseded: machine {new.machine} went to a token that nobody drew")
         for other in self._by_token.get(new.token, ()):
             tenancy = other.machine, other.tenancy_start, other.life
-            if tenancy == (new.machine, new.tenancy_start, self._life) and len(holders) == 1:
+            if tenancy == (new.machine, new.tenancy_start, self.life) and len(holders) == 1:
                 raise Violation(f"rotated: a second window on machine {new.machine} for one token")
         top = self._ceiling_tick(meta)
         if new.fence > top + self.most_ttl + 1:
@@ -334,7 +335,7 @@ class Checker:
             new.token,
             new.tenancy_start,
             holders,
-            self._life,
+            self.life,
         )
         rectangles = self._rectangles.setdefault(new.machine, [])
         for other in rectangles:
@@ -404,7 +405,7 @@ class Checker:
 
     def store_lost(self, records: dict[int, Record], meta: Meta | None, *, noticed: bool) -> None:
         """The store is what it was when it held these records, and does not know it unless `noticed`."""
-        self._life += 1
+        self.life += 1
         self.meta = meta
         self._latest.clear()
         self._gens = {machine: record.gen for machine, record in records.items()}

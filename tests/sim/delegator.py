@@ -158,7 +158,8 @@ class Delegator(Process):
                 if worker is None or worker.dead:
                     self.service.unsent(message, self.host.local_us())
                     continue
-                self.world.send(self, worker, worker.hear, self, identity, message.prefix[1:], body)
+                told = (self, identity, message.prefix[1:], body, cluster.checker.life)
+                self.world.send(self, worker, worker.hear, *told)
                 if message.worker is not None:
                     cluster.stranger_sees(self, message.prefix[1], body)
 

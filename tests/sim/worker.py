@@ -59,7 +59,7 @@ class WatchedLessee(Lessee):
         if settled and isinstance(answer, Refusal):
             worker.note("is lost")
             assert isinstance(before, WatchedMint)
-            checker.lost(before.books, token)
+            checker.lost(before.books, token, worker.told_in_life)
         if settled and isinstance(answer, Grant):
             worker.follow_edges(answer)
         return settled
@@ -72,6 +72,7 @@ class Worker(Process):
         super().__init__(cluster.world, host, f"w{number}")
         self.cluster = cluster
         self.checker: Checker = cluster.checker
+        self.told_in_life = 0
         self.number = number
         """The holder's, which the checker knows it by; no two have the same."""
         self.address = f"tcp://10.0.1.{number % 250}:{1 + number}"
@@ -145,8 +146,9 @@ class Worker(Process):
 
     # --- what comes in ---
 
-    def hear(self, delegator: Delegator, identity: bytes, prefix: list[bytes], body: bytes) -> None:
-        """Take in a message that was sent to `identity`, one of this worker's connections."""
+    def hear(self, delegator: Delegator, identity: bytes, prefix: list[bytes], body: bytes, life: int) -> None:
+        """Take in a message that was sent to `identity`, one of this worker's connections, in a life of the store."""
+        self.told_in_life = life
         if identity == self.identity:
             if body[:2] == REQUEST_HEAD:
                 self._handle((delegator, prefix), body)
