@@ -88,8 +88,7 @@ def test_a_run_that_comes_twice_is_caught(job: Job, forged: Path) -> None:
     forged.write_bytes(job.clients[0].path.read_bytes()[:RECORD])
     result = job.check()
     again = result.ids - sound.ids
-    assert len(result.violations) == 1, str(result)
-    (violation,) = result.violations
+    (violation,) = set(result.violations) - set(sound.violations)
     assert violation.startswith(f"{again} IDs came again")
     assert str(result).endswith("FAILED")
 
@@ -118,9 +117,10 @@ def test_a_window_that_was_granted_twice_is_caught(job: Job, monkeypatch: pytest
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_ids_that_are_missing_are_caught(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = job.check().ids
-    monkeypatch.setattr(job.result, "wanted", ids + 1)
-    assert job.check().violations == [f"{ids} IDs were taken, not {ids + 1}"]
+    sound = job.check()
+    monkeypatch.setattr(job.result, "wanted", sound.ids + 1)
+    (violation,) = set(job.check().violations) - set(sound.violations)
+    assert violation == f"{sound.ids} IDs were taken, not {sound.ids + 1}"
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])

@@ -146,7 +146,9 @@ class Worker(Process):
 
     # --- what comes in ---
 
-    def hear(self, delegator: Delegator, identity: bytes, prefix: list[bytes], body: bytes, life: int) -> None:
+    def hear(
+        self, delegator: Delegator, identity: bytes, prefix: list[bytes], body: bytes, life: int
+    ) -> None:
         """Take in a message that was sent to `identity`, one of this worker's connections, in a life of the store."""
         self.told_in_life = life
         if identity == self.identity:
