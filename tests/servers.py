@@ -10,6 +10,7 @@ import ctypes  # here, since the child may be a user who can't read Python's fil
 import itertools
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -343,12 +344,15 @@ class Postgres(Server):
     def kill(self) -> None:
         """End it as a power failure of the server would: all of its processes at once."""
         if self._popen is not None and self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGSTOP)  # it forks no child meanwhile
             children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children")
-            pids = [int(pid) for pid in children.read_text().split()]
+            ends = [os.pidfd_open(int(pid)) for pid in children.read_text().split()]
             super().kill()
-            for pid in pids:
+            for end in ends:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    signal.pidfd_send_signal(end, signal.SIGKILL)
+                select.select([end], [], [], START_S)  # the next server wants the shared memory to itself
+                os.close(end)
             (self.data / "postmaster.pid").unlink(missing_ok=True)
 
     def _program(self, name: str) -> str:

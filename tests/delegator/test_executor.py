@@ -90,9 +90,11 @@ class Faulty(MemoryStore):
         if word == "lose":
             for swap in swaps:
                 old = self.by_machine(swap.new.machine)
-                # What another delegator might do: it renews on, or takes a free one.
-                stranger = replace(old, gen=old.gen + 1, fence=old.fence + 1)
-                assert super().swap([Swap(old, stranger, swap.version)]) == [True]
+                # What other delegators might do: the machine is given back, and taken once more.
+                free = replace(old, gen=old.gen + 1, token=None)
+                stranger = replace(old, gen=old.gen + 2, fence=old.fence + 1)
+                assert super().swap([Swap(old, free, swap.version)]) == [True]
+                assert super().swap([Swap(free, stranger, swap.version)]) == [True]
                 self.strangers.append(stranger)
         done = super().swap(swaps[:1] if word == "half" else swaps, mark)
         self.plan = rest

@@ -60,7 +60,7 @@ _META = contract.test_meta_is_swapped_only_in_place_of_the_one_that_was_meant
 _STORE = contract.test_meta_of_another_store_is_not_swapped_in
 _TOKEN = contract.test_a_token_stands_on_one_machine_and_a_second_one_loses
 _CUT = contract.test_a_release_cuts_every_span_of_its_machine_at_the_fence
-_GIVEN_UP = contract.test_a_machine_may_keep_its_token_and_another_may_have_one_given_up
+_GIVEN_UP = contract.test_a_token_is_granted_once_and_after_it_was_given_up_again
 _LIFE = contract.test_a_swap_under_a_meta_of_another_incarnation_loses
 _LONGER = contract.test_a_renewal_takes_the_place_of_the_span_that_it_lengthens
 _LATE_MARK = contract.test_a_mark_is_not_set_back_by_a_connection_that_knows_an_earlier_one
@@ -86,6 +86,10 @@ MUTANTS: Final = (
            _TOKEN),
     Mutant("another machine's token", ROWS, rows, "_NEXT_RECORD", "NOT EXISTS", "true OR false AND EXISTS",
            _TOKEN),
+    Mutant("its own machine's token", KEYED, Keyed, "_step", "if new.token is not None:",
+           "if new.token is not None and new.token != old.token:", _GIVEN_UP),
+    Mutant("its own machine's token", ROWS, rows, "_NEXT_RECORD", "WHERE token = :token",
+           "WHERE token = :token AND machine <> :machine", _GIVEN_UP),
     Mutant("a token given up", KEYED, Keyed, "_step", "if old.gen else {}", "if False else {}", _GIVEN_UP),
     Mutant("version in a swap of meta", KEYED, Keyed, "swap_meta", "META: old.version, ", "", _META),
     Mutant("version in a swap of meta", ROWS, rows, "_NEXT_META", "version = :old_version AND ", "", _META),

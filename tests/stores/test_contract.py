@@ -249,11 +249,13 @@ def test_one_acquire_that_came_twice_in_one_commit_gets_one_machine(store: Store
     assert store.by_machine(6) == Record(6)
 
 
-def test_a_machine_may_keep_its_token_and_another_may_have_one_given_up(store: Store) -> None:
-    write(store, Record(1, fence=10, gen=1, token=token(1)))
-    assert write(store, Record(1, fence=20, gen=2, token=token(1))) == [True]
+def test_a_token_is_granted_once_and_after_it_was_given_up_again(store: Store) -> None:
+    first = Record(1, fence=10, gen=1, token=token(1))
+    write(store, first)
+    assert write(store, Record(1, fence=20, gen=2, token=token(1))) == [False]
+    assert store.by_token(token(1)) == store.by_machine(1) == first
     moved = Record(2, fence=10, gen=1, token=token(1))
-    assert write(store, Record(1, fence=20, gen=3), moved) == [True, True]
+    assert write(store, Record(1, fence=20, gen=2), moved) == [True, True]
     assert store.by_token(token(1)) == moved
 
 
@@ -314,7 +316,7 @@ def test_lowest_follows_every_swap_until_all_are_used(store: Store) -> None:
         machine = step * 7 % 24
         old = store.by_machine(machine)
         fences[machine] = 1 + step * 37 % 101
-        assert write(store, Record(machine, fences[machine], old.gen + 1, token(machine))) == [True]
+        assert write(store, Record(machine, fences[machine], old.gen + 1, token(step))) == [True]
         order = sorted(range(24), key=lambda m: (fences[m], m))
         assert [record.machine for record in store.lowest(0, 23, 10)] == order[:10]
 

@@ -235,9 +235,11 @@ def test_delegators_that_start_together_convert_a_store_once_and_lose_no_write(p
             assert meta is not None
             record = Record(100 + number, 10_000, 1, bytes([number]) * 16)
             assert store.swap([Swap(Record(100 + number), record, meta.version)]) == [True]
-            for _ in range(20):
+            for turn in range(20):
                 old = store.by_machine(100 + number)
-                record = replace(old, gen=old.gen + 1, fence=old.fence + 1)
+                record = replace(
+                    old, gen=old.gen + 1, fence=old.fence + 1, token=bytes([100 + number, turn]) * 8
+                )
                 assert store.swap([Swap(old, record, meta.version)]) == [True]
             store.close()
         except BaseException as error:  # noqa: BLE001

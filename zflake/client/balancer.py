@@ -49,7 +49,7 @@ class Refresh:
     until: float
     """When the caller's budget is spent: if the caller has not ended by then, another one takes its place."""
     error: ZflakeError | None = None
-    """What stood in the caller's way, or None; for the callers that wait as well."""
+    """The error that the read met, or None; the callers that wait take it too."""
     is_over: bool = False
     wakes: list[Callable[[], object]] = field(default_factory=list)
 

@@ -33,7 +33,7 @@ from zflake.wire.methods import Method, exception_of
 ATTEMPT_S: Final = 1.0
 """Seconds that one endpoint has for an answer at most; less if the budget is small."""
 ATTEMPTS: Final = 4
-"""Number of attempts over which a budget is spread."""
+"""Divisor of a budget: one attempt may take that part of it, and `ATTEMPT_S` at most."""
 CONNECT_S: Final = 0.5
 """Seconds that an endpoint has to take a connection."""
 REFRESH_WAIT_S: Final = 0.2
@@ -228,7 +228,7 @@ def _attempt_s(total_s: float) -> float:
 
 
 def _choose(balancer: Balancer, budget: Budget, *, brokered: bool) -> Conversation[str | ZflakeError | None]:
-    """The endpoint to ask for IDs; if there is none, what stood in the way, after a pause."""
+    """The endpoint to ask for IDs; if there is none, the error that explains why, after a pause."""
     if (endpoint := balancer.pick(brokered=brokered)) is not None:
         return endpoint
     reason = yield from _refresh(balancer, budget)

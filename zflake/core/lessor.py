@@ -134,9 +134,12 @@ def _next_window(meta: Meta, now: int, record: Record) -> tuple[int, int] | Refu
             Refused.EXHAUSTED,
             f"layout {meta.layout.name} ended at {meta.layout.overflows.isoformat()}: it has no ticks left",
         )
+    why = f"machine {record.machine} has its window until tick {record.fence} already"
+    if record.fence < meta.floor:
+        why = f"the store may have lost leases that still run: no window begins before tick {meta.floor}"
     return Refusal(
         Refused.TOO_EARLY,
-        f"machine {record.machine} has its window until tick {record.fence} already",
+        why,
         meta.layout.ticks_to_ms(start + 1 - meta.ttl - now),
     )
 

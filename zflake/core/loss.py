@@ -10,6 +10,9 @@ guards against that: meta's *floor*, below which no window begins.
    one of the past (`is_lost`), or a holder shows a grant that the record lacks (`witnessed`).
 3. The floor is durable before anything is granted again, and never goes down.
 
+Nothing ends a rest: the timeline reaches the floor.  Until then `lessor.acquire` refuses, and `lessor.renew` grants
+no window that begins below the floor.
+
 A first start is the same case: an empty store may be new, or the ruins of a lost one (`first_floor`).
 """
 
@@ -78,7 +81,7 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
 
 
 def latest_tick(layout: Layout, tick: int, marks_us: Sequence[int]) -> int:
-    """The later of `tick` and of the marks (µs since the Unix epoch), except those too far ahead to be waited for."""
+    """The latest of `tick` and the marks (µs since the Unix epoch); a mark counts as `MAX_AHEAD_MS` ahead at most."""
     most = tick + layout.ms_to_ticks(MAX_AHEAD_MS)
     return max([tick, *(min((us - layout.epoch_us) // layout.tick_us, most) for us in marks_us)])
 
@@ -90,7 +93,7 @@ def rest_until(layout: Layout, latest: int, ttl: int) -> int:
 
 
 def resting_ms(meta: Meta, now: int) -> int:
-    """Milliseconds until the store grants again; 0 if it grants now."""
+    """Milliseconds until the store grants machine IDs again, and windows begin; 0 if it grants now."""
     return meta.layout.ticks_to_ms(meta.floor - now)
 
 

@@ -8,6 +8,8 @@ Three rules make its IDs unique, whatever the clock does:
 
 The clock's tick, an argument, chooses where in the windows to mint.  A clock that goes back makes the mint
 stay in its last tick until that is full; one that leaps ahead skips ticks.  Neither repeats anything.
+
+The generators hold the same rules without a lock, a tick at a time (`core/ticks.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ Window: TypeAlias = tuple[int, int]
 def first_open(windows: Iterable[Window], now: int) -> int | None:
     """The first tick, `now` or later, that one of the windows (in order) holds; None if none does.
 
-    Rule 2 at the tick's turn: `now` may be minted in if it is that tick.
+    By rule 2 the holder may mint in `now` exactly if the answer is `now`.
     """
     for start, end in windows:
         if now < end:

@@ -1,9 +1,9 @@
 """A delegator's answers: messages and time in, messages out.  It knows no socket.
 
-ids.next      goes to the broker, and comes back from a worker
-lease.*       goes to the executor, which asks the store; the answer is collected in a later turn
-worker.*      changes the directory, and which workers the broker gives requests
-the rest      is answered at once, by the report
+ids.next                 goes to the broker, and comes back from a worker
+lease.*, cluster.trace   go to the executor, which asks the store; a later turn collects the answer
+worker.*                 change the directory, and which workers the broker gives requests
+the rest                 is answered at once, by the report
 
 The owner hands each message that comes to `receive`, calls `turn` in every turn of its loop, sends what `collect` gives,
 and tells `unsent` what it could not send.  Times are in microseconds on the delegator's local clock.
@@ -34,7 +34,7 @@ SWEEP_US: Final = 50_000
 RESTART_MS: Final = 500
 """Milliseconds after which clients may come back to a delegator that shuts down: it may be a restart."""
 BEHIND_MS: Final = 1_000
-"""Milliseconds after which a holder may ask again that found too many requests waiting for the store."""
+"""Milliseconds until a holder may ask again, if too many requests were waiting for the store."""
 
 Asker = list[bytes]
 """The prefix that goes before an answer: the caller's identity, its envelope, an empty frame."""
@@ -156,9 +156,10 @@ class Service:
     # --- inside ---
 
     def _leases_at(self) -> int:
-        """Up to which tick the leases are known here.
+        """The tick up to which this delegator knows the leases.
 
-        While the store fails, workers may renew through another delegator: those with a heartbeat are there.
+        It stays where it was while the store fails: workers may renew through another delegator, so a worker that
+        sends heartbeats stays in the directory.
         """
         return self._clock.tick() if self._known_at is None else self._known_at
 

@@ -31,7 +31,8 @@ from zflake.wire.methods import Code, Method
 PING_US: Final = 250_000
 """Microseconds between pings."""
 ABANDON_US: Final = 10_000_000
-"""Microseconds that a lease without a window is kept while delegators of another cluster answer, and none of its own."""
+"""Microseconds without an answer from its own cluster after which a holder whose windows have ended gives up its
+lease, if a delegator of another cluster answers."""
 MAX_PATIENCE_US: Final = 8_000_000
 """Microseconds that an answer is waited for at most, after silence before."""
 RELEASE_RETRY_US: Final = 200_000
@@ -68,7 +69,7 @@ class LeaseConversation:
         self.store_id: str | None = None
         """The store that the lease is recorded in."""
         self.refusal: Refusal | None = None
-        """Why the lease request that is being repeated was refused last; None if no delegator answers it."""
+        """The last refusal of the present request; None if there was none, or if a delegator has not answered since."""
         self.connection = 0
         """Number of the connection that `poll` speaks of; one more after each that was given up."""
         self._endpoints = endpoints

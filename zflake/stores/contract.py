@@ -184,7 +184,7 @@ class Store(ABC):
 
         True for each that found its record at the gen of `old` and meta at its version, and is durable now.
         If the store can change its incarnation while it is used, meta must be of the present one.  False for
-        each that lost the race, or whose token is another machine's; that one wrote nothing.
+        each that lost the race, or whose token a record holds already; that one wrote nothing.
         """
 
     @abstractmethod

@@ -1,8 +1,13 @@
 """Whether an etcd cluster is what it was.
 
-A cluster that was restored from a snapshot has another cluster ID; or its revision goes back; or, since its log
-begins anew, it has more revisions than before in proportion to its log.  Each of these is another incarnation:
-the text "CLUSTER RANDOM EXCESS".
+A cluster that was restored from a snapshot shows it in one of three ways, and each is another incarnation, the text
+"CLUSTER RANDOM EXCESS":
+
+1. The cluster has another ID.
+2. The revision goes back.  Only a process that has seen the later revision can tell.
+3. The *excess*, by which the revision is ahead of the place in the Raft log, grows: a restored cluster keeps its
+   revisions, and its log begins anew.  It is looked at again whenever a connection has failed, and whenever a
+   commit is refused that should not be.
 """
 
 from __future__ import annotations
@@ -94,7 +99,7 @@ class EtcdIdentity:
         return life
 
     def _excess(self) -> str:
-        """By how much the revisions outnumber the entries of the log; only a restore makes that grow."""
+        """The number by which revisions exceed the entries of the log; only a restore makes it grow."""
         # A node that was sent a snapshot learns with the next entry how far it is.
         self._http.ask_once("/kv/txn", self._entry)
         looks = [self._http.ask_node("/maintenance/status", {}) for _ in range(LOOKS)]

@@ -87,7 +87,7 @@ class KeyedStore(Store):
     """Keys that a walk reads at a time."""
 
     def __init__(self) -> None:
-        # By the first machine of a range: the first one that may be unused.  No used machine becomes unused again.
+        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
         self._unused_from: dict[int, int] = {}
         # This delegator's mark, as it was last written.
         self._own_mark: Mark | None = None
@@ -116,11 +116,11 @@ class KeyedStore(Store):
 
     @abstractmethod
     def _commit(self, first: Step, steps: Sequence[Step] = ()) -> list[bool] | None:
-        """Write the first step, and the other ones each for itself, in one atomic and durable commit.
+        """Write `first`, and each of `steps` whose conditions hold, in one atomic and durable commit.
 
-        Gives for each of the others whether its conditions held; None if those of the first one did not, and
-        then nothing is written.  No step compares or writes what another one writes.  Only the first step is
-        written if the store is not of meta's incarnation.
+        Gives for each of `steps` whether its conditions held; gives None and writes nothing if those of `first`
+        did not hold.  The caller sees to it that no step compares or writes a key that another one writes.  If
+        the store is not of meta's incarnation, the engine writes `first` alone.
         """
 
     # --- meta ---
@@ -161,7 +161,7 @@ class KeyedStore(Store):
             raise StoreError(f"{self.url} is initialised already, or another process has just begun to")
 
     def _fill(self, conditions: Mapping[Key, Stamp | Found], items: Items) -> bool:
-        """Write all items in small pieces, while the conditions hold; whether they did to the end."""
+        """Write all items in small pieces; stop and give False if the conditions do not hold any more."""
         return all(self._commit(Step(conditions, dict(some))) is not None for some in batched(items, CHUNK))
 
     def contents(self) -> Contents:
@@ -227,9 +227,10 @@ class KeyedStore(Store):
                 return outcomes
 
     def _first(self, mark: Mark | None) -> tuple[Step, Mark | None]:
-        """The step that stands for the whole commit: the delegator's mark is what it was, and goes forward only.
+        """The first step of a commit, and the mark that it writes.
 
-        With it goes the mark as it is to be.  A store that has gone back to an earlier state has an earlier mark.
+        The step requires that the store holds this delegator's mark as it was last written, and never moves it
+        back.  A store that has gone back to an earlier state holds an earlier mark, so the commit fails.
         """
         if mark is None:
             return Step({}, {}), None
@@ -261,7 +262,7 @@ class KeyedStore(Store):
             META: swap.version,
             ("machine", machine): old.gen or Found.NOTHING,
         }
-        if new.token is not None and new.token != old.token:
+        if new.token is not None:
             conditions["token", new.token] = Found.NOTHING
         # A key that stays is written after it was to go.
         writes: dict[Key, Thing | None] = dict.fromkeys(key for key, _ in items_of(old)) if old.gen else {}

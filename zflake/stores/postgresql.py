@@ -189,7 +189,7 @@ class PostgresqlStore(RowStore):
         return done.rowcount == 1
 
     def _in_order(self, swaps: Sequence[Swap]) -> Iterable[tuple[int, Swap]]:
-        # By machine, so that two delegators never wait for each other in a circle.
+        # The order is by machine, so that two delegators never wait for each other in a circle.
         return sorted(enumerate(swaps), key=lambda placed: placed[1].new.machine)
 
     # --- the connection ---
@@ -292,7 +292,7 @@ class PostgresqlStore(RowStore):
         )
         where = " AND ".join(f"{column} = :{column}" for column in key)
         with self._transaction():
-            # By key, so that two delegators never wait for each other in a circle.
+            # The order is by key, so that two delegators never wait for each other in a circle.
             rows = self._run(text).fetchall()
             values = [
                 dict(zip((*key, "holder"), (*at, holder_to_text(holder_from_text(holder))), strict=True))

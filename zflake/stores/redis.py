@@ -171,7 +171,7 @@ class RedisStore(TextStore):
 
     def _old_items(self) -> Items:
         with self._errors():
-            # By these two the script of schema 3 knows the meta; it writes nothing without them.
+            # The script of schema 3 knows the meta by these two, and writes nothing without them.
             self._redis.hdel(self._meta_key, "version", "incarnation")
             for machine, text in self._redis.hgetall(self._prefix + "machines").items():
                 yield from items_of(record_from_text(int(machine), text))

@@ -89,7 +89,7 @@ _INSERT: Final = f"INSERT INTO machine ({RECORD}) VALUES ({_parameters(RECORD)})
 _FIRST_RECORD: Final = f"{_INSERT} ON CONFLICT DO NOTHING"
 _NEXT_RECORD: Final = (
     f"UPDATE machine SET {_assignments(RECORD)} WHERE machine = :machine AND gen = :old_gen"
-    " AND NOT EXISTS (SELECT 1 FROM machine WHERE token = :token AND machine <> :machine)"
+    " AND NOT EXISTS (SELECT 1 FROM machine WHERE token = :token)"
 )
 # The statements that follow upon a record that was written, of a grant and of a release.
 _GRANT: Final = [
@@ -129,7 +129,7 @@ class RowStore(Store):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        # By the first machine of a range: the first one that may be unused.  No used machine becomes unused again.
+        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
         self._unused_from: dict[int, int] = {}
 
     # --- what an engine gives ---
@@ -148,7 +148,7 @@ class RowStore(Store):
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[None]:
-        """Commit durably what is run inside; nothing of it if that fails."""
+        """Commit durably all that runs inside; commit none of it if any part fails."""
 
     @abstractmethod
     def _errors(self) -> AbstractContextManager[None]:
@@ -164,9 +164,9 @@ class RowStore(Store):
 
     @abstractmethod
     def _run_in_turn(self, first: str, others: Sequence[str], values: Values) -> bool:
-        """Run the first statement and, if it wrote a row, the others; whether it did.
+        """Run `first` and, if it wrote a row, `others`; gives whether it wrote one.
 
-        Each of the others has a place `{done}` for a condition that then holds.
+        Each of `others` contains `{done}`: the engine puts a condition there that holds only if `first` wrote a row.
         """
 
     def _in_order(self, swaps: Sequence[Swap]) -> Iterable[tuple[int, Swap]]:

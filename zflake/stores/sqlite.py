@@ -37,7 +37,7 @@ INSERT INTO life VALUES (1, 0);
 """
 )
 _TABLES_3: Final = ("meta", "machine", "span", "mark", "life")
-# Of schema 3, with `holder()` for the JSON object that four columns are now.  The commits stay as many as they were:
+# These bring schema 3 to this one: `holder()` makes the JSON object into what four columns are now.  The commits stay as many as they were:
 # they are still to be compared with the marker.
 _CONVERT: Final = f"""
 {"".join(f"ALTER TABLE {table} RENAME TO old_{table};" for table in _TABLES_3)}

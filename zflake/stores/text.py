@@ -249,7 +249,7 @@ class TextStore(KeyedStore):
                     continue
                 self._drop_old()
                 new = replace(new, schema=SCHEMA)
-            # By the whole text: in schema 3 the stamp does not come first.
+            # The whole text is compared: in schema 3 the stamp does not come first.
             self._commit(Step({META: text or ""}, {META: new, STORE: new.store_id}))
         raise StoreError(
             f"{self.url}: others keep changing it while it is brought to schema {SCHEMA}; start again"

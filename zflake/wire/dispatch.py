@@ -30,7 +30,7 @@ Gives the answer; None if that comes later, or never."""
 
 
 ANYONE: Final = "anyone"
-"""The role of a caller without a key, and the only one there is."""
+"""The role of every caller: there is no authentication yet."""
 EVERYBODY: Final = frozenset({ANYONE})
 
 
@@ -124,7 +124,7 @@ class Dispatcher(Generic[A]):
 
 
 def told(tell: Callable[[], Any]) -> MethodHandler[Any]:
-    """The handler of a method that takes nothing and tells something."""
+    """The handler of a method without params, which answers with what `tell` gives."""
 
     def handler(_asker: Any, msgid: int, _none: None, _arrived_us: int, _local_us: int) -> bytes:
         return encode_result(msgid, tell())

@@ -67,7 +67,7 @@ class Link:
         return self._say(Method.WORKER_READY, mint.machine, self._hold.token)
 
     def leave(self) -> bytes | None:
-        """The message that this worker takes no more requests, if the delegator thinks that it does."""
+        """The `worker.leave` to send; None if the delegator does not count on this worker."""
         if self._known_as is None:
             return None
         self._known_as = None
@@ -89,8 +89,8 @@ class Link:
     def answer(self, prefix: list[bytes], answer: bytes) -> Answers | None:
         """Answer a brokered request, at the next `flush` at the latest; gives what is to be sent now.
 
-        The delegator takes messages in from all its peers in turn.  If those are many, what a worker has
-        to say must not go one by one.
+        The delegator reads its peers' messages in turn.  With many peers, a worker must bundle its answers, or each
+        of them waits for a turn of its own.
         """
         if len(prefix) != 2:  # noqa: PLR2004  (the tag and the empty frame; anything else goes back as it came)
             return Answers(prefix, answer, 1)
