@@ -295,15 +295,21 @@ def test_each_ask_that_began_after_the_ejection_counts() -> None:
         assert site.balancer._health[W1].failures == failures
 
 
-def test_an_ask_that_fails_after_a_later_one_was_answered_ejects_nobody() -> None:
+@pytest.mark.parametrize(
+    ("answered_after_s", "stays"),
+    [(0.6, True), (0.4, False)],
+    ids=["which lived on, keeps its place", "which died early on, loses it"],
+)
+def test_an_endpoint_that_answered_another_ask_while_one_was_lost(
+    answered_after_s: float, stays: bool
+) -> None:
     site = Site().settled(W1)
     lost, answered = site.call(0), site.call(1)
-    site.now += 0.5
+    site.now += answered_after_s
     answered.hear(run())
-    site.now += 0.5
+    site.now += 1.0 - answered_after_s
     lost.hear(None)
-    assert site.balancer.sticky(site.now) == W1
-    assert lost.asks() == "ids.next"
+    assert (site.balancer.sticky(site.now) == W1) is stays
 
 
 def test_the_first_ask_of_a_call_tells_when_it_began() -> None:

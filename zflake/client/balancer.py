@@ -171,13 +171,13 @@ class Balancer:
         """Eject an endpoint that gave no sound answer to an ask, for longer with each failure.
 
         `began` is when the ask began.  Of many asks that were under way when an endpoint died only the first
-        to fail counts; none counts if the endpoint has answered another ask since.
+        to fail counts; and none counts if the endpoint answered another one in the latter half of its time.
         """
         with self._lock:
-            health = self._health[endpoint]
-            if began < health.settled_at:
+            health, now = self._health[endpoint], self.now()
+            is_ejected = health.ejected_until > health.settled_at
+            if began < health.settled_at and (is_ejected or began + now < 2 * health.settled_at):
                 return
-            now = self.now()
             eject_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
             health.settled_at, health.ejected_until = now, now + eject_s
             health.failures = min(health.failures + 1, _MAX_FAILURES)

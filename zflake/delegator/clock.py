@@ -67,7 +67,7 @@ def begin_timeline(
             raise ConfigError("--accept-clock: other delegators are running on this store; stop them first")
         # Any later mark counts, too; but one that is far ahead is of a clock that was wrong.
         later = (mark_us for mark_us in marks_us if mark_us < running_us + MAX_BACK_US)
-        return Timeline(max(running_us, *later), local_us())
+        return Timeline(max([running_us, *later]), local_us())
     if accept_clock:
         _log.warning("--accept-clock: the timeline begins at the wall clock, whatever it was before")
         return Timeline(wall_us(), local_us())

@@ -277,6 +277,7 @@ class Worker:
             self._answer_parked(clock.local_us())
         self.handler.draining = True  # requests that come now are sent to another worker
         self._holding.release(clock.local_us() + RELEASE_US)
+        self._follow_socket()
         self._answer_parked(clock.local_us())  # those that are parked still are sent there too
         until_us = clock.local_us() + DRAIN_US
         while (left_us := until_us - clock.local_us()) > 0:
