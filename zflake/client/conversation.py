@@ -74,7 +74,7 @@ class Wait(NamedTuple):
 T = TypeVar("T")
 Action: TypeAlias = Ask | Pause | Wait
 Outcome: TypeAlias = Response | ProtocolError | None
-"""What came of an ask: an answer, an error for an answer that is not zflake's, None if no answer came in time."""
+"""How an ask ended: with an answer, with an error for an answer that is not zflake's, or None if none came in time."""
 Conversation: TypeAlias = Generator[Action, Outcome, T]
 
 
@@ -112,7 +112,7 @@ def begin(balancer: Balancer, count: int, timeout_s: float) -> Ask | None:
 def proceed(
     balancer: Balancer, count: int, timeout_s: float, ask: Ask, outcome: Outcome
 ) -> list[Run] | Conversation[list[Run]]:
-    """What follows the first ask: the runs if it gave all `count` IDs, or the conversation that takes them.
+    """Go on after the first ask: gives the runs if it gave all `count` IDs, or the conversation that takes the rest.
 
     Raises what `take` raises.
     """
