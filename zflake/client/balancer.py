@@ -38,7 +38,7 @@ class _Health:
     failures: int = 0
     ejected_until: float = float("-inf")
     settled_at: float = float("-inf")
-    """When the endpoint last answered or was ejected; the failure of an ask that began earlier is no news."""
+    """When the endpoint last answered or was ejected; `failed` says which asks that began earlier still count."""
 
 
 @dataclass(slots=True, eq=False)

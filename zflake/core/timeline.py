@@ -1,7 +1,7 @@
 """The cluster's one clock, the timeline: how a delegator carries it, and how a holder follows it.
 
-A delegator reads its wall clock at a cold start only, when no other delegator runs.  From then on its local clock,
-which neither steps nor stops, moves the timeline: never stepped, never sped up, slowed a little while it is ahead
+Only a cold start, when no other delegator runs, sets the timeline by the wall clock.  From then on the delegator's
+local clock, which neither steps nor stops, moves it: never stepped, never sped up, slowed a little while it is ahead
 of the wall.  A delegator marks in the store how much of the timeline it has used, so that the timeline goes on there
 after a restart, and others may follow: a mark that keeps moving is a delegator that runs, and the latest of them is
 the timeline.

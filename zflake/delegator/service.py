@@ -12,7 +12,7 @@ and tells `unsent` what it could not send.  Times are in microseconds on the del
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from zflake.core.lease import Refusal, Renew, Request, Trace
 from zflake.delegator.broker import Broker, Outgoing
@@ -36,14 +36,14 @@ RESTART_MS: Final = 500
 BEHIND_MS: Final = 1_000
 """Milliseconds until a holder may ask again, if too many requests were waiting for the store."""
 
-Asker = list[bytes]
+Asker: TypeAlias = list[bytes]
 """The prefix that goes before an answer: the caller's identity, its envelope, an empty frame."""
 
 
 class Service:
     """Answers the requests of workers, holders and clients.
 
-    `address`, `store_url` and `started_us` (local clock) are for the report; `draw_tag` is the broker's.
+    `address` and `store_url` are for the report; `draw_tag` is the broker's.
     """
 
     def __init__(
