@@ -36,7 +36,7 @@ RESTART_MS: Final = 500
 BEHIND_MS: Final = 1_000
 """Milliseconds until a holder may ask again, if too many requests were waiting for the store."""
 
-Asker: TypeAlias = list[bytes]
+Prefix: TypeAlias = list[bytes]
 """The prefix that goes before an answer: the caller's identity, its envelope, an empty frame."""
 
 
@@ -79,7 +79,7 @@ class Service:
             requests=self.requests,
             leases_at=self._leases_at,
         )
-        self._dispatcher: Dispatcher[Asker] = Dispatcher(
+        self._dispatcher: Dispatcher[Prefix] = Dispatcher(
             "delegator",
             {
                 Method.IDS_NEXT: self._next,
@@ -186,7 +186,7 @@ class Service:
         self.directory.see(identity, local_us)
 
     def _next(
-        self, asker: Asker, msgid: int, request: NextIds, arrived_us: int, local_us: int
+        self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int
     ) -> bytes | None:
         count, timeout_ms, store_id = request
         self.brokered_at_us = local_us
@@ -199,7 +199,7 @@ class Service:
         return None
 
     def _ask_store(
-        self, asker: Asker, msgid: int, request: Request | Trace, arrived_us: int, _local_us: int
+        self, asker: Prefix, msgid: int, request: Request | Trace, arrived_us: int, _local_us: int
     ) -> bytes | None:
         refuse = self._dispatcher.refuse
         store_id = request.store_id if isinstance(request, Renew) else None
@@ -211,7 +211,7 @@ class Service:
             return None
         return refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
 
-    def _ready(self, asker: Asker, msgid: int, ready: Ready, _arrived_us: int, local_us: int) -> bytes:
+    def _ready(self, asker: Prefix, msgid: int, ready: Ready, _arrived_us: int, local_us: int) -> bytes:
         identity = asker[0]
         if not self.directory.register(identity, ready.machine, ready.token, self._leases_at(), local_us):
             self._executor.hurry()
@@ -221,14 +221,14 @@ class Service:
         return self._heard(msgid)
 
     def _heartbeat(
-        self, asker: Asker, msgid: int, load: dict[str, int], _arrived_us: int, local_us: int
+        self, asker: Prefix, msgid: int, load: dict[str, int], _arrived_us: int, local_us: int
     ) -> bytes:
         known = self.directory.hear(asker[0], load, local_us)
         if not known or not self.broker.is_open(asker[0]):
             return self._dispatcher.refuse(msgid, Code.NOT_READY, "say worker.ready first")
         return self._heard(msgid)
 
-    def _leave(self, asker: Asker, msgid: int, _none: None, _arrived_us: int, local_us: int) -> bytes:
+    def _leave(self, asker: Prefix, msgid: int, _none: None, _arrived_us: int, local_us: int) -> bytes:
         identity = asker[0]
         self.directory.leave(identity)
         self.broker.leave(identity)
