@@ -23,7 +23,8 @@ Clocks: TypeAlias = Callable[..., WrongClock]
 
 REST_S: Final = 70
 NEAR_S: Final = 5.0
-INVERSION_MS: Final = 2
+ORDER_MS: Final = 50
+"""Milliseconds that a holder's time may be behind: the flight of its best exchange, on a machine that is busy."""
 IN_2040_S: Final = 14 * YEAR_S
 
 
@@ -200,7 +201,7 @@ def test_workers_an_hour_off_mint_in_the_order_in_which_they_are_asked(
         assert response.error is None
         runs.append(tuple(response.result))
     ticks = ticks_of(runs)
-    assert max(a - b for a, b in itertools.pairwise(ticks)) <= INVERSION_MS
+    assert max(a - b for a, b in itertools.pairwise(ticks)) <= ORDER_MS
     assert abs(DEFAULT.epoch_ms + ticks[-1] - time.time() * 1000) < 500
     assert check_runs([delegator.log_path], runs_of(runs)).violations == []
 
