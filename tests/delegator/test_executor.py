@@ -122,7 +122,7 @@ class FixedClock(DelegatorClock):
 
     def __init__(self, desk: Desk, meta: Meta) -> None:
         super().__init__(
-            Timeline(0, 0), meta.layout, "here", local_us=lambda: desk.local_us, wall_us=lambda: 0
+            Timeline(0, 0), meta.layout, "here", local_us=lambda: desk.local_us, wall_us=lambda: desk.wall_us
         )
         self._desk = desk
         self._of = meta.layout
@@ -138,6 +138,7 @@ class Desk:
         self.store = store
         self.now = 50_000
         self.local_us = 1_000_000
+        self.wall_us = 0
         self.rings = threading.Event()
         self.executor = LeaseExecutor(
             store,
@@ -718,7 +719,7 @@ def test_who_comes_in_one_batch_with_a_witness_is_granted_nothing_below_the_floo
 def test_the_latest_clock_counts_for_the_floor() -> None:
     d, witness = forgetful()
     late = d.now + 500_000
-    d.executor._committer._latest = lambda: late
+    d.wall_us = META.layout.epoch_us + late * META.layout.tick_us
     d.settle(witness)
     assert d.executor.meta.floor == late + 1 + 70_000
 

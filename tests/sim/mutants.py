@@ -209,8 +209,8 @@ MUTANTS: Final = (
         "reply from the attempt",
         "3.1 (2)",
         COMMITTER,
-        "                self._store.swap(list(swaps.values()), self._mark())\n",
-        "                self._store.swap(list(swaps.values()), self._mark())\n"
+        "                self._store.swap(list(swaps.values()), self._clock.mark())\n",
+        "                self._store.swap(list(swaps.values()), self._clock.mark())\n"
         "                settled.update({i: Settled(lessor._grant(self.meta, s.new), s.new)"
         " for i, s in swaps.items() if s.new.token})\n",
     ),
@@ -220,9 +220,9 @@ MUTANTS: Final = (
         COMMITTER,
         "free = [r for r in lowest or () if r.machine not in taken]",
         "free = list(lowest or ())",
-        "self._store.swap(list(swaps.values()), self._mark())",
+        "self._store.swap(list(swaps.values()), self._clock.mark())",
         "settled.update({i: Settled(lessor._grant(self.meta, swaps[i].new), swaps[i].new) for (i, ok) in zip("
-        "swaps, self._store.swap(list(swaps.values()), self._mark())) "
+        "swaps, self._store.swap(list(swaps.values()), self._clock.mark())) "
         "if swaps[i].new.token})",
     ),
     _mutant(
@@ -315,7 +315,7 @@ MUTANTS: Final = (
         (
             Change(
                 COMMITTER,
-                "self._store.swap(list(swaps.values()), self._mark())",
+                "self._store.swap(list(swaps.values()), self._clock.mark())",
                 "self._store.swap(list(swaps.values()))",
             ),
             Change(EXECUTOR, "self._store.swap([], self._clock.mark())", "self._store.swap([])"),

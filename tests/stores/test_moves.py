@@ -21,11 +21,13 @@ import pytest
 from tests.conftest import brief
 from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, SqlitePlace
 from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, find_program
+from zflake import clock
 from zflake.cli.store import facts_of
 from zflake.core.layout import PRESETS, Layout
 from zflake.core.lease import Acquire, Grant, Holder, Mark, Meta, Record, Renew, Span, Swap
 from zflake.core.loss import REST_MS
-from zflake.core.timeline import tick_of
+from zflake.core.timeline import Timeline, tick_of
+from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.committer import Committer
 from zflake.delegator.moves import copy, restore
 from zflake.delegator.moves import rewind_url as rewind
@@ -93,7 +95,8 @@ def committer_on(store: Store, meta: Meta) -> Committer:
     def complain(error: StoreError) -> None:
         raise error
 
-    return Committer(store, meta, now=now, latest=now, mark=lambda: Mark("here", now_us()), complain=complain)
+    timeline = Timeline(now_us(), clock.local_us())
+    return Committer(store, meta, DelegatorClock(timeline, meta.layout, "here"), complain=complain)
 
 
 def contents_of(url: str) -> Contents:

@@ -22,7 +22,6 @@ from zflake.core.lease import (
     Acquire,
     Answer,
     Grant,
-    Mark,
     Meta,
     Record,
     Refusal,
@@ -35,6 +34,7 @@ from zflake.core.lease import (
     Trace,
     Traced,
 )
+from zflake.delegator.clock import DelegatorClock
 from zflake.errors import StoreError
 from zflake.stores.contract import Store
 
@@ -66,27 +66,22 @@ def unavailable(failure: StoreError | None) -> Refusal:
 class Committer:
     """Settles requests by the rules of the lessor; used by one thread at a time.
 
-    `now` gives the timeline's tick, `latest` the latest that any clock here shows, `mark` the mark that goes
-    with every commit.  `pick(n)` draws a number from 0 to n - 1.  `complain` is told of failures of the store.
+    `pick(n)` draws a number from 0 to n - 1.  `complain` is told of failures of the store.
     """
 
     def __init__(
         self,
         store: Store,
         meta: Meta,
+        clock: DelegatorClock,
         *,
-        now: Callable[[], int],
-        latest: Callable[[], int],
-        mark: Callable[[], Mark],
         pick: Callable[[int], int] = secrets.randbelow,
         complain: Callable[[StoreError], None],
     ) -> None:
         self._store = store
         self.meta = meta
         """The store's meta, as it was last read."""
-        self._now = now
-        self._latest = latest
-        self._mark = mark
+        self._clock = clock
         self._pick = pick
         self._complain = complain
         self._past: set[int] = set()  # the versions that meta had before
@@ -109,7 +104,7 @@ class Committer:
                 if not swaps:
                     break
                 tried.update({i: swap.new for i, swap in swaps.items()})
-                self._store.swap(list(swaps.values()), self._mark())
+                self._store.swap(list(swaps.values()), self._clock.mark())
             except StoreError as error:
                 # The swaps that were tried may have happened.  The next round reads the outcome, if the store
                 # can be read at all.
@@ -140,7 +135,7 @@ class Committer:
         if loss.is_lost(self.meta, self._past, meta, incarnation):
             self._rest(meta, incarnation)
             return
-        if meta.floor > self.meta.floor and (rest_s := loss.resting_s(meta, self._now())):
+        if meta.floor > self.meta.floor and (rest_s := loss.resting_s(meta, self._clock.tick())):
             _log.warning(
                 "another delegator found that %s may have lost leases that still run. Nothing is granted for %d s",
                 self._store.url,
@@ -152,7 +147,7 @@ class Committer:
         self, requests: Sequence[Request | Trace], tried: dict[int, Record], settled: dict[int, Settled]
     ) -> dict[int, Swap]:
         """Settle what the store answers already; gives the swaps to try for the others."""
-        now = self._now()
+        now = self._clock.tick()
         open_ = {i: request for i, request in enumerate(requests) if i not in settled}
         tokens = [request.next for request in open_.values() if isinstance(request, Acquire)]
         machines = [request.machine for request in open_.values() if isinstance(request, Renew | Release)]
@@ -196,13 +191,11 @@ class Committer:
 
     def _hear_witness(self, request: Renew, record: Record) -> None:
         """Raise the floor if the renewal shows that the store has forgotten a grant."""
-        while new := loss.witnessed(self.meta, self._now(), self._latest(), request, record=record):
+        clock = self._clock
+        while new := loss.witnessed(self.meta, clock.tick(), clock.latest(), request, record=record):
             new = replace(new, version=self._pick(VERSIONS))
-            swapped = self._store.swap_meta(self.meta, new)
-            if swapped:
+            if self._store.swap_meta(self.meta, new):
                 self._adopt(new)
-            self.follow_meta()
-            if swapped:
                 _log.warning(
                     "%s has lost leases: machine %d was renewed as of gen %d, and the store knows of gen %d. "
                     "Nothing is granted for %d s",
@@ -210,8 +203,9 @@ class Committer:
                     request.machine,
                     request.gen,
                     record.gen,
-                    loss.resting_s(new, self._now()),
+                    loss.resting_s(new, clock.tick()),
                 )
+            self.follow_meta()
 
     def _adopt(self, meta: Meta) -> None:
         if meta.version != self.meta.version:
@@ -220,7 +214,7 @@ class Committer:
 
     def _rest(self, meta: Meta, incarnation: str) -> None:
         marks_us = [mark.timeline_us for mark in self._store.marks()]
-        latest = loss.latest_tick(meta.layout, self._latest(), marks_us)
+        latest = loss.latest_tick(meta.layout, self._clock.latest(), marks_us)
         known = self.meta
         new = loss.after_loss(
             meta, incarnation, latest, ttl=known.ttl, floor=known.floor, version=self._pick(VERSIONS)
@@ -232,5 +226,5 @@ class Committer:
             "%s is not what it was (it was restarted, restored or failed over): it may have lost leases that still "
             "run. Nothing is granted for %d s",
             self._store.url,
-            loss.resting_s(new, self._now()),
+            loss.resting_s(new, self._clock.tick()),
         )

@@ -87,15 +87,7 @@ class LeaseExecutor:
         self._store = store
         self._clock = clock
         self._local_us = clock.local_us
-        self._committer = Committer(
-            store,
-            meta,
-            now=clock.tick,
-            latest=clock.latest,
-            mark=clock.mark,
-            pick=pick,
-            complain=self._complain,
-        )
+        self._committer = Committer(store, meta, clock, pick=pick, complain=self._complain)
         self._wake = wake
         self._house_at_us = self._local_us() + MARK_US
         self._prune_at_us = self._look_at_us = 0
