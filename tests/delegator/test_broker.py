@@ -35,7 +35,7 @@ class World:
     def __init__(self, *workers: bytes) -> None:
         numbers = count(1)
         self.us = 7 * SECOND
-        self.broker = Broker(lambda: next(numbers).to_bytes(TAG_BYTES, "big"))
+        self.broker = Broker(lambda size: next(numbers).to_bytes(size, "big"))
         self.answers: dict[bytes, list[Response]] = {}
         """What each client was told, by the first frame of its envelope."""
         self.given: list[tuple[bytes, bytes, bytes]] = []

@@ -639,7 +639,7 @@ def test_the_mark_is_written_with_each_commit_and_where_there_is_none(
 
     def is_marked() -> bool:
         d.local_us += 10_000
-        return d.store.marks() == [d.executor._clock.mark()]
+        return d.store.marks() == [d.executor.clock.mark()]
 
     d.granted(acquire(1))
     assert is_marked()

@@ -65,14 +65,7 @@ class Delegator(Process):
             wall_us=host.wall_us,
         )
         self.executor = LeaseExecutor(store, meta, self.clock, wake=self._wake, pick=rng.randrange)
-        self.service = Service(
-            self.executor,
-            self.clock,
-            Directory(store.held(self.clock.tick())),
-            address=self.address,
-            store_url=store.url,
-            draw_tag=lambda: rng.randbytes(16),
-        )
+        self.service = Service(self.executor, Directory(store.held(self.clock.tick())), rng.randbytes)
         self._working = False
         self.world.after(int(rng.random() * SECOND_US), self, self._every_second)
         if cluster.plan.clients:

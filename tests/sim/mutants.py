@@ -318,7 +318,7 @@ MUTANTS: Final = (
                 "self._store.swap(list(swaps.values()), self._clock.mark())",
                 "self._store.swap(list(swaps.values()))",
             ),
-            Change(EXECUTOR, "self._store.swap([], self._clock.mark())", "self._store.swap([])"),
+            Change(EXECUTOR, "self._store.swap([], self.clock.mark())", "self._store.swap([])"),
             Change(START, "store.swap([], delegator_clock.mark())", "store.swap([])"),
         ),
     ),

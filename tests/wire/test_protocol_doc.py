@@ -240,7 +240,7 @@ def test_the_brokered_frames_are_what_the_broker_sends_and_takes() -> None:
     msgid, _, params = decode_request(DUMPS["ids.next request"].body)
     count, timeout_ms, _ = check_next(params)
     _, _, (_, left_ms) = decode_request(request)
-    broker = Broker(lambda: tag)
+    broker = Broker(lambda _size: tag)
     broker.join(b"worker", 0)
     broker.submit(client, msgid, count, timeout_ms * 1000, (timeout_ms - left_ms) * 1000)
     assert broker.outbox == [Outgoing([b"worker", tag, b""], request, b"worker")]

@@ -87,15 +87,12 @@ class BrokerCounts:
 
 
 class Broker:
-    """Requests, the workers that may have them, and what is under way.
+    """Requests, the workers that may have them, and what is under way.  `draw(n)` gives n random bytes."""
 
-    `draw_tag` gives 16 random bytes.
-    """
-
-    def __init__(self, draw_tag: Callable[[], bytes]) -> None:
+    def __init__(self, draw: Callable[[int], bytes]) -> None:
         self.counts = BrokerCounts()
         self.outbox: list[Outgoing] = []
-        self._draw_tag = draw_tag
+        self._draw = draw
         self._peers: dict[bytes, Peer] = {}
         self._line: deque[Peer] = deque()  # those that are open and have credit, in turn
         self._open = 0
@@ -247,7 +244,7 @@ class Broker:
             if job.deadline_us <= local_us:
                 self._expire(job)
             else:
-                tag = self._draw_tag()
+                tag = self._draw(TAG_BYTES)
                 peer.jobs[tag] = job
                 left_ms = max(1, (job.deadline_us - local_us) // 1000)
                 body = encode_request(job.msgid, Method.IDS_NEXT, (job.count, left_ms))

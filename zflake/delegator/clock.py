@@ -94,7 +94,8 @@ class DelegatorClock:
         self._lock = threading.Lock()  # guards changes of the timeline; reading it needs none
         self._layout = layout
         self._name = name
-        self._address = address
+        self.address = address
+        """Where this delegator can be reached."""
         self.local_us = local_us
         """Reads the local clock."""
         self._wall_us = wall_us
@@ -116,7 +117,7 @@ class DelegatorClock:
 
     def mark(self) -> Mark:
         """The mark to write now."""
-        return Mark(self._name, self.timeline_us(), self.lead_us, self._address)
+        return Mark(self._name, self.timeline_us(), self.lead_us, self.address)
 
     def follow(self, marks: Sequence[Mark]) -> None:
         """Take in the marks of all delegators, as the store holds them: the latest that moved leads."""

@@ -85,7 +85,8 @@ class LeaseExecutor:
         pick: Callable[[int], int] = secrets.randbelow,
     ) -> None:
         self._store = store
-        self._clock = clock
+        self.store_url = store.url
+        self.clock = clock
         self._local_us = clock.local_us
         self._committer = Committer(store, meta, clock, pick=pick, complain=self._complain)
         self._wake = wake
@@ -126,7 +127,7 @@ class LeaseExecutor:
             return unavailable(failure)
         busy_since_us = self._busy_since_us
         if busy_since_us is not None and self._local_us() - busy_since_us > OVERDUE_US:
-            return unavailable(StoreError(f"{self._store.url} has not answered for a while"))
+            return unavailable(StoreError(f"{self.store_url} has not answered for a while"))
         return None
 
     def start(self) -> None:
@@ -243,7 +244,7 @@ class LeaseExecutor:
             if local_us >= self._house_at_us:
                 self._house_at_us = local_us + MARK_US
                 works = False
-                self._store.swap([], self._clock.mark())
+                self._store.swap([], self.clock.mark())
                 self._committer.follow_meta()
                 works = True
             if works and not self._store.exclusive:
@@ -266,18 +267,18 @@ class LeaseExecutor:
         self._failure = None
         if self._failing_since_us is not None:
             failed_us = self._local_us() - self._failing_since_us
-            _log.warning("%s can be used again, after %.1f s", self._store.url, failed_us / 1e6)
+            _log.warning("%s can be used again, after %.1f s", self.store_url, failed_us / 1e6)
             if failed_us >= MARK_US:  # the next one is news; but a store that comes and goes fills no log
                 self._quiet_until_us = 0
         self._failing_since_us = None
 
     def _look(self, local_us: int, *, hurried: bool) -> None:
         """Read what others have written: their marks, and the leases that they have granted."""
-        self._clock.follow(self._store.marks())
+        self.clock.follow(self._store.marks())
         if local_us < self._look_at_us and not hurried:
             return
         began_us = self._local_us()
-        self._held = self._store.held(self._clock.tick())
+        self._held = self._store.held(self.clock.tick())
         took_us = self._local_us() - began_us
         self._look_at_us = local_us + max(HURRY_US, SHARE * took_us)
         self._wake()
@@ -285,7 +286,7 @@ class LeaseExecutor:
     def _prune(self, local_us: int) -> None:
         if local_us >= self._prune_at_us:
             self._prune_at_us = local_us + PRUNE_US
-            before = self._clock.tick() - self.meta.layout.ms_to_ticks(KEPT_MS)
+            before = self.clock.tick() - self.meta.layout.ms_to_ticks(KEPT_MS)
             self._store.prune(before, KEPT_SPANS, PRUNE)
 
     def _complain(self, error: StoreError) -> None:

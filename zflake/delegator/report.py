@@ -25,8 +25,6 @@ GONE_US: Final = 60_000_000
 class Report:
     """The parts of a delegator that people and peers want to know of; to ask changes none of them."""
 
-    address: str
-    store_url: str
     started_us: int
     clock: DelegatorClock
     executor: LeaseExecutor
@@ -49,7 +47,7 @@ class Report:
             "version": __version__,
             "layout": meta.layout.to_map(),
             "store_id": meta.store_id,
-            "address": self.address,
+            "address": self.clock.address,
             "pid": os.getpid(),
             "uptime_ms": (self.clock.local_us() - self.started_us) // 1000,
             **self.ping(),
@@ -66,7 +64,7 @@ class Report:
         """Everything, for people and monitoring."""
         now, meta = self.clock.tick(), self.executor.meta
         return self.hello() | {
-            "store": self.store_url,
+            "store": self.executor.store_url,
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
             "machines": [meta.first_machine, meta.last_machine],
             "outage": None if (outage := self.executor.outage) is None else outage.message,

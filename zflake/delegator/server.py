@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,7 +14,6 @@ import zmq
 
 from zflake import clock
 from zflake.daemon import Liveness, Waker
-from zflake.delegator.broker import TAG_BYTES
 from zflake.delegator.clock import begin_timeline
 from zflake.delegator.directory import Directory
 from zflake.delegator.executor import LeaseExecutor
@@ -69,40 +69,24 @@ class Delegator:
         check_wishes(config.wishes)
         check_url(config.store)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._context.destroy, linger=0)
             # Before the store is touched: a delegator that can't serve changes nothing.
             self._router = bound_router(self._context, config.bind)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._intake = Intake(self._router)
-            self._store = open_store(config.store)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-        try:
-            name, self.address = self._take_name(), address_of(self._router)
-            timeline = begin_timeline(self._store, name, accept_clock=config.accept_clock)
+            self.address = address_of(self._router)
+            self._store = store = open_store(config.store)
+            undo.callback(store.close)
+            name, accept_clock = self._take_name(), config.accept_clock
+            timeline = begin_timeline(store, name, accept_clock=accept_clock)
             meta, self.clock = start(
-                self._store,
-                config.wishes,
-                timeline,
-                name=name,
-                address=self.address,
-                accept_clock=config.accept_clock,
+                store, config.wishes, timeline, name=name, address=self.address, accept_clock=accept_clock
             )
-            held = self._store.held(self.clock.tick())
-        except BaseException:
-            self._context.destroy(linger=0)
-            self._store.close()
-            raise
-        self.executor = LeaseExecutor(self._store, meta, self.clock, wake=waker.wake)
-        self.service = Service(
-            self.executor,
-            self.clock,
-            Directory(held),
-            address=self.address,
-            store_url=self._store.url,
-            draw_tag=lambda: secrets.token_bytes(TAG_BYTES),
-        )
+            held = store.held(self.clock.tick())
+            undo.pop_all()
+        self.executor = LeaseExecutor(store, meta, self.clock, wake=waker.wake)
+        self.service = Service(self.executor, Directory(held), secrets.token_bytes)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         waker.register(self._poller)
@@ -186,7 +170,7 @@ class Delegator:
     def _drain(self) -> None:
         self.service.draining = True
         until_us = clock.local_us() + ANSWERS_US
-        while (not self._tick() or self.service.busy) and clock.local_us() < until_us:
+        while (not self._tick() or self.service.broker.busy) and clock.local_us() < until_us:
             pass
         if self.executor.stop(STORE_STOP_S):
             self.service.turn(clock.local_us())

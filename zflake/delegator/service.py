@@ -16,7 +16,6 @@ from typing import Final, TypeAlias
 
 from zflake.core.lease import Refusal, Renew, Request, Trace
 from zflake.delegator.broker import Broker, Outgoing
-from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.directory import MISSED_US, Directory
 from zflake.delegator.executor import LeaseExecutor, Ticket
 from zflake.delegator.report import Report
@@ -41,36 +40,22 @@ Prefix: TypeAlias = list[bytes]
 
 
 class Service:
-    """Answers the requests of workers, holders and clients.
+    """Answers the requests of workers, holders and clients; `draw` is the broker's."""
 
-    `address` and `store_url` are for the report; `draw_tag` is the broker's.
-    """
-
-    def __init__(
-        self,
-        executor: LeaseExecutor,
-        clock: DelegatorClock,
-        directory: Directory,
-        *,
-        address: str,
-        store_url: str,
-        draw_tag: Callable[[], bytes],
-    ) -> None:
-        self.broker = Broker(draw_tag)
+    def __init__(self, executor: LeaseExecutor, directory: Directory, draw: Callable[[int], bytes]) -> None:
+        self.broker = Broker(draw)
         self.directory = directory
         self.draining = False
         """Whether ID requests are refused, since the delegator shuts down."""
         self.brokered_at_us = 0
         """When an ID request came last."""
         self._executor = executor
-        self._clock = clock
+        self._clock = clock = executor.clock
         self._known_at: int | None = None  # up to when the leases are known, while the store fails
         self._sweep_at_us = 0
         self._leaving: dict[bytes, int] = {}  # until when workers that left may answer what they have
         self.requests = Requests()
         self.report = report = Report(
-            address=address,
-            store_url=store_url,
             started_us=clock.local_us(),
             clock=clock,
             executor=executor,
@@ -101,11 +86,6 @@ class Service:
     def collect(self) -> list[Outgoing]:
         """The messages to send now, which are the caller's from here on."""
         return self.broker.collect()
-
-    @property
-    def busy(self) -> bool:
-        """Whether any ID request waits or is under way."""
-        return self.broker.busy
 
     def receive(self, frames: list[bytes], arrived_us: int, local_us: int) -> None:
         """Take in a message, its sender's identity first, that came at `arrived_us`."""
