@@ -14,7 +14,7 @@ The broker leaves what is to be sent in `outbox`.  Times are in microseconds on 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -57,8 +57,6 @@ class Peer:
     """The requests that it has under way, by tag."""
     open: bool = False
     """Whether it takes more."""
-    lined_up: bool = False
-    """Whether it stands in the line of those that have credit."""
 
 
 class Outgoing(NamedTuple):
@@ -94,7 +92,7 @@ class Broker:
         self.outbox: list[Outgoing] = []
         self._draw = draw
         self._peers: dict[bytes, Peer] = {}
-        self._line: deque[Peer] = deque()  # those that are open and have credit, in turn
+        self._line: OrderedDict[bytes, Peer] = OrderedDict()  # those that are open and have credit, in turn
         self._open = 0
         self._queue: deque[Job] = deque()
 
@@ -113,7 +111,7 @@ class Broker:
         if not peer.open:
             peer.open = True
             self._open += 1
-        self._line_up(peer)
+        self._settle(peer)
         self._dispatch(local_us)
 
     def leave(self, identity: bytes) -> None:
@@ -175,17 +173,14 @@ class Broker:
                     del peer.jobs[tag]
                     self._expire(job)
             self._settle(peer)
-        if any(job.deadline_us <= local_us for job in self._queue):
-            waiting, self._queue = self._queue, deque()
-            for job in waiting:
-                if job.deadline_us <= local_us:
-                    self._expire(job)
-                else:
-                    self._queue.append(job)
-        if self._queue and not self._open:
-            for job in self._queue:
+        waiting, self._queue = self._queue, deque()
+        for job in waiting:
+            if job.deadline_us <= local_us:
+                self._expire(job)
+            elif not self._open:
                 self._refuse(job, Code.UNAVAILABLE, "no worker is ready any more", NO_WORKER_MS)
-            self._queue.clear()
+            else:
+                self._queue.append(job)
         self._dispatch(local_us)
 
     @property
@@ -219,27 +214,20 @@ class Broker:
         if peer.open:
             peer.open = False
             self._open -= 1
-        if peer.lined_up:
-            peer.lined_up = False
-            self._line.remove(peer)
+        self._line.pop(peer.identity, None)
         self._settle(peer)
 
     def _settle(self, peer: Peer) -> None:
         """Line a peer up that has credit; forget one that neither takes nor owes anything."""
-        if peer.open or peer.jobs:
-            self._line_up(peer)
-        else:
+        if peer.open:
+            if len(peer.jobs) < CREDIT:
+                self._line[peer.identity] = peer
+        elif not peer.jobs:
             self._peers.pop(peer.identity, None)
-
-    def _line_up(self, peer: Peer) -> None:
-        if peer.open and not peer.lined_up and len(peer.jobs) < CREDIT:
-            peer.lined_up = True
-            self._line.append(peer)
 
     def _dispatch(self, local_us: int) -> None:
         while self._queue and self._line:
-            peer = self._line.popleft()
-            peer.lined_up = False
+            _, peer = self._line.popitem(last=False)
             job = self._queue.popleft()
             if job.deadline_us <= local_us:
                 self._expire(job)
@@ -249,7 +237,7 @@ class Broker:
                 left_ms = max(1, (job.deadline_us - local_us) // 1000)
                 body = encode_request(job.msgid, Method.IDS_NEXT, (job.count, left_ms))
                 self.outbox.append(Outgoing([peer.identity, tag, b""], body, peer.identity))
-            self._line_up(peer)
+            self._settle(peer)
 
     def _take_back(self, jobs: list[Job]) -> None:
         self.counts.requeued += len(jobs)
