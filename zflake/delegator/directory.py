@@ -62,10 +62,10 @@ class Directory:
     def replace(self, held: Iterable[Record]) -> None:
         """Take in all leases as they are stored now; any other has been given back."""
         known = self._held
-        self._held = {}
-        for record in held:
-            before = known.get(record.machine)
-            self._held[record.machine] = before if before is not None and before.gen > record.gen else record
+        self._held = {
+            record.machine: max(record, known.get(record.machine, record), key=lambda each: each.gen)
+            for record in held
+        }
 
     def held(self, now: int) -> list[Record]:
         """The records whose window reaches beyond tick `now`, by machine."""
@@ -88,19 +88,18 @@ class Directory:
         self._workers[identity] = RegisteredWorker(identity, machine, record.tenancy_start, local_us, load)
         return True
 
-    def hear(self, identity: bytes, load: dict[str, Any], local_us: int) -> bool:
-        """Take in a worker's heartbeat; False if no worker of that identity is registered."""
+    def hear(self, identity: bytes, load: dict[str, Any] | None, local_us: int) -> bool:
+        """Take in a worker's sign of life; False if no worker of that identity is registered.
+
+        A heartbeat carries a load.  An answer, which has none, counts too: under a flood heartbeats wait behind those.
+        """
         worker = self._workers.get(identity)
         if worker is None:
             return False
         worker.heard_us = local_us
-        worker.load = load
+        if load is not None:
+            worker.load = load
         return True
-
-    def see(self, identity: bytes, local_us: int) -> None:
-        """Note a sign of life that is no heartbeat: under a flood these wait behind a worker's answers."""
-        if (worker := self._workers.get(identity)) is not None:
-            worker.heard_us = local_us
 
     def leave(self, identity: bytes) -> None:
         """Take out a worker that says it goes."""

@@ -82,6 +82,7 @@ class Service:
             },
             self.requests,
         )
+        self._refuse = self._dispatcher.refuse
 
     def collect(self) -> list[Outgoing]:
         """The messages to send now, which are the caller's from here on."""
@@ -115,9 +116,8 @@ class Service:
             if record is not None:
                 self.directory.learn(record)
             if isinstance(answer, Refusal):
-                body = self._dispatcher.refuse(
-                    ticket.msgid, Code(answer.reason.value), answer.message, answer.retry_after_ms
-                )
+                code = Code(answer.reason.value)
+                body = self._refuse(ticket.msgid, code, answer.message, answer.retry_after_ms)
             else:
                 body = encode_result(ticket.msgid, store_result(answer, self._clock.timeline_us()))
             self._say(ticket.prefix, body)
@@ -163,40 +163,40 @@ class Service:
                     self.broker.answer(identity, [tag, b""], answer, local_us)
             except ProtocolError:
                 self.requests.dropped += 1
-        self.directory.see(identity, local_us)
+        self.directory.hear(identity, None, local_us)
 
     def _next(
         self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int
     ) -> bytes | None:
         count, timeout_ms, store_id = request
         self.brokered_at_us = local_us
-        refuse = self._dispatcher.refuse
         if store_id is not None and store_id != self._executor.meta.store_id:
-            return refuse(msgid, Code.OTHER_CLUSTER, "this delegator belongs to another cluster")
+            return self._refuse(msgid, Code.OTHER_CLUSTER, "this delegator belongs to another cluster")
         if self.draining:
-            return refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", RESTART_MS)
+            return self._refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", RESTART_MS)
         self.broker.submit(asker, msgid, count, arrived_us + timeout_ms * 1000, local_us)
         return None
 
     def _ask_store(
         self, asker: Prefix, msgid: int, request: Request | Trace, arrived_us: int, _local_us: int
     ) -> bytes | None:
-        refuse = self._dispatcher.refuse
         store_id = request.store_id if isinstance(request, Renew) else None
         if store_id is not None and store_id != self._executor.meta.store_id:
-            return refuse(msgid, Code.OTHER_CLUSTER, "that lease was granted by another cluster's store")
+            return self._refuse(
+                msgid, Code.OTHER_CLUSTER, "that lease was granted by another cluster's store"
+            )
         if (outage := self._executor.outage) is not None:
-            return refuse(msgid, Code.UNAVAILABLE, outage.message, outage.retry_after_ms)
+            return self._refuse(msgid, Code.UNAVAILABLE, outage.message, outage.retry_after_ms)
         if self._executor.submit(Ticket(request, arrived_us, asker, msgid)):
             return None
-        return refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
+        return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
 
     def _ready(self, asker: Prefix, msgid: int, ready: Ready, _arrived_us: int, local_us: int) -> bytes:
         identity = asker[0]
         if not self.directory.register(identity, ready.machine, ready.token, self._leases_at(), local_us):
             self._executor.hurry()
             why = f"that is not the token of machine {ready.machine}'s lease"
-            return self._dispatcher.refuse(msgid, Code.NOT_READY, why)
+            return self._refuse(msgid, Code.NOT_READY, why)
         self.broker.join(identity, local_us)
         return self._heard(msgid)
 
@@ -205,7 +205,7 @@ class Service:
     ) -> bytes:
         known = self.directory.hear(asker[0], load, local_us)
         if not known or not self.broker.is_open(asker[0]):
-            return self._dispatcher.refuse(msgid, Code.NOT_READY, "say worker.ready first")
+            return self._refuse(msgid, Code.NOT_READY, "say worker.ready first")
         return self._heard(msgid)
 
     def _leave(self, asker: Prefix, msgid: int, _none: None, _arrived_us: int, local_us: int) -> bytes:
