@@ -41,6 +41,11 @@ class Wishes:
     new: bool = False
     """Whether the operator knows that this store replaces none on which a cluster ever ran."""
 
+    def layout_on(self, base: Layout) -> Layout:
+        """The layout to have; `base`, and the epoch of a layout, count where nothing is wished."""
+        layout = self.layout or base
+        return layout if self.epoch_ms is None else layout.with_epoch(self.epoch_ms)
+
 
 def start(
     store: Store,
@@ -150,9 +155,7 @@ def check_wishes(wishes: Wishes) -> None:
 def _initialise(store: Store, wishes: Wishes, timeline_us: int) -> Meta:
     if store.half_filled:
         raise ConfigError(f"a copy into {store.url} was broken off: make it again, to the same URL")
-    layout = wishes.layout or DEFAULT
-    if wishes.epoch_ms is not None:
-        layout = layout.with_epoch(wishes.epoch_ms)
+    layout = wishes.layout_on(DEFAULT)
     now = tick_of(layout, timeline_us)
     if not 0 <= now < layout.end_tick:
         raise ConfigError(
@@ -174,13 +177,14 @@ def _initialise(store: Store, wishes: Wishes, timeline_us: int) -> Meta:
         incarnation=store.incarnation(),
     )
     store.initialise(meta)
+    rest_s = loss.resting_s(meta, now)
     if new:
         _log.info("made a new store: %s", store.url)
     elif store.had_data:
         _log.warning(
             "%s is gone, and a new one is in its place: nothing is granted for %d s%s",
             store.url,
-            loss.resting_s(meta, tick_of(meta.layout, timeline_us)),
+            rest_s,
             ". --new does nothing: there was a store here, as the marker beside it says"
             if wishes.new
             else "",
@@ -190,7 +194,7 @@ def _initialise(store: Store, wishes: Wishes, timeline_us: int) -> Meta:
             "%s was empty. In case it replaces one that was lost, nothing is granted for %d s; "
             "if there was no such store, stop, delete this one, and start with --new",
             store.url,
-            loss.resting_s(meta, tick_of(meta.layout, timeline_us)),
+            rest_s,
         )
     return meta
 
@@ -202,9 +206,7 @@ def _latest(store: Store, layout: Layout, timeline_us: int) -> int:
 
 
 def _check_layout(store: Store, layout: Layout, wishes: Wishes) -> None:
-    wished = wishes.layout or layout
-    epoch_ms = wished.epoch_ms if wishes.layout and wishes.epoch_ms is None else wishes.epoch_ms
-    wished = wished.with_epoch(layout.epoch_ms if epoch_ms is None else epoch_ms)
+    wished = wishes.layout_on(layout)
     if not wished.same_ids(layout):
         raise ConfigError(
             f"{store.url} has layout {layout.name} ({layout}, epoch {layout.epoch.isoformat()}), not "
