@@ -177,12 +177,12 @@ class LeaseExecutor:
 
     def turn(self, wait_s: float) -> bool:
         """Settle a batch of what waits, or wait so long for it, then keep house if that is due; False at the end."""
-        batch = self._next_batch(wait_s)
-        if batch is None:
-            return False
+        ends = False
         fresh = []
-        for ticket in batch:
-            if self._local_us() - ticket.arrived_us > STALE_US:
+        for ticket in self._next_batch(wait_s):
+            if ticket is None:
+                ends = True
+            elif self._local_us() - ticket.arrived_us > STALE_US:
                 self.stale += 1
             else:
                 fresh.append(ticket)
@@ -192,9 +192,10 @@ class LeaseExecutor:
                 _record_grant(ticket.request, outcome)
             self._done.extend(zip(fresh, settled, strict=True))
             self._wake()
-        with self._busy():
-            self._keep_house()
-        return True
+        if not ends:
+            with self._busy():
+                self._keep_house()
+        return not ends
 
     def _run(self) -> None:
         wait_s = (MARK_US if self._store.exclusive else HURRY_US) / 1e6
@@ -300,25 +301,15 @@ class LeaseExecutor:
         self._unlogged = 0
         _log.error("%s%s", error, more)
 
-    def _next_batch(self, wait_s: float) -> list[Ticket] | None:
-        """The requests that wait, up to `BATCH`; none if none comes in time; None at the end."""
-        try:
-            _, _, first = self._waiting.get(timeout=wait_s)
-        except queue.Empty:
-            return []
-        if first is None:
-            return None
-        batch = [first]
-        while len(batch) < BATCH:
-            try:
-                waiting = self._waiting.get_nowait()
-            except queue.Empty:
-                break
-            _, _, ticket = waiting
-            if ticket is None:
-                self._waiting.put(waiting)  # this batch first
-                break
+    def _next_batch(self, wait_s: float) -> list[Ticket | None]:
+        """The requests that wait, up to `BATCH`, with None after the last one ever; none if none comes in time."""
+        batch: list[Ticket | None] = []
+        with contextlib.suppress(queue.Empty):
+            _, _, ticket = self._waiting.get(timeout=wait_s)
             batch.append(ticket)
+            while len(batch) < BATCH:
+                _, _, ticket = self._waiting.get_nowait()
+                batch.append(ticket)
         return batch
 
 
