@@ -1,8 +1,8 @@
 """The worker: the daemon that holds a machine ID and serves ID requests.
 
-handler.py      answers requests; knows no socket
-link.py         the talk with one delegator: presence, and brokered requests; knows no socket
-link_client.py  the socket under that
-server.py       the process: sockets, poll loop, drain
-metrics.py      its figures, for Prometheus
+handler.py  answers requests; knows no socket
+link.py     the talk with one delegator: presence, and brokered requests; knows no socket
+door.py     the sockets that it answers at
+server.py   the process: poll loop, drain
+metrics.py  its figures, for Prometheus
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -25,17 +26,17 @@ from zflake.version import __version__
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.fields import check_name
 from zflake.wire.frames import split
-from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
+from zflake.wire.sockets import NOW, address_of, bound_router
+from zflake.worker.door import Door, LinkDoor
 from zflake.worker.handler import Handler
 from zflake.worker.link import Link
-from zflake.worker.link_client import LinkClient
 
 TURN_US: Final = 1_000
 """Microseconds for which requests are answered before the rest of the loop gets its turn."""
 IDLE_US: Final = 500_000
 """Microseconds of the poll loop's longest sleep."""
 ALONE_US: Final = 10_000
-"""Microseconds without a request at all other sockets after which the loop lingers at one."""
+"""Microseconds of requests at one door only, after which the loop lingers there."""
 DRAIN_US: Final = 250_000
 """Microseconds for which a worker that was told to stop answers the requests that are on their way."""
 STALL_US: Final = 100_000
@@ -46,8 +47,8 @@ CLOSE_S: Final = 1.0
 RELEASE_US: Final = 2_000_000
 """Microseconds that giving the lease back may take."""
 
-Asker: TypeAlias = tuple[LinkClient | None, list[bytes]]
-"""Where an answer goes: over a link, or over the ROUTER, behind this prefix."""
+Asker: TypeAlias = tuple[Door, list[bytes]]
+"""Where an answer goes: out by this door, behind this prefix."""
 
 _log = logging.getLogger("zflake.worker")
 
@@ -82,30 +83,28 @@ class Worker:
         self.liveness = Liveness()
         self._name = check_name(config.name) or f"{socket.gethostname()}-{os.getpid()}"
         self._started_us = self._woke_us = self._arrived_us = clock.local_us()
-        self._brokered_at_us = self._direct_at_us = 0
         check_addresses(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # A name server that is away would hold up all sockets of a context: delegators may have names.
         self._outward: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            self._router = bound_router(self._context, config.bind)
-            self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
-            self._intake = Intake(self._router)
-            self.address = _advertised(config, address_of(self._router))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._context.destroy, linger=0)
+            undo.callback(self._outward.destroy, linger=0)
+            router = bound_router(self._context, config.bind)
+            self.address = _advertised(config, address_of(router))
             self._hold, self._holding = self._take_hold()
             self.handler: Handler[Asker] = Handler(self._hold, self._describe)
             self._links = [
-                LinkClient(self._outward, delegator, Link(self._hold, self.handler.load))
+                LinkDoor(self._outward, delegator, Link(self._hold, self.handler.load), self.handler.requests)
                 for delegator in (() if config.machine is not None else config.delegators)
             ]
-        except BaseException:
-            self._context.destroy(linger=0)
-            self._outward.destroy(linger=0)
-            raise
+            undo.pop_all()
+        self._doors = [Door(router, self.handler.requests), *self._links]
+        self._busy_door: Door | None = None  # the only one that requests have come in by since then
+        self._busy_since_us = 0
         self._poller = zmq.Poller()
-        self._poller.register(self._router, zmq.POLLIN)
-        for link in self._links:
-            self._poller.register(link.socket, zmq.POLLIN)
+        for door in self._doors:
+            self._poller.register(door.socket, zmq.POLLIN)
         self._waker.register(self._poller)
         self._polled: zmq.Socket[bytes] | None = None
         # When the loop was stopped last, and until when messages of that time turn up.
@@ -128,9 +127,8 @@ class Worker:
             self._drain()
         finally:
             self._holding.close()
-            self._router.close()
-            for link in self._links:
-                link.close()
+            for door in self._doors:
+                door.socket.close()
             self._context.term()
             closing = threading.Thread(target=self._outward.term, daemon=True)
             closing.start()
@@ -155,44 +153,17 @@ class Worker:
 
     def _tick(self) -> None:
         events = self._poll()
-        # Lingering at one socket, the loop would keep those waiting that come to another.
-        if self._router in events:
-            self._answer(linger=self._woke_us > self._brokered_at_us + ALONE_US)
-        for link in self._links:
-            if link.socket in events:
-                self._answer_link(link, linger=self._woke_us > self._direct_at_us + ALONE_US)
+        # Lingering at one door, the loop would keep those waiting that come to another.
+        lingers = self._woke_us > self._busy_since_us + ALONE_US
+        for door in self._doors:
+            if door.socket in events:
+                self._answer(door, linger=lingers and door is self._busy_door)
         self._waker.take(events)
         local_us = clock.local_us()
         self._holding.service(local_us)
         for link in self._links:
             link.service(local_us)
         self._answer_parked(local_us)
-
-    def _answer_link(self, link: LinkClient, *, linger: bool) -> int:
-        """Answer the brokered requests that have come over a link, as `_answer` does; gives how many."""
-        handler = self.handler
-        answered = 0
-        linger = linger and len(self._links) == 1
-        while True:
-            message = link.receive()
-            if message is None:
-                handler.requests.dropped += link.flush()
-                if not linger or handler.parked:
-                    break
-                message = link.receive(0)
-                if message is None:
-                    break
-            answered += 1
-            local_us = self._brokered_at_us = clock.local_us()
-            prefix, body = message
-            asker = (link, prefix)
-            answer = handler.handle(asker, body, self._arrived_us, local_us)
-            if answer is not None:
-                self._send(asker, answer)
-            if local_us >= self._woke_us + TURN_US:
-                handler.requests.dropped += link.flush()
-                break
-        return answered
 
     def _poll(self) -> dict[Any, int]:
         self._follow_socket()
@@ -227,47 +198,42 @@ class Worker:
                 self._poller.register(current, zmq.POLLIN)
             self._polled = current
 
-    def _answer(self, *, linger: bool) -> int:
-        """Answer what has come in, for `TURN_US` at most; gives how many messages that were.
+    def _answer(self, door: Door, *, linger: bool) -> int:
+        """Answer what has come in by a door, for `TURN_US` at most; gives how many messages that were.
 
         With `linger` this waits for the next message in the socket, for as long: a poll over all that the
         loop looks at costs about as much as answering, and under load there is no need for one each time.
         """
-        intake, handler, arrived_us = self._intake, self.handler, self._arrived_us
+        handler, arrived_us = self.handler, self._arrived_us
         until_us = self._woke_us + TURN_US
         answered = 0
-        while True:
-            # Parked requests wait for a turn of the loop: no lingering then.
-            frames = intake.receive(0 if linger and not handler.parked else NOW)
-            if frames is None:
-                return answered
+        # Parked requests wait for a turn of the loop: no lingering then.
+        while (frames := door.receive(0 if linger and not handler.parked else NOW)) is not None:
             answered += 1
-            local_us = self._direct_at_us = clock.local_us()
+            local_us = clock.local_us()
             message = split(frames)
             if message is None:
                 handler.requests.dropped += 1
             else:
                 prefix, body = message
-                asker = (None, prefix)
-                answer = handler.handle(asker, body, arrived_us, local_us)
+                answer = handler.handle((door, prefix), body, arrived_us, local_us)
                 if answer is not None:
-                    self._send(asker, answer)
+                    door.answer(prefix, answer)
             if local_us >= until_us:
-                return answered
+                break
+        if answered and door is not self._busy_door:
+            self._busy_door, self._busy_since_us = door, self._woke_us
+        door.flush()
+        return answered
 
     def _answer_parked(self, local_us: int) -> None:
-        for asker, answer in self.handler.turn(local_us):
-            self._send(asker, answer)
-        for link in self._links:
-            self.handler.requests.dropped += link.flush()
-
-    def _send(self, asker: Asker, answer: bytes) -> None:
-        link, prefix = asker
-        lost = int(not send(self._router, prefix, answer)) if link is None else link.answer(prefix, answer)
-        self.handler.requests.dropped += lost
+        for (door, prefix), answer in self.handler.turn(local_us):
+            door.answer(prefix, answer)
+        for door in self._doors:
+            door.flush()
 
     def _answer_all(self) -> int:
-        return self._answer(linger=False) + sum(self._answer_link(link, linger=False) for link in self._links)
+        return sum(self._answer(door, linger=False) for door in self._doors)
 
     def _drain(self) -> None:
         for link in self._links:

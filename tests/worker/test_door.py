@@ -11,10 +11,11 @@ import zmq
 from tests.conftest import until
 from tests.worker.test_link import HEARTBEAT, LEAVE, NOW_US, READY, TAG, Stage
 from zflake.wire.codec import decode_request, encode_error, encode_request, encode_result
+from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.methods import Code
+from zflake.worker.door import LinkDoor
 from zflake.worker.link import HEARTBEAT_US
-from zflake.worker.link_client import LinkClient
 
 ANSWER: Final = encode_result(1, [1, 1, 1])
 
@@ -27,7 +28,8 @@ class Scene(Stage):
         self._context = context
         self.address = "tcp://127.0.0.1:*"
         self.open()
-        self.client = LinkClient(context, parse_endpoint(self.address), self.link)
+        self.requests = Requests()
+        self.door = LinkDoor(context, parse_endpoint(self.address), self.link, self.requests)
         self.connected()
 
     def open(self) -> None:
@@ -47,16 +49,16 @@ class Scene(Stage):
         return True
 
     def connected(self) -> None:
-        until(lambda: self.client.socket.poll(1, zmq.POLLOUT))
+        until(lambda: self.door.socket.poll(1, zmq.POLLOUT))
 
     def gone(self) -> None:
         """Let the delegator go."""
         self.router.close(linger=0)
-        until(lambda: not self.client.socket.poll(1, zmq.POLLOUT))
+        until(lambda: not self.door.socket.poll(1, zmq.POLLOUT))
 
     def service(self, us: int = 0) -> None:
         self.us += us
-        self.client.service(self.us)
+        self.door.service(self.us)
 
     def heard(self) -> tuple[str, list[Any]]:
         """The next thing that the delegator hears."""
@@ -68,8 +70,8 @@ class Scene(Stage):
     def answer(self, body: bytes) -> None:
         """Answer what was heard last, and let the link take it in."""
         self.router.send_multipart([*self.prefix, body])
-        assert self.client.socket.poll(5000)
-        assert self.client.receive() is None
+        assert self.door.socket.poll(5000)
+        assert self.door.receive() is None
 
     def registered(self) -> None:
         self.service()
@@ -78,7 +80,7 @@ class Scene(Stage):
 
     def close(self) -> None:
         self.router.close(linger=0)
-        self.client.socket.close(linger=0)
+        self.door.socket.close(linger=0)
 
 
 @pytest.fixture
@@ -90,8 +92,8 @@ def scene(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Scene]:
 
 def test_its_last_word_arrives_though_it_closes(scene: Scene) -> None:
     scene.registered()
-    scene.client.leave()
-    scene.client.close()
+    scene.door.leave()
+    scene.door.socket.close()
     assert scene.heard() == LEAVE
 
 
@@ -103,13 +105,12 @@ def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(scen
         scene.router.send_multipart([worker, TAG + b"%d" % number, b"", request])
         scene.router.send_multipart([*scene.prefix, encode_result(9, {"now_us": NOW_US})])
     for number, request in enumerate(requests):
-        prefix, body = until(scene.client.receive)
-        assert (prefix, body) == ([TAG + b"%d" % number, b""], request)
-        assert scene.client.answer(prefix, ANSWER) == 0
-        assert scene.client.flush() == 0
+        assert until(scene.door.receive) == [TAG + b"%d" % number, b"", request]
+        scene.door.answer([TAG + b"%d" % number, b""], ANSWER)
+        scene.door.flush()
         assert scene.router.poll(5000)
         assert scene.router.recv_multipart() == [worker, TAG + b"%d" % number, b"", ANSWER]
-    assert scene.client.receive() is None
+    assert scene.door.receive() is None
 
 
 def test_while_the_delegator_is_away_it_goes_on_and_then_registers(scene: Scene) -> None:
@@ -117,9 +118,10 @@ def test_while_the_delegator_is_away_it_goes_on_and_then_registers(scene: Scene)
     scene.gone()
     for _ in range(10):
         scene.service(HEARTBEAT_US)
-    assert scene.client.answer([TAG, b""], ANSWER) == 0
-    assert scene.client.flush() == 1, "it is away, and the answer is lost"
-    scene.client.leave()
+    scene.door.answer([TAG, b""], ANSWER)
+    scene.door.flush()
+    assert scene.requests.dropped == 1, "the delegator is away, and the answer is lost"
+    scene.door.leave()
     scene.open()
     scene.connected()
     scene.service(HEARTBEAT_US)
