@@ -40,19 +40,17 @@ class Waker:
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)  # noqa: FBT003
         self._write.setblocking(False)  # noqa: FBT003
-        self._old_handlers: list[tuple[signal.Signals, object]] = []
-        self._old_wakeup = -1
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._old_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._undo.callback(signal.set_wakeup_fd, old_fd)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._old_handlers.append((number, signal.signal(number, self._signalled)))
+            self._undo.callback(signal.signal, number, signal.signal(number, self._signalled))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old_handlers:
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        signal.set_wakeup_fd(self._old_wakeup)
+        self._undo.close()
         self._read.close()
         self._write.close()
 
