@@ -7,7 +7,7 @@ does not live, not as a probe that hangs too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -15,12 +15,20 @@ from typing import Self
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from zflake.daemon.liveness import Liveness
 from zflake.errors import ConfigError
+
+
+def counts_by(name: str, what: str, label: str, counts: Mapping[str, int]) -> Metric:
+    """A counter for each of `counts`, which another thread may add to meanwhile."""
+    metric = CounterMetricFamily(name, what, labels=[label])
+    for value, count in dict(counts).items():
+        metric.add_metric([value], count)
+    return metric
 
 
 class _Facts(Collector):

@@ -6,22 +6,20 @@ from collections.abc import Iterator
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from zflake.daemon.health import counts_by
 from zflake.worker.server import Worker
 
 
 def measure(worker: Worker) -> Iterator[Metric]:
     """The worker's figures now; safe to call from any thread."""
-    handler = worker.handler
+    handler, requests = worker.handler, worker.handler.requests
     yield CounterMetricFamily("zflake_worker_ids", "IDs minted.", handler.ids)
-    yield CounterMetricFamily("zflake_worker_requests", "Requests taken in.", handler.requests.taken)
-    errors = CounterMetricFamily("zflake_worker_errors", "Requests answered with an error.", labels=["code"])
-    for code, count in dict(handler.requests.errors).items():
-        errors.add_metric([code], count)
-    yield errors
+    yield CounterMetricFamily("zflake_worker_requests", "Requests taken in.", requests.taken)
+    yield counts_by("zflake_worker_errors", "Requests answered with an error.", "code", requests.errors)
     yield CounterMetricFamily(
         "zflake_worker_dropped",
         "Messages that could not be answered, and answers that could not be delivered.",
-        handler.requests.dropped,
+        requests.dropped,
     )
     yield GaugeMetricFamily("zflake_worker_parked", "Requests that wait for the next tick.", handler.parked)
     yield GaugeMetricFamily(
