@@ -199,13 +199,13 @@ class Worker(Process):
         if answer is not None:
             self._answer(asker, answer)
         else:
-            self.world.after(self.handler.wait_us() + 1, self, self._turn_parked)
+            self.world.after((self.handler.wait_us() or 0) + 1, self, self._turn_parked)
 
     def _turn_parked(self) -> None:
         for asker, answer in self.handler.turn(self.host.local_us()):
             self._answer(asker, answer)
         if self.handler.parked:
-            self.world.after(max(1_000, self.handler.wait_us() + 1), self, self._turn_parked)
+            self.world.after(max(1_000, (self.handler.wait_us() or 0) + 1), self, self._turn_parked)
 
     def _answer(self, asker: Asker, answer: bytes) -> None:
         who, prefix = asker

@@ -65,31 +65,30 @@ class Handler(Generic[A]):
 
     def turn(self, local_us: int) -> list[tuple[A, bytes]]:
         """The answers to what was parked, once the tick that it waits for has begun."""
-        mint = self._hold.mint
-        # A wait for longer than the next tick (the clock was stepped back) ends at once.
-        if not self._parked or (mint is not None and 0 < self.wait_us() <= mint.layout.tick_us):
+        if not self._parked or self.wait_us():  # None: the window was lost, or the clock stepped back
             return []
+        mint = self._hold.mint
         parked, self._parked = self._parked, []
         answers = []
         left = 0 if mint is None else mint.layout.ids_per_tick
-        for waiting in range(len(parked), 0, -1):
-            asker, msgid, asked, deadline_us = parked[len(parked) - waiting]
+        for answered, (asker, msgid, asked, deadline_us) in enumerate(parked):
             if deadline_us <= local_us:
                 answers.append((asker, self._expire(msgid)))
                 continue
-            share = max(1, min(asked, left // waiting))
+            share = max(1, min(asked, left // (len(parked) - answered)))
             answer = self._mint(msgid, share)
             left -= share
             answers.append((asker, answer or self._refuse_for_now(msgid, local_us)))
         return answers
 
-    def wait_us(self) -> int:
-        """Microseconds that `turn` must wait for the next tick; only while something is parked."""
+    def wait_us(self) -> int | None:
+        """Microseconds until there is an ID to give, in the next tick at the latest; None if there is none till then."""
         mint, timeline_us = self._hold.mint, self._timeline_us()
         if mint is None or timeline_us is None:
-            return 0
-        opens = mint.opens(tick_of(mint.layout, timeline_us))
-        return 0 if opens is None else us_until(mint.layout, opens, timeline_us)
+            return None
+        now = tick_of(mint.layout, timeline_us)
+        opens = mint.opens(now)
+        return None if opens is None or opens > now + 1 else us_until(mint.layout, opens, timeline_us)
 
     def load(self) -> dict[str, int]:
         """The figures that a heartbeat carries."""
@@ -121,12 +120,8 @@ class Handler(Generic[A]):
         parked = self._parked
         if not parked and (answer := self._mint(msgid, count)) is not None:
             return answer
-        mint, timeline_us = self._hold.mint, self._timeline_us()
-        if mint is None or timeline_us is None:
-            return self._refuse_for_now(msgid, local_us)
-        now = tick_of(mint.layout, timeline_us)
-        opens = mint.opens(now)
-        if opens is None or opens > now + 1:
+        mint = self._hold.mint
+        if mint is None or self.wait_us() is None:
             return self._refuse_for_now(msgid, local_us)
         if len(parked) >= mint.layout.ids_per_tick:
             why = f"{len(parked)} requests wait for the next tick, which has no more IDs"
@@ -139,9 +134,8 @@ class Handler(Generic[A]):
         if mint is None or timeline_us is None:
             return None
         layout = mint.layout
-        run = mint.take(
-            (timeline_us - layout.epoch_us) // layout.tick_us, count
-        )  # tick_of(), without the call
+        now = (timeline_us - layout.epoch_us) // layout.tick_us  # tick_of(), without the call
+        run = mint.take(now, count)
         if run is None:
             return None
         self.ids += run[2]

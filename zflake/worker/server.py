@@ -172,7 +172,7 @@ class Worker:
         poll_ms = -(-sleep_us // 1000)
         if self.handler.parked:
             # A poll's time-out is in whole milliseconds, and the tick's turn is not to be overslept.
-            sleep_us = min(sleep_us, self.handler.wait_us())
+            sleep_us = min(sleep_us, self.handler.wait_us() or 0)
             poll_ms = sleep_us // 1000
             if poll_ms == 0:
                 time.sleep(sleep_us / 1e6)
