@@ -265,13 +265,12 @@ class LeaseExecutor:
             self._failing_since_us = self._local_us()
 
     def _recover(self) -> None:
-        self._failure = None
         if self._failing_since_us is not None:
             failed_us = self._local_us() - self._failing_since_us
             _log.warning("%s can be used again, after %.1f s", self.store_url, failed_us / 1e6)
             if failed_us >= MARK_US:  # the next one is news; but a store that comes and goes fills no log
                 self._quiet_until_us = 0
-        self._failing_since_us = None
+        self._failing_since_us = self._failure = None
 
     def _look(self, local_us: int, *, hurried: bool) -> None:
         """Read what others have written: their marks, and the leases that they have granted."""

@@ -82,7 +82,7 @@ class Handler(Generic[A]):
         return answers
 
     def wait_us(self) -> int | None:
-        """Microseconds until there is an ID to give, in the next tick at the latest; None if there is none till then."""
+        """Microseconds until there is an ID to give; None if this tick and the next have none."""
         mint, timeline_us = self._hold.mint, self._timeline_us()
         if mint is None or timeline_us is None:
             return None
