@@ -432,7 +432,7 @@ def test_submitted_requests_come_back_with_their_envelopes_and_ring(d: Desk) -> 
     assert d.executor.backlog == 0
 
 
-def test_waiting_requests_commit_together_in_bounded_batches_before_the_thread_ends() -> None:
+def test_waiting_requests_commit_together_in_bounded_batches() -> None:
     d = Desk(meta=replace(META, last_machine=1023))
     d.submit(*map(acquire, range(BATCH + 44)))
     assert len(d.finish()) == BATCH + 44
@@ -448,13 +448,16 @@ def test_a_request_that_sat_for_too_long_is_dropped_and_changes_nothing(d: Desk)
     assert [r.token for r in d.store.commits] == [token(2)]
 
 
-def test_stop_does_not_wait_for_ever_for_a_store_that_hangs(d: Desk) -> None:
+def test_stop_settles_what_waits_and_does_not_wait_for_ever_for_a_store_that_hangs(d: Desk) -> None:
     d.store.plan = ["hang"]
-    d.submit(acquire(1))
+    d.submit(acquire(0))
     d.executor.start()
+    assert d.store.hung.wait(10)
+    d.submit(*map(acquire, range(BATCH + 44)))
     assert not d.executor.stop(0.05)
     d.store.freed.set()
     assert d.executor.stop(5)
+    assert len(d.executor.collect()) == 1 + BATCH + 44
 
 
 def test_a_store_that_fails_is_not_asked_again_but_by_the_house_keeping(
