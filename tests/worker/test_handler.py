@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.daemon.tools import failure, result
 from zflake.core.layout import PRESETS, Field, Layout
 from zflake.core.mint import Mint
 from zflake.holder.clock import HolderClock
@@ -95,9 +96,7 @@ class World:
         return self.ask("ids.next", count, timeout_ms, **more)
 
     def use_up(self) -> None:
-        response = self.next(FULL)
-        assert response is not None
-        assert response.result[2] == FULL
+        assert len(ids(self.next(FULL))) == FULL
 
     def turn(self) -> dict[bytes, Response]:
         return {prefix[0]: decode_response(answer) for prefix, answer in self.handler.turn(self.local_us)}
@@ -109,17 +108,12 @@ def world() -> World:
 
 
 def ids(response: Response | None) -> list[int]:
-    assert response is not None
-    assert response.error is None, response.error
-    first, step, count = response.result
+    first, step, count = result(response)
     return list(range(first, first + step * count, step))
 
 
 def code(response: Response | None) -> str:
-    assert response is not None
-    assert response.error is not None
-    assert response.result is None
-    return response.error.code
+    return failure(response).code
 
 
 # --- ids.next ---
@@ -158,12 +152,8 @@ def test_a_request_that_finds_the_tick_used_up_waits_for_the_next_one(world: Wor
 def test_an_answer_to_a_parked_request_goes_back_by_its_own_envelope_and_msgid(world: World) -> None:
     world.use_up()
     for number in (17, 4):
-        assert (
-            world.handler.handle(
-                [b"%d" % number, b"hop", b""], encode_request(number, "ids.next", [1, 9]), 0, 0
-            )
-            is None
-        )
+        body = encode_request(number, "ids.next", [1, 9])
+        assert world.handler.handle([b"%d" % number, b"hop", b""], body, 0, 0) is None
     world.tick()
     answers = world.handler.turn(0)
     assert [(prefix, decode_response(body).msgid) for prefix, body in answers] == [
@@ -219,11 +209,8 @@ def test_more_requests_than_the_next_tick_has_ids_are_overloaded_with_a_time_to_
 ) -> None:
     world.use_up()
     assert all(world.next() is None for _ in range(FULL))
-    refused = world.next()
-    assert code(refused) == "overloaded"
-    assert refused is not None
-    assert refused.error is not None
-    assert refused.error.retry_after_ms == SMALL.tick_ms
+    refusal = failure(world.next())
+    assert (refusal.code, refusal.retry_after_ms) == ("overloaded", SMALL.tick_ms)
     assert world.handler.parked == FULL
 
 
@@ -253,19 +240,23 @@ def test_a_parked_request_whose_time_runs_out_mints_nothing_and_leaves_its_share
 
 
 def expired(response: Response | None) -> None:
-    assert code(response) == "lease_expired"
-    assert response is not None
-    assert response.error is not None
-    assert response.error.retry_after_ms == Hold().retry_after_ms(0)
+    refusal = failure(response)
+    assert (refusal.code, refusal.retry_after_ms) == ("lease_expired", Hold().retry_after_ms(0))
 
 
-def test_without_a_machine_id_the_lease_has_expired(world: World) -> None:
-    world.hold.mint = None
-    expired(world.next())
+def lose(world: World, what: str) -> None:
+    if what == "the machine ID":
+        world.hold.mint = None
+    else:
+        world.us = None
 
 
-def test_without_a_time_the_lease_has_expired(world: World) -> None:
-    world.us = None
+LOST: Final = ["the machine ID", "the time"]
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_without_a_machine_id_or_a_time_the_lease_has_expired(world: World, what: str) -> None:
+    lose(world, what)
     expired(world.next())
 
 
@@ -288,18 +279,16 @@ def test_the_last_tick_of_a_window_used_up_parks_nobody() -> None:
     assert world.handler.parked == 0
 
 
-@pytest.mark.parametrize("how", ["lost", "no time"])
-def test_whoever_is_parked_when_the_lease_goes_is_told_so(world: World, how: str) -> None:
+@pytest.mark.parametrize("what", LOST)
+def test_whoever_is_parked_when_the_lease_goes_is_told_so(world: World, what: str) -> None:
     world.use_up()
     world.next(name=b"a")
     world.next(name=b"b")
-    if how == "lost":
-        world.hold.mint = None
-    else:
-        world.us = None
-    for response in world.turn().values():
+    lose(world, what)
+    answers = world.turn()
+    assert set(answers) == {b"a", b"b"}
+    for response in answers.values():
         expired(response)
-    assert world.handler.parked == 0
 
 
 def test_a_clock_that_leaps_back_parks_nobody_for_longer_than_a_tick(world: World) -> None:
@@ -316,11 +305,8 @@ def test_a_clock_that_went_back_goes_on_in_the_last_tick(world: World) -> None:
 
 def test_a_draining_worker_is_unavailable_and_says_for_how_long(world: World) -> None:
     world.handler.draining = True
-    refused = world.next()
-    assert code(refused) == "unavailable"
-    assert refused is not None
-    assert refused.error is not None
-    assert refused.error.retry_after_ms == LEAVING_MS
+    refusal = failure(world.next())
+    assert (refusal.code, refusal.retry_after_ms) == ("unavailable", LEAVING_MS)
     assert world.handler.ids == 0
 
 
@@ -328,36 +314,28 @@ def test_a_draining_worker_is_unavailable_and_says_for_how_long(world: World) ->
 
 
 def test_ping_tells_the_time(world: World) -> None:
-    response = world.ask("ping")
-    assert response is not None
-    assert response.result == {"now_us": world.us}
+    assert result(world.ask("ping")) == {"now_us": world.us}
 
 
 def test_hello_says_service_layout_and_machine(world: World) -> None:
-    response = world.ask("hello")
-    assert response is not None
-    said = response.result
+    said = result(world.ask("hello"))
     assert (said["service"], said["protocol"], said["machine"], said["name"]) == ("worker", 1, 5, "me")
     assert Layout.from_map(said["layout"]).same_ids(SMALL)
 
 
 def test_hello_without_a_lease_has_neither_layout_nor_machine(world: World) -> None:
     world.hold.mint = None
-    response = world.ask("hello")
-    assert response is not None
-    assert response.result["layout"] is None
-    assert response.result["machine"] is None
+    said = result(world.ask("hello"))
+    assert (said["layout"], said["machine"]) == (None, None)
 
 
 @pytest.mark.parametrize(
     "method", ["", "ids", "ids.next ", "lease.acquire", "cluster.workers", "__init__", "x" * 9000, "\x00\n"]
 )
 def test_an_unknown_method_is_refused(world: World, method: str) -> None:
-    response = world.ask(method)
-    assert code(response) == "unknown_method"
-    assert response is not None
-    assert response.error is not None
-    assert len(response.error.message) < 400
+    refusal = failure(world.ask(method))
+    assert refusal.code == "unknown_method"
+    assert len(refusal.message) < 400
 
 
 @pytest.mark.parametrize("method", ["hello", "ping", "cluster.status"])
@@ -373,16 +351,14 @@ def test_the_figures_count_what_happened(world: World) -> None:
     world.ask("nonsense")
     world.handler.handle(REQUEST, b"\xc1", 0, 0)
     world.handler.handle(REQUEST, encode_result(1, None), 0, 0)
-    response = world.ask("cluster.status")
-    assert response is not None
-    said = {key: response.result[key] for key in ("requests", "ids", "dropped", "parked", "errors")}
-    assert said == {
+    figures = {
         "requests": 8,
         "ids": FULL,
         "dropped": 1,
         "parked": 1,
         "errors": {"timeout": 1, "unknown_method": 1, "bad_request": 1},
     }
+    assert figures.items() <= result(world.ask("cluster.status")).items()
     world.tick()
     world.turn()
     assert world.handler.ids == FULL + 1
@@ -417,19 +393,12 @@ def handled(world: World, body: bytes) -> Response | None:
     return None
 
 
-@given(st.binary(max_size=200))
+@given(st.binary(max_size=200) | values.map(msgpack.packb))
 @thorough
-def test_random_bytes_are_answered_or_counted(body: bytes) -> None:
-    world = World()
-    response = handled(world, body)
+def test_anything_in_place_of_a_request_is_answered_or_counted(body: bytes) -> None:
+    response = handled(World(), body)
     if response is not None and response.error is not None:
-        assert code(response) in {"bad_request", "unknown_method", "timeout"}
-
-
-@given(values)
-@thorough
-def test_any_value_in_place_of_a_request_is_answered_or_counted(value: Any) -> None:
-    handled(World(), msgpack.packb(value))
+        assert response.error.code in {"bad_request", "unknown_method", "timeout"}
 
 
 @given(st.integers(0, 2**32 - 1), methods, values)
@@ -450,30 +419,8 @@ def test_wrong_params_are_answered_and_mint_nothing(msgid: int, method: str, par
     assert (world.handler.ids > 0) == right
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        [],
-        [1],
-        [1, 1000, 1],
-        [0, 1000],
-        [-1, 1000],
-        [MAX_COUNT + 1, 1000],
-        [2**64 - 1, 1000],
-        [True, 1000],
-        [1.0, 1000],
-        ["1", 1000],
-        [None, 1000],
-        [1, -1],
-        [1, MAX_TIMEOUT_MS + 1],
-        [1, 2**63],
-        [1, None],
-        [1, True],
-        [[1], {}],
-    ],
-)
-def test_params_of_ids_next_out_of_range_are_bad_requests(world: World, params: list[Any]) -> None:
-    assert code(world.ask("ids.next", *params)) == "bad_request"
+def test_a_count_out_of_range_is_a_bad_request(world: World) -> None:
+    assert code(world.next(MAX_COUNT + 1)) == "bad_request"
     assert world.handler.ids == 0
 
 
@@ -487,24 +434,13 @@ def test_nested_arrays_are_a_bad_request_at_any_depth(world: World, depth: int) 
         b"\x94\x00\x07" + nested + b"\x90",
         b"\x94" + nested + b"\x07\xa4ping\x90",
     ):
-        response = handled(world, body)
-        assert code(response) == "bad_request"
+        assert code(handled(world, body)) == "bad_request"
 
 
 def test_a_response_and_a_notification_get_no_answer(world: World) -> None:
     for body in (encode_result(1, {}), encode_error(1, "timeout", ""), msgpack.packb([2, "ping", []])):
         assert handled(world, body) is None
     assert world.handler.requests.dropped == 3
-
-
-def test_huge_declared_lengths_are_a_bad_request(world: World) -> None:
-    for body in (
-        b"\xdd\xff\xff\xff\xff",
-        b"\xdf\xff\xff\xff\xff",
-        b"\xc6\xff\xff\xff\xff",
-        b"\xdb\xff\xff\xff\xff",
-    ):
-        assert code(handled(world, body)) == "bad_request"
 
 
 # --- uniqueness ---
@@ -538,23 +474,24 @@ def traffic(seed: int, world: World) -> Iterator[list[int]]:
                     yield ids(response)
 
 
-@given(st.integers(0, 2**32))
-@thorough
-def test_no_id_is_answered_twice_and_ids_ascend_whatever_the_clock_does(seed: int) -> None:
+def minted(seed: int) -> int:
+    """How many IDs random traffic got, each of them above the one before."""
     world = World(Hold(window=None))
     world.us = EPOCH_MS * 1000
     got = [i for run in traffic(seed, world) for i in run]
     assert all(a < b for a, b in pairwise(got))
     assert len(got) == world.handler.ids
+    return len(got)
+
+
+@given(st.integers(0, 2**32))
+@thorough
+def test_no_id_is_answered_twice_and_ids_ascend_whatever_the_clock_does(seed: int) -> None:
+    minted(seed)
 
 
 def test_random_traffic_does_get_ids() -> None:
-    got = 0
-    for seed in range(20):
-        world = World(Hold(window=None))
-        world.us = EPOCH_MS * 1000
-        got += sum(map(len, traffic(seed, world)))
-    assert got > 100
+    assert sum(map(minted, range(20))) > 100
 
 
 @pytest.mark.parametrize("layout", PRESETS.values(), ids=PRESETS)
@@ -570,18 +507,12 @@ def test_every_layout_fills_its_tick_and_goes_on_in_the_next(layout: Layout) -> 
     assert layout.decompose(second[0]).tick == layout.decompose(first[0]).tick + 1
 
 
-def test_a_request_for_another_cluster_is_refused() -> None:
-    world = World()
-    for store_id, served in (("here", True), (None, True), ("elsewhere", False)):
-        answer = decode_response(
-            world.handler.handle([b""], encode_request(1, "ids.next", [1, 1000, store_id]), 0, 0) or b""
-        )
-        assert (answer.error is None) is served
-        assert served or (answer.error and answer.error.code == "other_cluster")
+def test_a_request_for_another_cluster_is_refused(world: World) -> None:
+    for store_id in ("here", None):
+        assert ids(world.ask("ids.next", 1, 1000, store_id))
+    assert code(world.ask("ids.next", 1, 1000, "elsewhere")) == "other_cluster"
 
 
-def test_a_static_worker_serves_any_cluster() -> None:
-    world = World()
+def test_a_static_worker_serves_any_cluster(world: World) -> None:
     world.hold.store_id = None
-    body = encode_request(1, "ids.next", [1, 1000, "elsewhere"])
-    assert decode_response(world.handler.handle([b""], body, 0, 0) or b"").error is None
+    assert ids(world.ask("ids.next", 1, 1000, "elsewhere"))
