@@ -569,11 +569,19 @@ def test_the_mark_is_written_with_each_commit_and_where_there_is_none(
 
 def test_every_grant_is_logged_before_it_can_be_collected(d: Desk, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="zflake.lease")
-    d.submit(acquire(1))
     d.executor.start()
-    grant = granted(d.collected())
+    d.submit(acquire(1))
+    first = granted(d.collected())
+    d.now += 400
+    d.submit(renewal(first, 2))
+    second = granted(d.collected())
+    d.submit(Release(second.machine, second.token, None, None))
+    released = d.collected()
+    assert isinstance(released, Released)
     assert [r.__dict__["lease"] for r in caplog.records] == [
-        ["acquired", grant.machine, grant.gen, grant.start, grant.end]
+        ["acquired", first.machine, 1, first.start, first.end],
+        ["renewed", first.machine, 2, second.start, second.end],
+        ["released", first.machine, 3, second.start, released.fence],
     ]
 
 

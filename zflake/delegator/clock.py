@@ -99,7 +99,8 @@ class DelegatorClock:
         self.local_us = local_us
         """Reads the local clock."""
         self._wall_us = wall_us
-        self._marks = Marks(name)
+        self.marks = Marks(name)
+        """All delegators' marks."""
         self._compare_at_us = 0
         self._warned = False
 
@@ -121,15 +122,10 @@ class DelegatorClock:
 
     def follow(self, marks: Sequence[Mark]) -> None:
         """Take in the marks of all delegators, as the store holds them: the latest that moved leads."""
-        moved_us = self._marks.read(marks)
+        moved_us = self.marks.read(marks)
         if moved_us is not None:
             with self._lock:
                 self._timeline.raise_to(moved_us, self.local_us())
-
-    @property
-    def marks(self) -> Sequence[Mark]:
-        """All delegators' marks as they were last read."""
-        return self._marks.latest
 
     @property
     def lead_us(self) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from zflake.core.lease import Acquire, Grant, Meta, Record, Refusal, Released, Request, Trace
+from zflake.core.lease import Acquire, Meta, Record, Refusal, Release, Request, Trace
 from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.committer import Committer, Settled, unavailable
 from zflake.errors import StoreError
@@ -314,21 +314,13 @@ class LeaseExecutor:
 
 def _record_grant(request: Request | Trace, settled: Settled) -> None:
     """Log what was granted before its holder is told of it: the log is complete whenever the process dies."""
-    answer, record = settled
-    if isinstance(answer, Grant) and record is not None:
+    record = settled.record
+    if record is None:
+        return
+    if isinstance(request, Release):
+        verb, what = "released", f"free from {record.fence}"
+    else:
         verb = "acquired" if isinstance(request, Acquire) else "renewed"
-        _log.info(
-            "machine %d %s: window [%d, %d)",
-            answer.machine,
-            verb,
-            answer.start,
-            answer.end,
-            extra={"lease": [verb, answer.machine, answer.gen, answer.start, answer.end]},
-        )
-    elif isinstance(answer, Released) and record is not None:
-        _log.info(
-            "machine %d released: free from %d",
-            answer.machine,
-            answer.fence,
-            extra={"lease": ["released", answer.machine, record.gen, record.start, answer.fence]},
-        )
+        what = f"window [{record.start}, {record.fence})"
+    lease = [verb, record.machine, record.gen, record.start, record.fence]
+    _log.info("machine %d %s: %s", record.machine, verb, what, extra={"lease": lease})

@@ -87,7 +87,7 @@ class Report:
     def _delegators(self) -> Iterator[dict[str, Any]]:
         """The delegators that have written marks of late, this one first."""
         timeline_us, own = self.clock.timeline_us(), self.clock.mark()
-        others = [mark for mark in self.clock.marks if mark.delegator != own.delegator]
+        others = [mark for mark in self.clock.marks.latest if mark.delegator != own.delegator]
         for mark in [own, *others]:
             if timeline_us - mark.timeline_us < GONE_US:
                 yield {

@@ -78,7 +78,9 @@ class Delegator:
             self.address = address_of(self._router)
             self._store = store = open_store(config.store)
             undo.callback(store.close)
-            name, accept_clock = self._take_name(), config.accept_clock
+            host, accept_clock = socket.gethostname(), config.accept_clock
+            # Others may be on the same host, and after a restart this is another.
+            name = host if store.exclusive else f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
             timeline = begin_timeline(store, name, accept_clock=accept_clock)
             meta, self.clock = start(
                 store, config.wishes, timeline, name=name, address=self.address, accept_clock=accept_clock
@@ -90,11 +92,6 @@ class Delegator:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         waker.register(self._poller)
-
-    def _take_name(self) -> str:
-        """The name to write marks under: others may be on the same host, and after a restart this is another."""
-        host = socket.gethostname()
-        return host if self._store.exclusive else f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
