@@ -63,16 +63,14 @@ LEAVE: Final[tuple[str, list[Any]]] = ("worker.leave", [])
 
 @pytest.fixture
 def stage() -> Stage:
-    return Stage()
-
-
-def registered(stage: Stage) -> None:
+    """One whose worker is registered."""
+    stage = Stage()
     assert stage.later() == READY
     stage.accept()
+    return stage
 
 
 def test_it_says_that_it_is_ready_then_sends_heartbeats_with_its_load(stage: Stage) -> None:
-    registered(stage)
     for ids in range(3):
         stage.load["ids"] = ids
         assert stage.later(HEARTBEAT_US) == ("worker.beat", [dict.fromkeys(LOAD, 0) | {"ids": ids}])
@@ -80,7 +78,6 @@ def test_it_says_that_it_is_ready_then_sends_heartbeats_with_its_load(stage: Sta
 
 
 def test_between_two_heartbeats_it_says_nothing_however_often_it_is_asked(stage: Stage) -> None:
-    registered(stage)
     for _ in range(HEARTBEAT_US // 1000 - 1):
         assert stage.later(1000) is None
     assert stage.link.wake_us == stage.us + 1000
@@ -89,12 +86,10 @@ def test_between_two_heartbeats_it_says_nothing_however_often_it_is_asked(stage:
 
 
 def test_a_heartbeat_without_an_answer_does_not_stop_the_next(stage: Stage) -> None:
-    registered(stage)
     assert [stage.later(HEARTBEAT_US) for _ in range(5)] == [HEARTBEAT] * 5
 
 
 def test_a_worker_that_is_not_known_registers_again_with_the_token_of_now(stage: Stage) -> None:
-    registered(stage)
     assert stage.later(HEARTBEAT_US) == HEARTBEAT
     for attempt in range(4):
         stage.refuse()
@@ -119,20 +114,17 @@ def test_a_worker_that_is_not_known_registers_again_with_the_token_of_now(stage:
     ids=range(7),
 )
 def test_an_answer_that_says_nothing_sound_changes_nothing(stage: Stage, body: bytes) -> None:
-    registered(stage)
     stage.link.receive(body, stage.us)
     assert stage.clock.timeline_us() == NOW_US
     assert stage.later(HEARTBEAT_US) == HEARTBEAT
 
 
 def test_its_answers_tell_the_clock(stage: Stage) -> None:
-    assert not stage.clock.known
-    registered(stage)
+    assert not Stage().clock.known
     assert stage.clock.timeline_us() == NOW_US
 
 
 def test_the_clock_steps_back_only_while_no_window_is_open(stage: Stage) -> None:
-    registered(stage)
     back = encode_result(1, {"now_us": NOW_US - 5_000_000})
     stage.us += 2_500_000  # what was heard before counts no more
     stage.link.receive(back, stage.us)
@@ -142,7 +134,8 @@ def test_the_clock_steps_back_only_while_no_window_is_open(stage: Stage) -> None
     assert stage.clock.timeline_us() == NOW_US - 5_000_000
 
 
-def test_without_a_window_it_says_nothing(stage: Stage) -> None:
+def test_without_a_window_it_says_nothing() -> None:
+    stage = Stage()
     stage.is_open = False
     assert stage.later() is None
     assert stage.later(HEARTBEAT_US) is None
@@ -151,14 +144,12 @@ def test_without_a_window_it_says_nothing(stage: Stage) -> None:
 
 
 def test_when_its_window_closes_it_leaves_at_once_and_once(stage: Stage) -> None:
-    registered(stage)
     stage.is_open = False
     assert stage.later(1) == LEAVE
     assert [stage.later(HEARTBEAT_US) for _ in range(4)] == [None] * 4
 
 
 def test_when_its_window_opens_again_it_is_ready_at_once(stage: Stage) -> None:
-    registered(stage)
     stage.is_open = False
     assert stage.later(1) == LEAVE
     stage.is_open = True
@@ -166,20 +157,17 @@ def test_when_its_window_opens_again_it_is_ready_at_once(stage: Stage) -> None:
 
 
 def test_with_another_machine_it_registers_as_that(stage: Stage) -> None:
-    registered(stage)
     stage.mint = Mint(PRESETS["snowcloud"], 6)
     assert stage.later(HEARTBEAT_US) == ("worker.ready", [6, TOKEN])
 
 
 def test_told_to_leave_it_says_so_once_if_it_is_known(stage: Stage) -> None:
-    assert stage.link.leave() is None
-    registered(stage)
+    assert Stage().link.leave() is None
     assert stage.said(stage.link.leave()) == LEAVE
     assert stage.link.leave() is None
 
 
 def test_a_heartbeat_that_could_not_be_sent_makes_it_register_again(stage: Stage) -> None:
-    registered(stage)
     assert stage.later(HEARTBEAT_US) == HEARTBEAT
     stage.link.unsent()
     assert stage.link.leave() is None, "the delegator knows of no worker that could leave"
@@ -210,4 +198,4 @@ def test_a_request_of_another_shape_is_answered_as_it_came(stage: Stage) -> None
 
 def test_its_numbers_go_round(stage: Stage) -> None:
     stage.link._msgid = 2**32 - 1
-    registered(stage)
+    assert stage.later(HEARTBEAT_US) == HEARTBEAT
