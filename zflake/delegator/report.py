@@ -10,7 +10,6 @@ from typing import Any, Final
 from zflake.core import loss
 from zflake.core.lease import Record
 from zflake.delegator.broker import Broker
-from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.directory import Directory
 from zflake.delegator.executor import LeaseExecutor
 from zflake.version import __version__
@@ -25,51 +24,52 @@ GONE_US: Final = 60_000_000
 class Report:
     """The parts of a delegator that people and peers want to know of; to ask changes none of them."""
 
-    started_us: int
-    clock: DelegatorClock
     executor: LeaseExecutor
     directory: Directory
     broker: Broker
     requests: Requests
     leases_at: Callable[[], int]
     """Gives the tick up to which the leases are known here."""
+    started_us: int
 
     def ping(self) -> dict[str, Any]:
         """The timeline's now."""
-        return {"now_us": self.clock.timeline_us()}
+        return {"now_us": self.executor.clock.timeline_us()}
 
     def hello(self) -> dict[str, Any]:
         """The delegator's identity: its layout, its store, its address."""
-        meta = self.executor.meta
+        clock, meta = self.executor.clock, self.executor.meta
         return {
             "service": "delegator",
             "protocol": PROTOCOL_VERSION,
             "version": __version__,
             "layout": meta.layout.to_map(),
             "store_id": meta.store_id,
-            "address": self.clock.address,
+            "address": clock.address,
             "pid": os.getpid(),
-            "uptime_ms": (self.clock.local_us() - self.started_us) // 1000,
+            "uptime_ms": (clock.local_us() - self.started_us) // 1000,
             **self.ping(),
         }
 
     def workers(self) -> dict[str, Any]:
         """The directory."""
-        now = self.clock.tick()
-        there = self.directory.workers(self.leases_at(), self.clock.local_us())
+        clock = self.executor.clock
+        now = clock.tick()
+        there = self.directory.workers(self.leases_at(), clock.local_us())
         workers = [self._lease(record, now) for record, _ in there if record.holder.address]
         return {"workers": workers, **self.ping()}
 
     def status(self) -> dict[str, Any]:
         """Everything, for people and monitoring."""
-        now, meta = self.clock.tick(), self.executor.meta
+        clock, meta = self.executor.clock, self.executor.meta
+        now = clock.tick()
         return self.hello() | {
             "store": self.executor.store_url,
             "ttl_ms": meta.ttl * meta.layout.tick_ms,
             "machines": [meta.first_machine, meta.last_machine],
             "outage": None if (outage := self.executor.outage) is None else outage.message,
             "granting_in_ms": loss.resting_ms(meta, now),
-            "lead_ms": self.clock.lead_us // 1000,
+            "lead_ms": clock.lead_us // 1000,
             "delegators": list(self._delegators()),
             "leases": list(self._leases(now)),
             "broker": {
@@ -86,8 +86,9 @@ class Report:
 
     def _delegators(self) -> Iterator[dict[str, Any]]:
         """The delegators that have written marks of late, this one first."""
-        timeline_us, own = self.clock.timeline_us(), self.clock.mark()
-        others = [mark for mark in self.clock.marks.latest if mark.delegator != own.delegator]
+        clock = self.executor.clock
+        timeline_us, own = clock.timeline_us(), clock.mark()
+        others = [mark for mark in clock.marks.latest if mark.delegator != own.delegator]
         for mark in [own, *others]:
             if timeline_us - mark.timeline_us < GONE_US:
                 yield {
@@ -99,10 +100,8 @@ class Report:
 
     def _leases(self, now: int) -> Iterator[dict[str, Any]]:
         known_at = self.leases_at()
-        workers = {
-            record.machine: worker
-            for record, worker in self.directory.workers(known_at, self.clock.local_us())
-        }
+        there = self.directory.workers(known_at, self.executor.clock.local_us())
+        workers = {record.machine: worker for record, worker in there}
         for record in self.directory.held(known_at):
             worker, load = workers.get(record.machine), None
             if worker is not None:

@@ -50,19 +50,14 @@ class Service:
         self.brokered_at_us = 0
         """When an ID request came last."""
         self._executor = executor
-        self._clock = clock = executor.clock
+        self._clock = executor.clock
         self._known_at: int | None = None  # up to when the leases are known, while the store fails
         self._sweep_at_us = 0
         self._leaving: dict[bytes, int] = {}  # until when workers that left may answer what they have
         self.requests = Requests()
-        self.report = report = Report(
-            started_us=clock.local_us(),
-            clock=clock,
-            executor=executor,
-            directory=directory,
-            broker=self.broker,
-            requests=self.requests,
-            leases_at=self._leases_at,
+        started_us = self._clock.local_us()
+        self._report = report = Report(
+            executor, directory, self.broker, self.requests, self._leases_at, started_us=started_us
         )
         self._dispatcher: Dispatcher[Prefix] = Dispatcher(
             "delegator",
@@ -216,7 +211,7 @@ class Service:
         return self._heard(msgid)
 
     def _heard(self, msgid: int) -> bytes:
-        return encode_result(msgid, self.report.ping())
+        return encode_result(msgid, self._report.ping())
 
     def _say(self, prefix: list[bytes], body: bytes) -> None:
         self.broker.outbox.append(Outgoing(prefix, body, None))

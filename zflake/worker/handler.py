@@ -73,12 +73,12 @@ class Handler(Generic[A]):
         left = 0 if mint is None else mint.layout.ids_per_tick
         for answered, (asker, msgid, asked, deadline_us) in enumerate(parked):
             if deadline_us <= local_us:
-                answers.append((asker, self._expire(msgid)))
-                continue
-            share = max(1, min(asked, left // (len(parked) - answered)))
-            answer = self._mint(msgid, share)
-            left -= share
-            answers.append((asker, answer or self._refuse_for_now(msgid, local_us)))
+                answer = self._expire(msgid)
+            else:
+                share = max(1, min(asked, left // (len(parked) - answered)))
+                answer = self._mint(msgid, share) or self._refuse_for_now(msgid, local_us)
+                left -= share
+            answers.append((asker, answer))
         return answers
 
     def wait_us(self) -> int | None:
@@ -114,9 +114,8 @@ class Handler(Generic[A]):
         if deadline_us <= local_us:
             return self._expire(msgid)
         if self.draining:
-            return self._refuse(
-                msgid, Code.UNAVAILABLE, "this worker is shutting down; ask another", LEAVING_MS
-            )
+            why = "this worker is shutting down; ask another"
+            return self._refuse(msgid, Code.UNAVAILABLE, why, LEAVING_MS)
         parked = self._parked
         if not parked and (answer := self._mint(msgid, count)) is not None:
             return answer
