@@ -193,18 +193,12 @@ class Committer:
         """Raise the floor if the renewal shows that the store has forgotten a grant."""
         clock = self._clock
         while new := loss.witnessed(self.meta, clock.tick(), clock.latest(), request, record=record):
-            new = replace(new, version=self._pick(VERSIONS))
-            if self._store.swap_meta(self.meta, new):
-                self._adopt(new)
-                _log.warning(
-                    "%s has lost leases: machine %d was renewed as of gen %d, and the store knows of gen %d. "
-                    "Nothing is granted for %d s",
-                    self._store.url,
-                    request.machine,
-                    request.gen,
-                    record.gen,
-                    loss.resting_s(new, clock.tick()),
-                )
+            self._raise_floor(
+                self.meta,
+                replace(new, version=self._pick(VERSIONS)),
+                f"has lost leases: machine {request.machine} was renewed as of gen {request.gen}, and the store "
+                f"knows of gen {record.gen}",
+            )
             self.follow_meta()
 
     def _adopt(self, meta: Meta) -> None:
@@ -219,12 +213,15 @@ class Committer:
         new = loss.after_loss(
             meta, incarnation, latest, ttl=known.ttl, floor=known.floor, version=self._pick(VERSIONS)
         )
-        if not self._store.swap_meta(meta, new):
+        why = "is not what it was (it was restarted, restored or failed over): it may have lost leases that still run"
+        if not self._raise_floor(meta, new, why):
             raise StoreError(f"{self._store.url} is not what it was, and others are writing to it")
+
+    def _raise_floor(self, old: Meta, new: Meta, why: str) -> bool:
+        """Put `new`, whose floor is higher, in the place of `old`; False if another delegator has changed meta."""
+        if not self._store.swap_meta(old, new):
+            return False
         self._adopt(new)
-        _log.warning(
-            "%s is not what it was (it was restarted, restored or failed over): it may have lost leases that still "
-            "run. Nothing is granted for %d s",
-            self._store.url,
-            loss.resting_s(new, self._clock.tick()),
-        )
+        rest_s = loss.resting_s(new, self._clock.tick())
+        _log.warning("%s %s. Nothing is granted for %d s", self._store.url, why, rest_s)
+        return True

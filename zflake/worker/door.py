@@ -42,11 +42,7 @@ class LinkDoor(Door):
     """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`."""
 
     def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: Endpoint,
-        link: Link,
-        requests: Requests,
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, link: Link, requests: Requests
     ) -> None:
         super().__init__(connected(context, zmq.DEALER, endpoint), requests)
         self.socket.setsockopt(zmq.LINGER, 500)  # its last word may still be sent
