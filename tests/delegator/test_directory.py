@@ -48,13 +48,6 @@ def test_a_window_that_has_run_out_is_forgotten_by_the_next_sweep_until_it_is_re
     assert len(directory.held(100)) == 1
 
 
-def test_a_report_changes_nothing() -> None:
-    directory = Directory([record(1, fence=100)])
-    assert directory.held(100) == []
-    assert directory.workers(100, 0) == []
-    assert len(directory.held(99)) == 1
-
-
 # --- workers ---
 
 LOAD: Final = {"requests": 1, "ids": 2, "parked": 3, "dropped": 4, "errors": 5}

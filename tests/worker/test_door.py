@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
@@ -14,6 +13,7 @@ from zflake.wire.codec import decode_request, encode_error, encode_request, enco
 from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.methods import Code
+from zflake.wire.sockets import address_of
 from zflake.worker.door import LinkDoor
 from zflake.worker.link import HEARTBEAT_US
 
@@ -37,9 +37,7 @@ class Scene(Stage):
         self.router = self._context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
         until(self._binds)
-        address = self.router.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(address, bytes)
-        self.address = address.rstrip(b"\0").decode()
+        self.address = address_of(self.router)
 
     def _binds(self) -> bool:
         try:
@@ -73,32 +71,24 @@ class Scene(Stage):
         assert self.door.socket.poll(5000)
         assert self.door.receive() is None
 
-    def registered(self) -> None:
-        self.service()
-        assert self.heard() == READY
-        self.answer(encode_result(self._msgid, {"now_us": NOW_US}))
-
-    def close(self) -> None:
-        self.router.close(linger=0)
-        self.door.socket.close(linger=0)
-
 
 @pytest.fixture
-def scene(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Scene]:
+def scene(context: zmq.Context[zmq.Socket[bytes]]) -> Scene:
+    """One whose worker is registered."""
     scene = Scene(context)
-    yield scene
-    scene.close()
+    scene.service()
+    assert scene.heard() == READY
+    scene.answer(encode_result(scene._msgid, {"now_us": NOW_US}))
+    return scene
 
 
 def test_its_last_word_arrives_though_it_closes(scene: Scene) -> None:
-    scene.registered()
     scene.door.leave()
     scene.door.socket.close()
     assert scene.heard() == LEAVE
 
 
 def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(scene: Scene) -> None:
-    scene.registered()
     worker = scene.prefix[0]
     requests = [encode_request(number, "ids.next", [1, 1000]) for number in range(3)]
     for number, request in enumerate(requests):
@@ -114,7 +104,6 @@ def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(scen
 
 
 def test_while_the_delegator_is_away_it_goes_on_and_then_registers(scene: Scene) -> None:
-    scene.registered()
     scene.gone()
     for _ in range(10):
         scene.service(HEARTBEAT_US)
@@ -129,7 +118,6 @@ def test_while_the_delegator_is_away_it_goes_on_and_then_registers(scene: Scene)
 
 
 def test_a_delegator_that_came_back_between_two_heartbeats_is_told_who_sends_them(scene: Scene) -> None:
-    scene.registered()
     scene.gone()
     scene.open()
     scene.connected()

@@ -89,6 +89,7 @@ class LeaseExecutor:
         self.clock = clock
         self._local_us = clock.local_us
         self._committer = Committer(store, meta, clock, pick=pick, complain=self._complain)
+        self.settle = self._committer.settle
         self._wake = wake
         self._house_at_us = self._local_us() + MARK_US
         self._prune_at_us = self._look_at_us = 0
@@ -113,10 +114,6 @@ class LeaseExecutor:
     def meta(self) -> Meta:
         """The store's meta, as it was last read."""
         return self._committer.meta
-
-    def settle(self, requests: Sequence[Request | Trace]) -> list[Settled]:
-        """Settle requests together; one that the store does not settle is `unavailable`."""
-        return self._committer.settle(requests)
 
     # --- the router loop's side ---
 

@@ -44,6 +44,7 @@ class Service:
 
     def __init__(self, executor: LeaseExecutor, directory: Directory, draw: Callable[[int], bytes]) -> None:
         self.broker = Broker(draw)
+        self.collect = self.broker.collect
         self.directory = directory
         self.draining = False
         """Whether ID requests are refused, since the delegator shuts down."""
@@ -78,10 +79,6 @@ class Service:
             self.requests,
         )
         self._refuse = self._dispatcher.refuse
-
-    def collect(self) -> list[Outgoing]:
-        """The messages to send now, which are the caller's from here on."""
-        return self.broker.collect()
 
     def receive(self, frames: list[bytes], arrived_us: int, local_us: int) -> None:
         """Take in a message, its sender's identity first, that came at `arrived_us`."""
