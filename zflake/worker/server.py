@@ -100,8 +100,8 @@ class Worker:
             ]
             undo.pop_all()
         self._doors = [Door(router, self.handler.requests), *self._links]
-        self._busy_door: Door | None = None  # the only one that requests have come in by since then
-        self._busy_since_us = 0
+        self._busy_door: Door | None = None
+        self._busy_since_us = 0  # from when on requests have come in by that door only
         self._poller = zmq.Poller()
         for door in self._doors:
             self._poller.register(door.socket, zmq.POLLIN)
