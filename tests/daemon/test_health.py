@@ -30,7 +30,7 @@ def server(beating: Liveness) -> Iterator[HealthServer]:
 
 
 def ask(server: HealthServer, path: str, method: str = "GET") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
     connection.request(method, path)
     response = connection.getresponse()
     said = response.status, response.read().decode()
@@ -75,8 +75,8 @@ def test_another_path_says_which_there_are(server: HealthServer) -> None:
 
 
 def test_a_port_in_use_is_a_clear_error(server: HealthServer) -> None:
-    with pytest.raises(ConfigError, match=f"can't serve HTTP at 127.0.0.1:{server.port}"):
-        HealthServer(("127.0.0.1", server.port), Liveness(), measure)
+    with pytest.raises(ConfigError, match=f"can't serve HTTP at 127.0.0.1:{server.server_port}"):
+        HealthServer(("127.0.0.1", server.server_port), Liveness(), measure)
 
 
 @pytest.fixture

@@ -38,15 +38,9 @@ class _Facts(Collector):
         return self._measure()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    liveness: Liveness
-    registry: CollectorRegistry
-
-
 class _Handler(BaseHTTPRequestHandler):
     timeout = 5
-    server: _Server
+    server: HealthServer
     server_version = "zflake"
     sys_version = ""
 
@@ -81,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: probes come every few seconds."""
 
 
-class HealthServer:
+class HealthServer(ThreadingHTTPServer):
     """Serves probes and metrics at `(host, port)`; a context manager.
 
     `measure` gives the metrics; it is called in this server's threads.
@@ -89,25 +83,25 @@ class HealthServer:
     Raises `ConfigError` if the address can't be bound.
     """
 
+    daemon_threads = True
+
     def __init__(
         self, address: tuple[str, int], liveness: Liveness, measure: Callable[[], Iterable[Metric]]
     ) -> None:
         try:
-            self._server = _Server(address, _Handler)
+            super().__init__(address, _Handler)
         except OSError as error:
             raise ConfigError(f"can't serve HTTP at {address[0]}:{address[1]}: {error.strerror}") from error
-        self._server.liveness = liveness
-        self._server.registry = CollectorRegistry()
-        self._server.registry.register(_Facts(measure))
-        ProcessCollector(registry=self._server.registry)
-        self.port: int = self._server.server_address[1]
-        """The bound port."""
-        self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
+        self.liveness = liveness
+        self.registry = CollectorRegistry()
+        self.registry.register(_Facts(measure))
+        ProcessCollector(registry=self.registry)
+        self._thread = threading.Thread(target=self.serve_forever, name="health", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.shutdown()
+        self.server_close()
