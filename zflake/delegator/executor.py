@@ -233,24 +233,23 @@ class LeaseExecutor:
 
     def _keep_house(self) -> None:
         local_us = self._local_us()
+        due = local_us >= self._house_at_us
         hurried = self._hurry.is_set() and local_us >= self._look_at_us
-        if local_us < self._house_at_us and not hurried:
+        if not due and (not hurried or self._failure is not None):
             return
         self._hurry.clear()
-        works = self._failure is None
+        works = not due
         try:
-            if local_us >= self._house_at_us:
+            if due:
                 self._house_at_us = local_us + MARK_US
-                works = False
                 self._store.swap([], self.clock.mark())
                 self._committer.follow_meta()
                 works = True
-            if works and not self._store.exclusive:
+            if not self._store.exclusive:
                 # After an outage the leases come first: others may have renewed them meanwhile.
                 self._look(local_us, hurried=hurried or self._failure is not None)
-            if works:
-                self._recover()
-                self._prune(local_us)
+            self._recover()
+            self._prune(local_us)
         except StoreError as error:
             self._complain(error)
             if not works or self._failure is not None:

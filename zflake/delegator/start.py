@@ -42,7 +42,7 @@ class Wishes:
     """Whether the operator knows that this store replaces none on which a cluster ever ran."""
 
     def layout_on(self, base: Layout) -> Layout:
-        """The layout to have; `base`, and the epoch of a layout, count where nothing is wished."""
+        """The wished layout, or else `base`, with the wished epoch if there is one."""
         layout = self.layout or base
         return layout if self.epoch_ms is None else layout.with_epoch(self.epoch_ms)
 
