@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 
-from zflake.core.layout import PRESETS
+from zflake.core.layout import PRESETS, Layout
 from zflake.core.lease import READER, SCHEMA, Mark, Meta, Record, Swap
 from zflake.core.loss import MARGIN_MS, REST_MS
 from zflake.delegator.clock import LISTEN_S, LISTEN_STEPS, begin_timeline, listen
@@ -86,12 +86,8 @@ def test_a_delegator_on_a_store_that_is_slow_is_waited_for() -> None:
 def test_a_new_cluster_grants_at_once_with_the_defaults(store: MemoryStore) -> None:
     meta = settle(store, new=True)
     assert meta == store.meta()
-    assert (meta.layout, meta.ttl, meta.first_machine, meta.last_machine, meta.floor) == (
-        LAYOUT,
-        DEFAULT_TTL_MS,
-        0,
-        1023,
-        0,
+    assert meta == replace(
+        meta, layout=LAYOUT, ttl=DEFAULT_TTL_MS, first_machine=0, last_machine=1023, floor=0
     )
 
 
@@ -146,37 +142,32 @@ def test_an_epoch_of_ones_own_is_kept(store: MemoryStore) -> None:
 # --- ttl and machines ---
 
 
-@pytest.mark.parametrize("initialised", [False, True])
+def refused(store: MemoryStore, match: str, *, layout: Layout = LAYOUT, **wishes: object) -> None:
+    """A new store and one with a meta refuse such wishes, and stay what they were."""
+    with pytest.raises(ConfigError, match=match):
+        settle(store, NOW_US, layout=layout, **wishes)
+    assert store.meta() is None
+    meta = settle(store, layout=layout, new=True)
+    with pytest.raises(ConfigError, match=match):
+        settle(store, NOW_US, layout=layout, **wishes)
+    assert store.meta() == meta
+
+
 @pytest.mark.parametrize(
     ("layout", "ttl_ms"),
     [("snowcloud", 999), ("snowcloud", 0), ("snowcloud", -1000), ("sonyflake", 1005), ("sonyflake", 990)],
 )
-def test_a_ttl_is_a_second_at_least_and_whole_ticks(
-    store: MemoryStore, layout: str, ttl_ms: int, initialised: bool
-) -> None:
-    if initialised:
-        settle(store, layout=PRESETS[layout], new=True)
-    before = store.meta()
-    with pytest.raises(ConfigError, match="ttl"):
-        settle(store, layout=PRESETS[layout], ttl_ms=ttl_ms)
-    assert store.meta() == before
+def test_a_ttl_is_a_second_at_least_and_whole_ticks(store: MemoryStore, layout: str, ttl_ms: int) -> None:
+    refused(store, "ttl", layout=PRESETS[layout], ttl_ms=ttl_ms)
 
 
 def test_a_ttl_is_kept_in_ticks(store: MemoryStore) -> None:
     assert settle(store, layout=PRESETS["sonyflake"], ttl_ms=1010, new=True).ttl == 101
 
 
-@pytest.mark.parametrize("initialised", [False, True])
 @pytest.mark.parametrize("machines", [(-1, 5), (5, 4), (0, 1024), (1024, 1024)])
-def test_machines_must_fit_the_layout(
-    store: MemoryStore, machines: tuple[int, int], initialised: bool
-) -> None:
-    if initialised:
-        settle(store, new=True)
-    before = store.meta()
-    with pytest.raises(ConfigError, match="machines"):
-        settle(store, machines=machines)
-    assert store.meta() == before
+def test_machines_must_fit_the_layout(store: MemoryStore, machines: tuple[int, int]) -> None:
+    refused(store, "machines", machines=machines)
 
 
 def test_ttl_and_machines_may_be_changed_later_and_count_as_a_version(store: MemoryStore) -> None:
