@@ -239,7 +239,7 @@ def test_requests_that_sat_while_the_process_was_stopped_mint_nothing(connect: C
     worker._woke_us -= 3_000_000  # as after a SIGSTOP of three seconds
     peer.request("ids.next", 1, 1000)
     peer.request("ids.next", 1, 5000)
-    until(lambda: worker._doors[0].socket.poll(1))
+    until(lambda: worker._channels[0].socket.poll(1))
 
     def served() -> bool:
         worker._tick()
@@ -263,7 +263,7 @@ def test_what_is_queued_when_it_is_told_to_stop_is_answered(connect: Connect) ->
         # More than one tick holds: some of these are parked in the midst of the drain.
         for _ in range(asked):
             peers[0].request("ids.next", 4096, 5000)
-        until(lambda: worker._doors[0].socket.poll(1))
+        until(lambda: worker._channels[0].socket.poll(1))
         waker.stopping = True
         return worker
 

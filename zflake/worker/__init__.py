@@ -2,7 +2,7 @@
 
 handler.py  answers requests; knows no socket
 link.py     the talk with one delegator: presence, and brokered requests; knows no socket
-door.py     the sockets that it answers at
+channel.py  the sockets that it answers at
 server.py   the process: poll loop, drain
 metrics.py  its figures, for Prometheus
 """

@@ -27,7 +27,7 @@ from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.fields import check_name
 from zflake.wire.frames import split
 from zflake.wire.sockets import NOW, address_of, bound_router
-from zflake.worker.door import Door, LinkDoor
+from zflake.worker.channel import Channel, LinkChannel
 from zflake.worker.handler import Handler
 from zflake.worker.link import Link
 
@@ -36,7 +36,7 @@ TURN_US: Final = 1_000
 IDLE_US: Final = 500_000
 """Microseconds of the poll loop's longest sleep."""
 ALONE_US: Final = 10_000
-"""Microseconds of requests at one door only, after which the loop lingers there."""
+"""Microseconds of requests at one channel only, after which the loop lingers there."""
 DRAIN_US: Final = 250_000
 """Microseconds for which a worker that was told to stop answers the requests that are on their way."""
 STALL_US: Final = 100_000
@@ -47,8 +47,8 @@ CLOSE_S: Final = 1.0
 RELEASE_US: Final = 2_000_000
 """Microseconds that giving the lease back may take."""
 
-Asker: TypeAlias = tuple[Door, list[bytes]]
-"""Where an answer goes: out by this door, behind this prefix."""
+Asker: TypeAlias = tuple[Channel, list[bytes]]
+"""Where an answer goes: out by this channel, behind this prefix."""
 
 _log = logging.getLogger("zflake.worker")
 
@@ -95,16 +95,18 @@ class Worker:
             self._hold, self._holding = self._take_hold()
             self.handler: Handler[Asker] = Handler(self._hold, self._describe)
             self._links = [
-                LinkDoor(self._outward, delegator, Link(self._hold, self.handler.load), self.handler.requests)
+                LinkChannel(
+                    self._outward, delegator, Link(self._hold, self.handler.load), self.handler.requests
+                )
                 for delegator in (() if config.machine is not None else config.delegators)
             ]
             undo.pop_all()
-        self._doors = [Door(router, self.handler.requests), *self._links]
-        self._busy_door: Door | None = None
-        self._busy_since_us = 0  # from when on requests have come in by that door only
+        self._channels = [Channel(router, self.handler.requests), *self._links]
+        self._busy_channel: Channel | None = None
+        self._busy_since_us = 0  # from when on requests have come in by that channel only
         self._poller = zmq.Poller()
-        for door in self._doors:
-            self._poller.register(door.socket, zmq.POLLIN)
+        for channel in self._channels:
+            self._poller.register(channel.socket, zmq.POLLIN)
         self._waker.register(self._poller)
         self._polled: zmq.Socket[bytes] | None = None
         # When the loop was stopped last, and until when messages of that time turn up.
@@ -127,8 +129,8 @@ class Worker:
             self._drain()
         finally:
             self._holding.close()
-            for door in self._doors:
-                door.socket.close()
+            for channel in self._channels:
+                channel.socket.close()
             self._context.term()
             closing = threading.Thread(target=self._outward.term, daemon=True)
             closing.start()
@@ -153,11 +155,11 @@ class Worker:
 
     def _tick(self) -> None:
         events = self._poll()
-        # Lingering at one door, the loop would keep those waiting that come to another.
+        # Lingering at one channel, the loop would keep those waiting that come to another.
         lingers = self._woke_us > self._busy_since_us + ALONE_US
-        for door in self._doors:
-            if door.socket in events:
-                self._answer(door, linger=lingers and door is self._busy_door)
+        for channel in self._channels:
+            if channel.socket in events:
+                self._answer(channel, linger=lingers and channel is self._busy_channel)
         self._waker.take(events)
         local_us = clock.local_us()
         self._holding.service(local_us)
@@ -198,8 +200,8 @@ class Worker:
                 self._poller.register(current, zmq.POLLIN)
             self._polled = current
 
-    def _answer(self, door: Door, *, linger: bool) -> int:
-        """Answer what has come in by a door, for `TURN_US` at most; gives how many messages that were.
+    def _answer(self, channel: Channel, *, linger: bool) -> int:
+        """Answer what has come in by a channel, for `TURN_US` at most; gives how many messages that were.
 
         With `linger` this waits for the next message in the socket, for as long: a poll over all that the
         loop looks at costs about as much as answering, and under load there is no need for one each time.
@@ -208,7 +210,7 @@ class Worker:
         until_us = self._woke_us + TURN_US
         answered = 0
         # Parked requests wait for a turn of the loop: no lingering then.
-        while (frames := door.receive(0 if linger and not handler.parked else NOW)) is not None:
+        while (frames := channel.receive(0 if linger and not handler.parked else NOW)) is not None:
             answered += 1
             local_us = clock.local_us()
             message = split(frames)
@@ -216,24 +218,24 @@ class Worker:
                 handler.requests.dropped += 1
             else:
                 prefix, body = message
-                answer = handler.handle((door, prefix), body, arrived_us, local_us)
+                answer = handler.handle((channel, prefix), body, arrived_us, local_us)
                 if answer is not None:
-                    door.answer(prefix, answer)
+                    channel.answer(prefix, answer)
             if local_us >= until_us:
                 break
-        if answered and door is not self._busy_door:
-            self._busy_door, self._busy_since_us = door, self._woke_us
-        door.flush()
+        if answered and channel is not self._busy_channel:
+            self._busy_channel, self._busy_since_us = channel, self._woke_us
+        channel.flush()
         return answered
 
     def _answer_parked(self, local_us: int) -> None:
-        for (door, prefix), answer in self.handler.turn(local_us):
-            door.answer(prefix, answer)
-        for door in self._doors:
-            door.flush()
+        for (channel, prefix), answer in self.handler.turn(local_us):
+            channel.answer(prefix, answer)
+        for channel in self._channels:
+            channel.flush()
 
     def _answer_all(self) -> int:
-        return sum(self._answer(door, linger=False) for door in self._doors)
+        return sum(self._answer(channel, linger=False) for channel in self._channels)
 
     def _drain(self) -> None:
         for link in self._links:

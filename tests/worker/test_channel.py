@@ -14,7 +14,7 @@ from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.methods import Code
 from zflake.wire.sockets import address_of
-from zflake.worker.door import LinkDoor
+from zflake.worker.channel import LinkChannel
 from zflake.worker.link import HEARTBEAT_US
 
 ANSWER: Final = encode_result(1, [1, 1, 1])
@@ -29,7 +29,7 @@ class Scene(Stage):
         self.address = "tcp://127.0.0.1:*"
         self.open()
         self.requests = Requests()
-        self.door = LinkDoor(context, parse_endpoint(self.address), self.link, self.requests)
+        self.channel = LinkChannel(context, parse_endpoint(self.address), self.link, self.requests)
         self.connected()
 
     def open(self) -> None:
@@ -47,16 +47,16 @@ class Scene(Stage):
         return True
 
     def connected(self) -> None:
-        until(lambda: self.door.socket.poll(1, zmq.POLLOUT))
+        until(lambda: self.channel.socket.poll(1, zmq.POLLOUT))
 
     def gone(self) -> None:
         """Let the delegator go."""
         self.router.close(linger=0)
-        until(lambda: not self.door.socket.poll(1, zmq.POLLOUT))
+        until(lambda: not self.channel.socket.poll(1, zmq.POLLOUT))
 
     def service(self, us: int = 0) -> None:
         self.us += us
-        self.door.service(self.us)
+        self.channel.service(self.us)
 
     def heard(self) -> tuple[str, list[Any]]:
         """The next thing that the delegator hears."""
@@ -68,8 +68,8 @@ class Scene(Stage):
     def answer(self, body: bytes) -> None:
         """Answer what was heard last, and let the link take it in."""
         self.router.send_multipart([*self.prefix, body])
-        assert self.door.socket.poll(5000)
-        assert self.door.receive() is None
+        assert self.channel.socket.poll(5000)
+        assert self.channel.receive() is None
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def scene(context: zmq.Context[zmq.Socket[bytes]]) -> Scene:
 
 
 def test_its_last_word_arrives_though_it_closes(scene: Scene) -> None:
-    scene.door.leave()
-    scene.door.socket.close()
+    scene.channel.leave()
+    scene.channel.socket.close()
     assert scene.heard() == LEAVE
 
 
@@ -95,22 +95,22 @@ def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(scen
         scene.router.send_multipart([worker, TAG + b"%d" % number, b"", request])
         scene.router.send_multipart([*scene.prefix, encode_result(9, {"now_us": NOW_US})])
     for number, request in enumerate(requests):
-        assert until(scene.door.receive) == [TAG + b"%d" % number, b"", request]
-        scene.door.answer([TAG + b"%d" % number, b""], ANSWER)
-        scene.door.flush()
+        assert until(scene.channel.receive) == [TAG + b"%d" % number, b"", request]
+        scene.channel.answer([TAG + b"%d" % number, b""], ANSWER)
+        scene.channel.flush()
         assert scene.router.poll(5000)
         assert scene.router.recv_multipart() == [worker, TAG + b"%d" % number, b"", ANSWER]
-    assert scene.door.receive() is None
+    assert scene.channel.receive() is None
 
 
 def test_while_the_delegator_is_away_it_goes_on_and_then_registers(scene: Scene) -> None:
     scene.gone()
     for _ in range(10):
         scene.service(HEARTBEAT_US)
-    scene.door.answer([TAG, b""], ANSWER)
-    scene.door.flush()
+    scene.channel.answer([TAG, b""], ANSWER)
+    scene.channel.flush()
     assert scene.requests.dropped == 1, "the delegator is away, and the answer is lost"
-    scene.door.leave()
+    scene.channel.leave()
     scene.open()
     scene.connected()
     scene.service(HEARTBEAT_US)

@@ -20,7 +20,7 @@ LINGER_MS: Final = 1
 """Milliseconds that `receive` waits if it is told to."""
 
 
-class Door(Intake):
+class Channel(Intake):
     """A socket that requests come in by and answers go out by; `requests` counts the answers that are lost."""
 
     def __init__(self, socket: zmq.Socket[bytes], requests: Requests) -> None:
@@ -38,7 +38,7 @@ class Door(Intake):
         """Send the answers that wait."""
 
 
-class LinkDoor(Door):
+class LinkChannel(Channel):
     """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`."""
 
     def __init__(
