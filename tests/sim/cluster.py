@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Final
@@ -50,16 +49,14 @@ class Cluster:
         self.checker = Checker(lambda: self.world.true_us)
         WatchedMint.watching = self.checker
         self.disk = Disk(self.checker.stored, self.checker.settled, self.checker.used)
-        self.routes: Counter[str] = Counter()
-        self.served = 0
         self.world.note("", f"seed {seed}: {plan}")
         self._steps_us = [0] * plan.delegators
         self.hosts = [self._host() for _ in range(max(plan.delegators, plan.workers))]
         self.workers: list[Worker] = []
         self.gone: list[Worker] = []
-        self.workers_by_address: dict[str, Worker] = {}
-        self.workers_by_identity: dict[bytes, Worker] = {}
-        self.clients_by_prefix: dict[bytes, Client] = {}
+        self.peers: dict[bytes, Worker | Client] = {}
+        """The workers and clients that there were, by the identities of their connections."""
+        self.endpoints = [f"tcp://10.0.0.{n + 1}:7410" for n in range(plan.delegators)]
         self.delegators: list[Delegator | None] = [None] * plan.delegators
         self.started: list[Delegator] = []
         """Every delegator's process that there was."""
@@ -94,23 +91,14 @@ class Cluster:
 
     def at(self, address: str) -> Delegator | Worker | None:
         """Who serves at an address."""
-        if address.startswith("tcp://10.0.0."):
-            return self.delegators[int(address[13 : address.index(":", 6)]) - 1]
-        worker = self.workers_by_address.get(address)
-        if worker is not None and worker.dead:
+        if address in self.endpoints:
+            return self.delegators[self.endpoints.index(address)]
+        worker = self.peers[b"w" + address.rpartition(":")[2].encode()]
+        assert isinstance(worker, Worker)
+        if worker.dead:
             # A clone advertises the address that it was born with.
             return next((w for w in self._staying() if w.lease.lessee._holder.address == address), worker)
         return worker
-
-    def started_as(self, process: Process) -> Delegator:
-        """A process that is a delegator, as one."""
-        assert isinstance(process, Delegator)
-        return process
-
-    def client_hears(self, client: Process, body: bytes) -> None:
-        """A message reaches a client."""
-        assert isinstance(client, Client)
-        client.hear(body)
 
     # --- a history ---
 
@@ -133,10 +121,7 @@ class Cluster:
 
     def figures(self) -> Figures:
         """What was done and checked."""
-        tally = self.checker.tally
-        counts = Counter({name: getattr(tally, name) for name in tally.__slots__ if name != "ids"})
-        counts += Counter({"taken by clients": self.served, **self.routes})
-        return Figures(1, tally.ids, self.world.true_us, +self.world.faults, counts)
+        return Figures(1, self.checker.ids, self.world.true_us, self.world.faults, self.checker.counts)
 
     # --- the demon ---
 
@@ -155,12 +140,12 @@ class Cluster:
         match act:
             case "crash worker" if alive:
                 worker = rng.choice(alive)
-                self._fault(act, worker.name)
+                self.world.fault(act, worker.name)
                 worker.die()
                 self.world.after(rng.randrange(1_500_000), None, self._replace_worker)
             case "release" if alive:
                 worker = rng.choice(alive)
-                self._fault(act, worker.name)
+                self.world.fault(act, worker.name)
                 worker.leave()
                 self.world.after(rng.randrange(500_000), None, self._replace_worker)
             case "pause worker" if alive:
@@ -169,21 +154,21 @@ class Cluster:
                 worker = rng.choice(alive)
                 if worker.releasing is None:
                     self._numbers += 1
-                    self._fault(act, worker.name, f"as w{self._numbers}")
+                    self.world.fault(act, worker.name, f"as w{self._numbers}")
                     self.workers.append(worker.double(self._numbers, worker.host.copy()))
             case "fork" if alive:
                 worker = rng.choice(alive)
-                self._fault(act, worker.name)
+                self.world.fault(act, worker.name)
                 child = worker.fork(self._next_number())
                 self.workers.append(child)
                 self.world.after(rng.randrange(5_000), child, child.take, 3)
                 self.world.after(rng.randrange(2_000_000), child, self._end, child)
             case "new worker" if len(alive) < 6:
-                self._fault(act, "")
+                self.world.fault(act, "")
                 self._start_worker()
             case "crash delegator" if serving:
                 delegator = rng.choice(serving)
-                self._fault(act, delegator.name)
+                self.world.fault(act, delegator.name)
                 delegator.die()
                 self.world.after(rng.randrange(2_000_000), None, self._start_delegator, delegator.number)
             case "pause delegator" if serving:
@@ -193,21 +178,18 @@ class Cluster:
             case "partition":
                 self._partition()
             case "outage":
-                self._fault(act, "disk")
+                self.world.fault(act, "disk")
                 self.disk.out = True
                 self.world.after(rng.randrange(1_500_000), None, self._heal_disk)
             case "new ttl" if serving and not self._accepting:
-                self._wish(act, ttl_ms=rng.choice((1_000, 2_000, 4_000)))
+                self._wish(act, Wishes(ttl_ms=rng.choice((1_000, 2_000, 4_000))))
             case "new range" if serving and not self._accepting:
                 first = rng.randrange(2)
                 last = min(first + rng.randrange(1, 4), self.plan.layout.machines - 1)
-                self._wish(act, machines=(first, last))
+                self._wish(act, Wishes(machines=(first, last)))
             case _:
                 pass
         self._plan_act()
-
-    def _fault(self, act: str, who: str, text: str = "") -> None:
-        self.world.fault(act, who, text)
 
     def _end(self, child: Worker) -> None:
         if not self._calm:
@@ -215,7 +197,7 @@ class Cluster:
 
     def _pause(self, act: str, process: Process, most_us: int) -> None:
         pause_us = int(self.world.rng.random() ** 2 * most_us)
-        self._fault(act, process.name, f"for {pause_us / 1e6:.3f} s")
+        self.world.fault(act, process.name, f"for {pause_us / 1e6:.3f} s")
         process.paused_until_us = self.world.true_us + pause_us
 
     def _step_wall(self, number: int) -> None:
@@ -223,7 +205,7 @@ class Cluster:
         if abs(self._steps_us[number] + by_us) > MOST_LEAD_US:
             by_us = -self._steps_us[number]
         self._steps_us[number] += by_us
-        self._fault("step wall", f"d{number}", f"by {by_us / 1e6:+.3f} s")
+        self.world.fault("step wall", f"d{number}", f"by {by_us / 1e6:+.3f} s")
         self.hosts[number].step_wall(by_us)
         self.checker.wall(self.hosts[number].wall_us())
 
@@ -237,7 +219,7 @@ class Cluster:
             return
         one, two = rng.choice(ends), rng.choice(ends)
         both = rng.random() < 0.6
-        self._fault("partition", one.name, f"{'from' if both else 'to'} {two.name}")
+        self.world.fault("partition", one.name, f"{'from' if both else 'to'} {two.name}")
         self.world.cut = {(one.name, two.name)}
         if both:
             self.world.cut.add((two.name, one.name))
@@ -245,17 +227,12 @@ class Cluster:
     def _heal_disk(self) -> None:
         self.disk.out = False
 
-    def _wish(self, act: str, **changes: object) -> None:
+    def _wish(self, act: str, wishes: Wishes) -> None:
         """An operator restarts a delegator with another setting."""
         number = self.world.rng.randrange(self.plan.delegators)
         if self.disk.contents().records == []:
             return  # a store that was emptied is made anew as the first one was
-        self._fault(act, f"d{number}", str(changes))
-        ttl_ms, machines = changes.get("ttl_ms"), changes.get("machines")
-        wishes = Wishes(
-            ttl_ms=ttl_ms if isinstance(ttl_ms, int) else None,
-            machines=machines if isinstance(machines, tuple) else None,
-        )
+        self.world.fault(act, f"d{number}", str(wishes.ttl_ms or wishes.machines))
         if (running := self.delegators[number]) is not None:
             running.die()
         self.delegators[number] = delegators.begin(self, number, wishes)
@@ -269,7 +246,7 @@ class Cluster:
         """The store becomes what it was, or nothing; delegators that notice are those that start."""
         loss = self.plan.loss
         assert loss is not None
-        self._fault(loss, "disk")
+        self.world.fault(loss, "disk")
         unnoticed = loss == "rollback unnoticed"
         # Of a store that was emptied a delegator that runs takes no notice but to grant nothing any more.
         if loss == "emptied" or self.world.rng.random() < 0.5:
@@ -305,7 +282,7 @@ class Cluster:
     def _accept(self) -> None:
         """An operator stops all delegators, and starts them with the word that the clock is right."""
         number = self.world.rng.randrange(self.plan.delegators)
-        self._fault("accept clock", f"d{number}")
+        self.world.fault("accept clock", f"d{number}")
         self._stop_delegators()
         self.disk.out = False
         self._accepting = True  # nobody else is started until this one runs
@@ -324,9 +301,9 @@ class Cluster:
         answer = self._seen
         msgid = body[2:7] if body[2] == 0xCE else body[2:3]
         forged = answer[:2] + msgid + answer[7 if answer[2] == 0xCE else 3 :]
-        self._fault("forged answer", "")
+        self.world.fault("forged answer", "")
         stranger = b"w%d" % rng.randrange(1 + self._numbers)
-        owner = self.workers_by_identity.get(stranger)
+        owner = self.peers.get(stranger)
         peer = delegator.service.broker._peers.get(stranger)
         if owner is not None and peer is not None and tag in peer.jobs:
             stranger = b"stranger"  # the tag's own worker would be believed, and rightly so
@@ -339,7 +316,7 @@ class Cluster:
             return
         rng = self.world.rng
         if not self._calm and rng.random() < self.plan.stranger:
-            self._fault("repeated answer", "")
+            self.world.fault("repeated answer", "")
             self.world.after(rng.randrange(100_000), delegator, delegator.receive, frames)
         if decode_response(body).error is None:
             self._seen = body

@@ -255,7 +255,7 @@ MUTANTS: Final = _mutants("""
 +        child = Worker(self.cluster, number, self.host)
 +        child.lease.clock, child.lease.lessee = self.lease.clock, copy.copy(self.lease.lessee)
 +        if isinstance(self.lease.mint, WatchedMint):
-+            child.lease.lessee.mint = _copied(self.lease.mint)
++            child.lease.lessee.mint = copy.copy(self.lease.mint)
 +        return child
 # zflake.holder.lease
 @@ 5 @@ old answers count
