@@ -48,7 +48,7 @@ class Cluster:
         self.plan = plan = plan or draw(rng)
         self.checker = Checker(lambda: self.world.true_us)
         WatchedMint.watching = self.checker
-        self.disk = Disk(self.checker.stored, self.checker.settled, self.checker.used)
+        self.disk = Disk(self.checker)
         self.world.note("", f"seed {seed}: {plan}")
         self._steps_us = [0] * plan.delegators
         self.hosts = [self._host() for _ in range(max(plan.delegators, plan.workers))]
@@ -64,7 +64,7 @@ class Cluster:
         self._calm = False
         self._emptied = False
         self._accepting = False
-        self._snapshot = self.disk.snapshot()
+        self._snapshot = self._empty = self.disk.snapshot()
         self._seen: bytes | None = None
         self._wishes = Wishes(
             layout=plan.layout,
@@ -252,7 +252,7 @@ class Cluster:
         if loss == "emptied" or self.world.rng.random() < 0.5:
             self._stop_delegators()
         if loss == "emptied":
-            self.disk.restore(Disk(self.disk.stored, self.disk.settled, self.disk.used).snapshot())
+            self.disk.restore(self._empty)
             self.disk.life = "life 1"
             self._emptied = True
             self._wishes = Wishes(
