@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from tests.sim import delegator as delegators
 from tests.sim.checker import Checker, Violation, WatchedMint
 from tests.sim.client import Client
 from tests.sim.delegator import Delegator
 from tests.sim.disk import Disk
-from tests.sim.fault_plan import FaultPlan, draw
+from tests.sim.fault_plan import FINE, FaultPlan, draw
 from tests.sim.figures import Figures
 from tests.sim.worker import WatchedLessee, Worker
 from tests.sim.world import Host, Process, World
 from zflake.core import lessee as lessee_module
-from zflake.core.lease import Record
 from zflake.core.lessee import State
 from zflake.delegator.start import Wishes
 from zflake.holder import lease as lease_module
-from zflake.wire.codec import decode_response
+from zflake.wire.codec import decode_request, decode_response, encode_result
 
 SETTLE_US: Final = 10_000_000
 """How long a healthy cluster may take beyond what windows and floors demand: retries, and their jitter."""
@@ -65,13 +65,9 @@ class Cluster:
         self._emptied = False
         self._accepting = False
         self._snapshot = self._empty = self.disk.snapshot()
-        self._seen: bytes | None = None
-        self._wishes = Wishes(
-            layout=plan.layout,
-            ttl_ms=plan.ttl_ms,
-            machines=plan.machines,
-            new=True,
-        )
+        self._seen: Any = None  # what a worker has answered
+        self._founding = Wishes(layout=plan.layout, ttl_ms=plan.ttl_ms, machines=plan.machines, new=True)
+        self._wishes = self._founding
         self.checker.wall_us = lambda: max(host.wall_us() for host in self.hosts)
         for number in range(plan.delegators):
             self._start_delegator(number)
@@ -105,11 +101,7 @@ class Cluster:
     def run(self) -> None:
         """Live through it; raises `Violation` where something happened that must not."""
         world, plan = self.world, self.plan
-        world.drop, world.duplicate = plan.drop, plan.duplicate
-        world.delay, world.delay_us = plan.delay, plan.delay_us
-        disk = self.disk
-        disk.slow, disk.slow_us = plan.slow, plan.slow_us
-        disk.unknown, disk.crash = plan.unknown, plan.crash
+        world.weather = plan.weather
         self._plan_act()
         if plan.loss or plan.accept:
             world.after(plan.fault_us * 2 // 3, None, self._lose if plan.loss else self._accept)
@@ -153,9 +145,9 @@ class Cluster:
             case "clone" if alive and len(self.workers) < 12:
                 worker = rng.choice(alive)
                 if worker.releasing is None:
-                    self._numbers += 1
-                    self.world.fault(act, worker.name, f"as w{self._numbers}")
-                    self.workers.append(worker.double(self._numbers, worker.host.copy()))
+                    number = self._next_number()
+                    self.world.fault(act, worker.name, f"as w{number}")
+                    self.workers.append(worker.double(number, worker.host.copy()))
             case "fork" if alive:
                 worker = rng.choice(alive)
                 self.world.fault(act, worker.name)
@@ -164,7 +156,7 @@ class Cluster:
                 self.world.after(rng.randrange(5_000), child, child.take, 3)
                 self.world.after(rng.randrange(2_000_000), child, self._end, child)
             case "new worker" if len(alive) < 6:
-                self.world.fault(act, "")
+                self.world.fault(act)
                 self._start_worker()
             case "crash delegator" if serving:
                 delegator = rng.choice(serving)
@@ -255,12 +247,7 @@ class Cluster:
             self.disk.restore(self._empty)
             self.disk.life = "life 1"
             self._emptied = True
-            self._wishes = Wishes(
-                layout=self.plan.layout,
-                ttl_ms=self.plan.ttl_ms,
-                machines=self.plan.machines,
-                new=self.plan.marked,  # which is no use then
-            )
+            self._wishes = replace(self._founding, new=self.plan.marked)  # which is no use then
             self.disk.had_data = self.plan.marked
         else:
             self.disk.restore(self._snapshot)
@@ -268,7 +255,7 @@ class Cluster:
                 self.disk.losses += 1
             else:
                 self.disk.life = "life 1"
-        records: dict[int, Record] = {record.machine: record for record in self.disk.contents().records}
+        records = {record.machine: record for record in self.disk.contents().records}
         self.checker.store_lost(records, self.disk.meta(), noticed=not unnoticed)
         # A keeper learns a new store's ID where a request went unanswered: it says hello again.
         down_us = 2_500_000 if loss == "emptied" else 0
@@ -298,28 +285,26 @@ class Cluster:
         rng = self.world.rng
         if self._calm or self._seen is None or rng.random() >= self.plan.stranger:
             return
-        answer = self._seen
-        msgid = body[2:7] if body[2] == 0xCE else body[2:3]
-        forged = answer[:2] + msgid + answer[7 if answer[2] == 0xCE else 3 :]
-        self.world.fault("forged answer", "")
+        msgid, *_ = decode_request(body)
+        forged = encode_result(msgid, self._seen)
+        self.world.fault("forged answer")
         stranger = b"w%d" % rng.randrange(1 + self._numbers)
-        owner = self.peers.get(stranger)
         peer = delegator.service.broker._peers.get(stranger)
-        if owner is not None and peer is not None and tag in peer.jobs:
+        if peer is not None and tag in peer.jobs:
             stranger = b"stranger"  # the tag's own worker would be believed, and rightly so
         self.world.after(1, delegator, delegator.receive, [stranger, tag, b"", forged])
 
     def stranger_hears(self, delegator: Delegator, frames: list[bytes]) -> None:
         """A worker's answer is seen by a stranger, who may send it again."""
-        body = frames[-1]
-        if not self.plan.stranger or body[:2] != b"\x94\x01":
+        if not self.plan.stranger:
             return
         rng = self.world.rng
         if not self._calm and rng.random() < self.plan.stranger:
-            self.world.fault("repeated answer", "")
+            self.world.fault("repeated answer")
             self.world.after(rng.randrange(100_000), delegator, delegator.receive, frames)
-        if decode_response(body).error is None:
-            self._seen = body
+        answer = decode_response(frames[-1])
+        if answer.error is None:
+            self._seen = answer.result
 
     # --- starting ---
 
@@ -351,13 +336,12 @@ class Cluster:
     # --- after the faults ---
 
     def _calm_down(self) -> None:
-        world, disk, rng = self.world, self.disk, self.world.rng
+        world, rng = self.world, self.world.rng
         world.note("", "--- the faults stop ---")
         self._calm = True
-        world.drop = world.duplicate = world.delay = 0.0
+        world.weather = FINE
         world.cut = set()
-        disk.slow = disk.unknown = disk.crash = 0.0
-        disk.out = False
+        self.disk.out = False
         for number, delegator in enumerate(self.delegators):
             if delegator is None or delegator.dead:
                 self._start_delegator(number)

@@ -37,12 +37,7 @@ class Disk(MemoryStore):
         self.losses = 0
         """How often it went back without anything to show for it."""
         self.shared = False
-        # Weather.
-        self.slow = 0.0
-        self.slow_us = 0
         self.out = False
-        self.unknown = 0.0
-        self.crash = 0.0
 
     def snapshot(self) -> dict[str, Any]:
         """All that is durable, as it is now."""
@@ -105,19 +100,19 @@ class Connection(Disk):
 
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         world, disk, process = self._world, self._disk, self._process
-        rng = world.rng
+        rng, weather = world.rng, world.weather
         used_us = self._clock()
         self._reach()
         if not swaps:
             return disk.apply(swaps, mark, used_us)
-        if disk.crash and rng.random() < disk.crash:
+        if weather.crash and rng.random() < weather.crash:
             happened = rng.random() < 0.5
             world.fault("crash in a swap", process.name, "after it" if happened else "before it")
             if happened:
                 disk.apply(swaps, mark, used_us)
             process.die()
             raise Crashed
-        if disk.unknown and rng.random() < disk.unknown:
+        if weather.unknown and rng.random() < weather.unknown:
             kind = rng.randrange(3)
             world.fault("unknown outcome", process.name, ("before", "after", "later")[kind])
             if kind == 1:
@@ -126,8 +121,7 @@ class Connection(Disk):
                 world.after(int(rng.random() * 3_000_000), None, self._late, swaps, mark, disk.losses)
             raise StoreError("it is unknown whether that was written")
         done = disk.apply(swaps, mark, used_us)
-        if disk.slow and rng.random() < disk.slow:
-            self._wait("after")
+        self._may_wait("after")
         return done
 
     def close(self) -> None:
@@ -144,12 +138,13 @@ class Connection(Disk):
         if self._disk.out:
             self._world.faults["store out of reach"] += 1
             raise StoreError("the store is out of reach")
-        if self._disk.slow and self._world.rng.random() < self._disk.slow:
-            self._wait("before")
+        self._may_wait("before")
 
-    def _wait(self, when: str) -> None:
+    def _may_wait(self, when: str) -> None:
         world = self._world
-        wait_us = int(world.rng.random() ** 3 * self._disk.slow_us)
+        if not world.weather.slow or world.rng.random() >= world.weather.slow:
+            return
+        wait_us = int(world.rng.random() ** 3 * world.weather.slow_us)
         world.faults["slow store"] += 1
         if world.tracing:
             self._process.note(f"waits for the store for {wait_us / 1e3:.1f} ms, {when} the call")
