@@ -23,7 +23,6 @@ from tests.sim.figures import Figures
 from tests.sim.worker import WatchedLessee, Worker
 from tests.sim.world import Host, Process, World
 from zflake.core import lessee as lessee_module
-from zflake.core.lessee import State
 from zflake.delegator.start import Wishes
 from zflake.holder import lease as lease_module
 from zflake.wire.codec import decode_request, decode_response, encode_result
@@ -395,24 +394,38 @@ class Cluster:
             world.run(world.true_us + 1_000_000)
         if not all(self.delegators):
             raise Violation("liveness: a delegator does not start though nothing is wrong any more")
+        if self._await(self._not_holding, self._bound_us):
+            for client in self.clients:
+                client.in_a_row = 0
+            # A client reads the directory anew every 10 s; before that it may insist on a delegator that knows
+            # of no worker.
+            self._await(self._not_served, lambda: CALLS_US + (self._bound_us() if self._resting() else 0))
+
+    def _await(self, waiting: Callable[[], list[str]], bound_us: Callable[[], int]) -> bool:
+        """Wait until nobody is `waiting`, within a bound; False if the layout ends before."""
+        world = self.world
         floor, until_us = -1, 0
         while True:
             world.run(world.true_us + LOOK_US)
             if self._ends():
-                return
+                return False
             meta = self.disk.meta()
             assert meta is not None
             if meta.floor != floor:  # at first, and where a witness shows a loss
-                floor, until_us = meta.floor, world.true_us + self._bound_us()
-            waiting = [w for w in self._staying() if w.lease.lessee.state is not State.HELD]
-            # Whoever holds a window from before a loss is served, but not for long.
-            if not waiting and not self._resting():
-                break
+                floor, until_us = meta.floor, world.true_us + bound_us()
+            if not (those := waiting()):
+                return True
             if world.true_us > until_us:
-                states = ", ".join(f"{w.name} {w.lease.lessee.state.name}" for w in waiting)
-                raise Violation(f"liveness: not served though nothing is wrong any more: {states}")
-        if self.clients:
-            self._serve_clients()
+                raise Violation(f"liveness: not served though nothing is wrong any more: {', '.join(those)}")
+
+    def _not_holding(self) -> list[str]:
+        lessees = [(worker.name, worker.lease.state) for worker in self._staying()]
+        # A worker that holds a window from before a loss is served, but not for long.
+        rest = ["the store rests"] if self._resting() else []
+        return [f"{name} {state}" for name, state in lessees if state != "HELD"] or rest
+
+    def _not_served(self) -> list[str]:
+        return [f"{client.name}: {client.failed}" for client in self.clients if client.in_a_row < CALLS]
 
     def _resting(self) -> bool:
         """Whether a floor still lies ahead, after a loss."""
@@ -420,23 +433,6 @@ class Cluster:
         return meta is not None and any(
             d is not None and d.clock.tick() < meta.floor for d in self.delegators
         )
-
-    def _serve_clients(self) -> None:
-        world = self.world
-        for client in self.clients:
-            client.in_a_row = 0
-        # A client reads the directory anew every 10 s; before that it may insist on a delegator that knows
-        # of no worker.
-        until_us = world.true_us + CALLS_US
-        while any(client.in_a_row < CALLS for client in self.clients):
-            world.run(world.true_us + LOOK_US)
-            if self._ends():
-                return
-            if self._resting():  # a witness has come late
-                until_us = world.true_us + self._bound_us() + CALLS_US
-            if world.true_us > until_us:
-                client = next(client for client in self.clients if client.in_a_row < CALLS)
-                raise Violation(f"liveness: {client.name} is not served: {client.failed}")
 
     def _leave(self) -> None:
         world = self.world
