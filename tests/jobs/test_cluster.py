@@ -6,7 +6,6 @@ import json
 import random
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from tests.jobs import cluster, job
 from tests.jobs.checker import runs_of
 from tests.jobs.cluster import Plan, Result, State, wrong_ways
-from tests.jobs.job import Fault
+from tests.jobs.outages import unexcused
 from tests.jobs.takers import Taker
 from tests.system.daemons import Daemons
 from zflake.core.layout import DEFAULT
@@ -60,26 +59,14 @@ def test_the_cluster_job_ends_with_every_id_distinct_and_goes_on_where_it_stoppe
 # --- the conditions of a job ---
 
 
-class FakeProcess:
-    name = "client-0"
-
-
-def taker(folder: Path, errors: str) -> Taker:
-    path = folder / "client-0.runs"
-    path.write_bytes(b"")
-    path.with_suffix(".errors").write_text(errors)
-    return Taker(FakeProcess(), path, "auto")  # type: ignore[arg-type]
-
-
-def test_an_error_that_a_client_saw_is_caught(tmp_path: Path) -> None:
-    assert job.errors_of([taker(tmp_path, "")]) == []
-    (complaint,) = job.errors_of([taker(tmp_path, "after 5 IDs: Timeout('...')\n")])
-    assert "client-0 saw an error after 5 IDs" in complaint
-
-
-def test_a_client_that_never_began_is_caught(tmp_path: Path) -> None:
-    silent = Taker(FakeProcess(), tmp_path / "none.runs", "auto")  # type: ignore[arg-type]
-    assert job.errors_of([silent]) == ["client-0 saw an error it never began"]
+def test_an_error_that_a_client_saw_is_caught_and_that_it_never_began(tmp_path: Path) -> None:
+    client = Taker(None, tmp_path / "client-0.runs", "auto")  # type: ignore[arg-type]
+    assert unexcused("client-0", client.errors) == ["client-0 saw an error it never began"]
+    errors = tmp_path / "client-0.errors"
+    errors.write_text("7.123 after 5 IDs: Timeout('...')\n")
+    assert unexcused("client-0", client.errors) == ["client-0 saw an error after 5 IDs: Timeout('...')"]
+    errors.write_text("")
+    assert unexcused("client-0", client.errors) == []
 
 
 @pytest.mark.parametrize("how", ["crash", "end"])
@@ -115,13 +102,6 @@ def test_what_a_daemon_logged_is_caught_unless_it_was_to_be_expected(tmp_path: P
         "delegator logged a warning of Python's",
         "delegator logged an exception",
     ]
-
-
-def test_a_fault_without_ids_is_caught() -> None:
-    fault = Fault("killed", at=10, over=20)
-    assert fault.idle == []
-    for idle in (replace(fault, at=0), replace(fault, over=10)):
-        assert idle.idle == ["no IDs were taken while: killed"]
 
 
 def test_a_route_that_no_client_went_is_caught() -> None:
