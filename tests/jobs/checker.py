@@ -8,11 +8,12 @@ comparison.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +42,14 @@ class Verdict:
 
     ids: int = 0
     windows: int = 0
+    runs: int = 0
+    seconds: float = 0.0
+    """How long the check took."""
     by_machine: Counter[int] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"checked: {self.runs:,} runs in {self.windows:,} windows, in {self.seconds:.1f} s"
 
 
 def leases_in(logs: Iterable[Path]) -> Iterator[Lease]:
@@ -50,7 +57,7 @@ def leases_in(logs: Iterable[Path]) -> Iterator[Lease]:
     for log in logs:
         for event in read_events(log):
             if (lease := event.get("lease")) is not None:
-                yield _lease(lease)
+                yield tuple(lease)
 
 
 def windows_of(leases: Iterable[Lease], verdict: Verdict) -> Windows:
@@ -114,7 +121,7 @@ def check_stores(stores: Iterable[Iterable[Path]], runs: Runs, layout: Layout = 
 
 def check_eras(eras: Iterable[Iterable[Lease]], runs: Runs, layout: Layout = DEFAULT) -> Verdict:
     """The same if what each store granted has been read already."""
-    verdict = Verdict()
+    verdict, began = Verdict(), time.monotonic()
     windows: Windows = {}
     for leases in eras:
         for machine, granted in windows_of(leases, verdict).items():
@@ -125,12 +132,13 @@ def check_eras(eras: Iterable[Iterable[Lease]], runs: Runs, layout: Layout = DEF
                 )
             earlier += granted
     judge(runs, windows, layout, verdict)
+    verdict.seconds = time.monotonic() - began
     return verdict
 
 
 def judge(runs: Runs, windows: Windows, layout: Layout, verdict: Verdict) -> None:
     """Note in `verdict` how many IDs there are, which come twice, and which lie outside every window."""
-    verdict.windows = sum(map(len, windows.values()))
+    verdict.windows, verdict.runs = sum(map(len, windows.values())), len(runs)
     firsts, counts = runs[:, 0], runs[:, 1]
     verdict.ids = total = int(counts.sum())
     full = np.uint64(layout.ids_per_tick)
@@ -192,8 +200,3 @@ class WindowIndex:
         at = np.searchsorted(self._starts, keys, side="right")
         covered: npt.NDArray[np.bool_] = (at > 0) & (keys < self._ends[np.maximum(at, 1) - 1])
         return covered
-
-
-def _lease(values: list[Any]) -> Lease:
-    verb, machine, gen, start, end = values
-    return str(verb), int(machine), int(gen), int(start), int(end)

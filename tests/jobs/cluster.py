@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.jobs.checker import check_runs, read_runs
-from tests.jobs.job import JOB_S, ROUTES, Fault, Report, SoleDelegator, complaints, mb_in
+from tests.jobs.checker import Verdict, check_runs, read_runs
+from tests.jobs.job import JOB_S, ROUTES, Fault, Report, SoleDelegator, complaints, told
 from tests.jobs.kills import LAUNCHER
 from tests.jobs.outages import unexcused
 from tests.system import faketime
@@ -113,12 +113,9 @@ class Result:
     name: str
     wanted: int
     state: State
-    windows: int = 0
-    runs: int = 0
-    check_seconds: float = 0.0
+    verdict: Verdict = field(default_factory=Verdict)
     kept_mb: float = 0.0
     peak_mb: float = 0.0
-    by_machine: Counter[int] = field(default_factory=Counter)
 
     @property
     def violations(self) -> list[str]:
@@ -128,18 +125,17 @@ class Result:
         state = self.state
         rate = state.ids / max(state.seconds, 1e-9)
         lines = [
-            f"{self.name}: {state.ids:,} of {self.wanted:,} IDs, parts: {state.parts}",
-            f"  {state.seconds:.1f} s, {rate:,.0f} IDs/s, starts and faults and all",
-            *(f"  fault: {what}, {count} times" for what, count in sorted(state.faults.items())),
-            f"  checked: {self.runs:,} runs in {self.windows:,} windows, in {self.check_seconds:.1f} s",
-            f"  kept on disk: {self.kept_mb:.1f} MB; this process at most: {self.peak_mb:.0f} MB",
-            *(f"  route {route}: {count:,} IDs" for route, count in sorted(state.by_route.items())),
-            f"  brokered: {state.brokered:,} requests",
-            *(f"  machine {machine}: {count:,} IDs" for machine, count in sorted(self.by_machine.items())),
-            *(f"  VIOLATION: {violation}" for violation in self.violations),
-            f"  {'FAILED' if self.violations else 'all distinct, all inside their windows, no client saw an error'}",
+            f"{state.seconds:.1f} s, {rate:,.0f} IDs/s, starts and faults and all",
+            *(f"fault: {what}, {count} times" for what, count in sorted(state.faults.items())),
+            str(self.verdict),
+            f"kept on disk: {self.kept_mb:.1f} MB; this process at most: {self.peak_mb:.0f} MB",
+            *(f"route {route}: {count:,} IDs" for route, count in sorted(state.by_route.items())),
+            f"brokered: {state.brokered:,} requests",
+            *(f"machine {machine}: {ids:,} IDs" for machine, ids in sorted(self.verdict.by_machine.items())),
         ]
-        return "\n".join(lines)
+        title = f"{self.name}: {state.ids:,} of {self.wanted:,} IDs, parts: {state.parts}"
+        sound = "all distinct, all inside their windows, no client saw an error"
+        return told(title, lines, self.violations, sound)
 
 
 def run(
@@ -202,7 +198,6 @@ def wrong_ways(result: Result) -> list[str]:
 
 def check(folder: Path, ids: int, state: State, name: str = "cluster job") -> Result:
     """Check all that a folder keeps, that of a part which was broken off included."""
-    began = time.monotonic()
     runs = read_runs(sorted(folder.glob("*.runs")))
     verdict = check_runs(sorted(folder.glob("*-delegator-*.log")), runs)
     state.ids = verdict.ids
@@ -211,12 +206,9 @@ def check(folder: Path, ids: int, state: State, name: str = "cluster job") -> Re
         name,
         ids,
         state,
-        windows=verdict.windows,
-        runs=len(runs),
-        check_seconds=time.monotonic() - began,
-        kept_mb=mb_in(folder),
+        verdict,
+        kept_mb=sum(path.stat().st_size for path in folder.iterdir()) / 1e6,
         peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        by_machine=verdict.by_machine,
     )
 
 

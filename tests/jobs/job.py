@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
 from tests.jobs.takers import Orders, Taker
@@ -196,6 +195,12 @@ class SoleDelegator(Job):
         )
 
 
+def told(title: str, lines: Iterable[str], violations: Sequence[str], sound: str) -> str:
+    """A result in lines, which end with what was violated, or with `sound`."""
+    end = [*(f"VIOLATION: {violation}" for violation in violations), "FAILED" if violations else sound]
+    return "\n  ".join([title, *lines, *end])
+
+
 def complaints(daemons: Iterable[Daemon], expected: Sequence[str] = ()) -> list[str]:
     """Lines that daemons should not have logged: errors, except those with `expected` words, and worse."""
     return [
@@ -206,8 +211,3 @@ def complaints(daemons: Iterable[Daemon], expected: Sequence[str] = ()) -> list[
         or "trace" in event
         or (event["level"] == "error" and not any(words in event["message"] for words in expected))
     ]
-
-
-def mb_in(folder: Path) -> float:
-    """Megabytes that the files of a folder take."""
-    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.jobs.checker import Lease, Verdict, judge, leases_in, runs_of, windows_of
-from tests.jobs.job import Report, SoleDelegator
+from tests.jobs.job import Report, SoleDelegator, told
 from tests.jobs.load import Load
 from tests.system.daemons import Daemon, Daemons
 from tests.system.failpoints import DELEGATOR_POINTS
@@ -40,12 +40,9 @@ class Result:
     violations: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"kills: {len(self.points)} kills, {self.verdict.ids:,} IDs in {self.verdict.windows} windows",
-            *(f"  VIOLATION: {violation}" for violation in self.violations),
-            f"  {'FAILED' if self.violations else 'no window granted twice, each to a holder, no ID twice, no lease lost'}",
-        ]
-        return "\n".join(lines)
+        title = f"kills: {len(self.points)} kills, {self.verdict.ids:,} IDs in {self.verdict.windows} windows"
+        sound = "no window granted twice, each to a holder, no ID twice, no lease lost"
+        return told(title, [], self.violations, sound)
 
 
 def run(

@@ -24,11 +24,11 @@ def test_the_main_job_ends_with_every_id_distinct_and_inside_its_window(tmp_path
     result = cluster.run_main(tmp_path, 300_000, seed=random.randrange(1000))
     assert not result.violations, str(result)
     state = result.state
-    assert state.ids == sum(result.by_machine.values()) == sum(state.by_route.values()) >= 300_000
+    assert state.ids == sum(result.verdict.by_machine.values()) == sum(state.by_route.values()) >= 300_000
     assert min(state.by_route["auto"], state.by_route["broker"]) > 50_000
     assert state.brokered > 100
     assert state.faults.total() == len(cluster.MAIN)
-    assert result.windows > 20
+    assert result.verdict.windows > 20
 
 
 def plan(*faults: str) -> Plan:
@@ -50,10 +50,10 @@ def test_the_cluster_job_ends_with_every_id_distinct_and_goes_on_where_it_stoppe
     ids = first.state.ids + part  # how far it came by then depends on how long the faults took
     again = cluster.run(tmp_path, ids, plan("disk full for a while"), part=ids)
     assert not again.violations, str(again)
-    assert again.state.ids == sum(again.by_machine.values()) >= ids
+    assert again.state.ids == sum(again.verdict.by_machine.values()) >= ids
     assert again.state.parts == 2
     assert len(again.state.faults) == 3
-    assert again.windows > first.windows > 1
+    assert again.verdict.windows > first.verdict.windows > 1
 
 
 # --- the conditions of a job ---
