@@ -52,7 +52,6 @@ class Cluster:
         self._steps_us = [0] * plan.delegators
         self.hosts = [self._host() for _ in range(max(plan.delegators, plan.workers))]
         self.workers: list[Worker] = []
-        self.gone: list[Worker] = []
         self.peers: dict[bytes, Worker | Client] = {}
         """The workers and clients that there were, by the identities of their connections."""
         self.endpoints = [f"tcp://10.0.0.{n + 1}:7410" for n in range(plan.delegators)]

@@ -20,7 +20,7 @@ from types import CodeType
 from typing import Final, NamedTuple
 
 TABLE: Final = Path(__file__).with_name("MUTANTS.md")
-SEEDS: Final = 6_000
+SEEDS: Final = 10_000
 """How many histories a search tries, at most."""
 STATES: Final = 150_000
 """How many states the exploration visits for a mutant, at most."""
@@ -255,7 +255,8 @@ MUTANTS: Final = _mutants("""
 +        child = Worker(self.cluster, number, self.host)
 +        child.lease.clock, child.lease.lessee = self.lease.clock, copy.copy(self.lease.lessee)
 +        if isinstance(self.lease.mint, WatchedMint):
-+            child.lease.lessee.mint = copy.copy(self.lease.mint)
++            child.lease.lessee.mint = mint = copy.copy(self.lease.mint)
++            mint._windows = deque(mint._windows)
 +        return child
 # zflake.holder.lease
 @@ 5 @@ old answers count
