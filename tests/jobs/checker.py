@@ -8,11 +8,12 @@ comparison.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +42,14 @@ class Verdict:
 
     ids: int = 0
     windows: int = 0
+    runs: int = 0
+    seconds: float = 0.0
+    """How long the check took."""
     by_machine: Counter[int] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"checked: {self.runs:,} runs in {self.windows:,} windows, in {self.seconds:.1f} s"
 
 
 def leases_in(logs: Iterable[Path]) -> Iterator[Lease]:
@@ -50,7 +57,7 @@ def leases_in(logs: Iterable[Path]) -> Iterator[Lease]:
     for log in logs:
         for event in read_events(log):
             if (lease := event.get("lease")) is not None:
-                yield _lease(lease)
+                yield tuple(lease)
 
 
 def windows_of(leases: Iterable[Lease], verdict: Verdict) -> Windows:
@@ -114,7 +121,7 @@ def check_stores(stores: Iterable[Iterable[Path]], runs: Runs, layout: Layout = 
 
 def check_eras(eras: Iterable[Iterable[Lease]], runs: Runs, layout: Layout = DEFAULT) -> Verdict:
     """The same if what each store granted has been read already."""
-    verdict = Verdict()
+    verdict, began = Verdict(), time.monotonic()
     windows: Windows = {}
     for leases in eras:
         for machine, granted in windows_of(leases, verdict).items():
@@ -125,17 +132,17 @@ def check_eras(eras: Iterable[Iterable[Lease]], runs: Runs, layout: Layout = DEF
                 )
             earlier += granted
     judge(runs, windows, layout, verdict)
+    verdict.seconds = time.monotonic() - began
     return verdict
 
 
 def judge(runs: Runs, windows: Windows, layout: Layout, verdict: Verdict) -> None:
     """Note in `verdict` how many IDs there are, which come twice, and which lie outside every window."""
-    verdict.windows = sum(map(len, windows.values()))
+    verdict.windows, verdict.runs = sum(map(len, windows.values())), len(runs)
     firsts, counts = runs[:, 0], runs[:, 1]
     verdict.ids = total = int(counts.sum())
     full = np.uint64(layout.ids_per_tick)
-    index = WindowIndex(windows, layout)
-    machines = index.machines(firsts)
+    machines = (firsts >> np.uint64(layout.machine_shift)) & np.uint64(layout.machines - 1)
     sequences = (firsts >> np.uint64(layout.sequence_shift)) & (full - np.uint64(1))
     # By time, machine, sequence, whatever their order in the ID: a run is one interval of these numbers.
     ticks = firsts >> np.uint64(layout.time_shift)
@@ -154,7 +161,7 @@ def judge(runs: Runs, windows: Windows, layout: Layout, verdict: Verdict) -> Non
         verdict.violations.append(
             f"{torn.size} runs leave their tick, such as from {torn[:EXAMPLES].tolist()}"
         )
-    if (strangers := firsts[~index.covers(firsts)]).size:
+    if (strangers := firsts[~covered(machines, ticks, windows, layout)]).size:
         verdict.violations.append(
             f"{strangers.size} runs lie outside every granted window, such as from {strangers[:EXAMPLES].tolist()}"
         )
@@ -162,38 +169,25 @@ def judge(runs: Runs, windows: Windows, layout: Layout, verdict: Verdict) -> Non
         verdict.by_machine[machine] = int(counts[machines == machine].sum())
 
 
+def covered(machines: Ids, ticks: Ids, windows: Windows, layout: Layout) -> npt.NDArray[np.bool_]:
+    """Whether a window holds each tick on its machine."""
+    span = layout.end_tick + 1  # an end may be one past the last tick
+    bounds = np.array(
+        [
+            (machine * span + start, machine * span + end)
+            for machine, granted in sorted(windows.items())
+            for start, end in granted
+        ],
+        dtype=np.uint64,
+    ).reshape(-1, 2)
+    if not bounds.size:
+        return np.zeros(len(ticks), dtype=np.bool_)
+    keys = machines * np.uint64(span) + ticks
+    at = np.searchsorted(bounds[:, 0], keys, side="right")
+    inside: npt.NDArray[np.bool_] = (at > 0) & (keys < bounds[np.maximum(at, 1) - 1, 1])
+    return inside
+
+
 def ticks_of(runs: Sequence[Run], layout: Layout = DEFAULT) -> list[int]:
     """The ticks of runs, in the order in which they came."""
     return [first >> layout.time_shift for first, _, _ in runs]
-
-
-class WindowIndex:
-    """Windows as sorted arrays: the key of a tick on a machine is `machine * span + tick`."""
-
-    def __init__(self, windows: Windows, layout: Layout) -> None:
-        self._layout = layout
-        self._span = np.uint64(layout.end_tick + 1)  # an end may be one past the last tick
-        pairs = [
-            (machine * int(self._span) + start, machine * int(self._span) + end)
-            for machine, granted in sorted(windows.items())
-            for start, end in granted
-        ]
-        self._starts = np.array([start for start, _ in pairs], dtype=np.uint64)
-        self._ends = np.array([end for _, end in pairs], dtype=np.uint64)
-
-    def machines(self, ids: Ids) -> Ids:
-        layout = self._layout
-        return (ids >> np.uint64(layout.machine_shift)) & np.uint64(layout.machines - 1)
-
-    def covers(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        if not len(self._starts):
-            return np.zeros(len(ids), dtype=np.bool_)
-        keys = self.machines(ids) * self._span + (ids >> np.uint64(self._layout.time_shift))
-        at = np.searchsorted(self._starts, keys, side="right")
-        covered: npt.NDArray[np.bool_] = (at > 0) & (keys < self._ends[np.maximum(at, 1) - 1])
-        return covered
-
-
-def _lease(values: list[Any]) -> Lease:
-    verb, machine, gen, start, end = values
-    return str(verb), int(machine), int(gen), int(start), int(end)

@@ -20,16 +20,17 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.jobs.checker import check_runs, read_runs
-from tests.jobs.job import JOB_S, ROUTES, Fault, Job, Report, complaints, errors_of, mb_in
+from tests.jobs.checker import Verdict, check_runs, read_runs
+from tests.jobs.job import JOB_S, ROUTES, Fault, Report, SoleDelegator, complaints, told
 from tests.jobs.kills import LAUNCHER
+from tests.jobs.outages import unexcused
 from tests.system import faketime
-from tests.system.daemons import Daemon, Daemons, names_of, status_of
+from tests.system.daemons import Daemon, Daemons, status_of
 
 WORKERS: Final = 3
 TTL_S: Final = 2
@@ -112,12 +113,9 @@ class Result:
     name: str
     wanted: int
     state: State
-    windows: int = 0
-    runs: int = 0
-    check_seconds: float = 0.0
+    verdict: Verdict = field(default_factory=Verdict)
     kept_mb: float = 0.0
     peak_mb: float = 0.0
-    by_machine: Counter[int] = field(default_factory=Counter)
 
     @property
     def violations(self) -> list[str]:
@@ -127,18 +125,17 @@ class Result:
         state = self.state
         rate = state.ids / max(state.seconds, 1e-9)
         lines = [
-            f"{self.name}: {state.ids:,} of {self.wanted:,} IDs, parts: {state.parts}",
-            f"  {state.seconds:.1f} s, {rate:,.0f} IDs/s, starts and faults and all",
-            *(f"  fault: {what}, {count} times" for what, count in sorted(state.faults.items())),
-            f"  checked: {self.runs:,} runs in {self.windows:,} windows, in {self.check_seconds:.1f} s",
-            f"  kept on disk: {self.kept_mb:.1f} MB; this process at most: {self.peak_mb:.0f} MB",
-            *(f"  route {route}: {count:,} IDs" for route, count in sorted(state.by_route.items())),
-            f"  brokered: {state.brokered:,} requests",
-            *(f"  machine {machine}: {count:,} IDs" for machine, count in sorted(self.by_machine.items())),
-            *(f"  VIOLATION: {violation}" for violation in self.violations),
-            f"  {'FAILED' if self.violations else 'all distinct, all inside their windows, no client saw an error'}",
+            f"{state.seconds:.1f} s, {rate:,.0f} IDs/s, starts and faults and all",
+            *(f"fault: {what}, {count} times" for what, count in sorted(state.faults.items())),
+            str(self.verdict),
+            f"kept on disk: {self.kept_mb:.1f} MB; this process at most: {self.peak_mb:.0f} MB",
+            *(f"route {route}: {count:,} IDs" for route, count in sorted(state.by_route.items())),
+            f"brokered: {state.brokered:,} requests",
+            *(f"machine {machine}: {ids:,} IDs" for machine, ids in sorted(self.verdict.by_machine.items())),
         ]
-        return "\n".join(lines)
+        title = f"{self.name}: {state.ids:,} of {self.wanted:,} IDs, parts: {state.parts}"
+        sound = "all distinct, all inside their windows, no client saw an error"
+        return told(title, lines, self.violations, sound)
 
 
 def run(
@@ -201,7 +198,6 @@ def wrong_ways(result: Result) -> list[str]:
 
 def check(folder: Path, ids: int, state: State, name: str = "cluster job") -> Result:
     """Check all that a folder keeps, that of a part which was broken off included."""
-    began = time.monotonic()
     runs = read_runs(sorted(folder.glob("*.runs")))
     verdict = check_runs(sorted(folder.glob("*-delegator-*.log")), runs)
     state.ids = verdict.ids
@@ -210,17 +206,16 @@ def check(folder: Path, ids: int, state: State, name: str = "cluster job") -> Re
         name,
         ids,
         state,
-        windows=verdict.windows,
-        runs=len(runs),
-        check_seconds=time.monotonic() - began,
-        kept_mb=mb_in(folder),
+        verdict,
+        kept_mb=sum(path.stat().st_size for path in folder.iterdir()) / 1e6,
         peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        by_machine=verdict.by_machine,
     )
 
 
-class Part(Job):
+class Part(SoleDelegator):
     """One part: a cluster from its start to its end, and the faults in it."""
+
+    ttl_s = TTL_S
 
     def __init__(
         self, daemons: Daemons, state: State, plan: Plan, draw: random.Random, report: Report
@@ -230,7 +225,7 @@ class Part(Job):
         # A part that was broken off leaves its files; the next one has other names.
         self.prefix = f"part-{state.parts}-{os.getpid()}-"
         self._state, self._plan = state, plan
-        self._bind = "tcp://127.0.0.1:*"
+        self.machines = WORKERS + plan.spare
         self._kinds: dict[str, Callable[[], None]] = {
             KILL_WORKER: self._kill_worker,
             FREEZE_WORKER: self._freeze_worker,
@@ -249,13 +244,6 @@ class Part(Job):
         else:
             self._kinds["wall clock of the delegator stepped"] = self._step_clock
 
-    @property
-    def endpoints(self) -> list[str]:
-        return [self._bind]
-
-    def holders(self) -> Collection[str]:
-        return names_of(self.delegators[-1])
-
     def run(self, ids: int) -> None:
         """Start, have faults strike until there are so many IDs, stop."""
         self._start()
@@ -268,10 +256,10 @@ class Part(Job):
             self._strike(what)
         self.wait_for_ids(ids, "all IDs", JOB_S)
         self._count_brokered()
-        self.stop([self.delegators[-1]])
+        self.stop([self.delegator])
         for client in self.clients:
             state.by_route[client.route] += client.taken
-        self.violations += errors_of(self.clients)
+            self.violations += unexcused(client.process.name, client.errors)
         self.violations += complaints((*self.delegators, *self.workers), EXPECTED_ERRORS)
 
     def _strike(self, what: str) -> None:
@@ -310,18 +298,18 @@ class Part(Job):
 
     def _kill_delegator(self) -> None:
         self._count_brokered()
-        self.delegators[-1].kill()
+        self.delegator.kill()
         self.pause(self.draw.uniform(0.0, 0.7 * TTL_S))
         self._restart()
 
     def _stop_delegator(self) -> None:
         self._count_brokered()
-        self.leave(self.delegators[-1])
+        self.leave(self.delegator)
         self._restart()
 
     def _kill_at_failpoint(self) -> None:
         point = self.draw.choice(FAILPOINTS)
-        self.delegators[-1].kill()
+        self.delegator.kill()
         victim = self._restart(via=(LAUNCHER, point, str(self.draw.randint(1, 3))))
         victim.signal(signal.SIGUSR1)
         self.wait(lambda: not victim.alive, f"it to be killed at {point}")
@@ -330,11 +318,10 @@ class Part(Job):
         self._restart()
 
     def _freeze_delegator(self) -> None:
-        delegator = self.delegators[-1]
-        delegator.signal(signal.SIGSTOP)
+        self.delegator.signal(signal.SIGSTOP)
         self.pause(1.2 * TTL_S)
-        delegator.signal(signal.SIGCONT)
-        self._renewed(delegator)
+        self.delegator.signal(signal.SIGCONT)
+        self.await_renewals()
 
     def _freeze_client(self) -> None:
         client = self.draw.choice(self.clients).process
@@ -349,10 +336,10 @@ class Part(Job):
         self.wait(lambda: self._unavailable() > refused, "grants to be refused")
         self.pause(self.draw.uniform(0.0, 0.5 * TTL_S))
         store.with_suffix(".away").rename(store)
-        self._renewed(self.delegators[-1])
+        self.await_renewals()
 
     def _fill_disk(self) -> None:
-        delegator = self.delegators[-1]
+        delegator = self.delegator
         _, most = resource.prlimit(delegator.pid, resource.RLIMIT_FSIZE)
         # Room for what it has to say; the log of commits grows past that in no time.
         size = delegator.log_path.stat().st_size + 20_000
@@ -360,18 +347,18 @@ class Part(Job):
         resource.prlimit(delegator.pid, resource.RLIMIT_FSIZE, (size, most))
         self.wait(lambda: self._unavailable() > refused, "grants to be refused")
         resource.prlimit(delegator.pid, resource.RLIMIT_FSIZE, (most, most))
-        self._renewed(delegator)
+        self.await_renewals()
 
     def _step_clock(self) -> None:
         clock = faketime.WrongClock(
             self.daemons.folder / f"clock-{len(self.delegators)}", faketime.HOUR_S // 2
         )
-        self.delegators[-1].kill()
-        delegator = self._restart(env=clock.env)
+        self.delegator.kill()
+        self._restart(env=clock.env)
         for off_s in (faketime.HOUR_S, -faketime.HOUR_S, 14 * faketime.YEAR_S):
             clock.set(off_s)
             self.pause(0.3)
-        self._renewed(delegator)
+        self.await_renewals()
         clock.set(0)
 
     # --- parts ---
@@ -380,46 +367,20 @@ class Part(Job):
         store = self.daemons.folder / "store.db"
         if (away := store.with_suffix(".away")).exists():  # the last part was broken off just then
             away.rename(store)
-        self._restart(*(() if store.exists() else ("--new",)), await_renewals=False)
+        self._restart()
         for _ in range(WORKERS):
             self.join()
         self.start_clients(rate=self._plan.rate, lists=self._plan.lists)
 
-    def _restart(
-        self,
-        *flags: str,
-        await_renewals: bool = True,
-        via: Sequence[str] = (),
-        env: dict[str, str] | None = None,
-    ) -> Daemon:
-        delegator = self.daemons.delegator(
-            *("--machines", f"0-{WORKERS - 1 + self._plan.spare}", *flags),
-            name=f"{self.prefix}delegator-{len(self.delegators) + 1}",
-            bind=self._bind,
-            new=False,
-            ttl=f"{TTL_S}s",
-            via=via,
-            env=env,
-        )
-        self.delegators.append(delegator)
+    def _restart(self, via: Sequence[str] = (), env: dict[str, str] | None = None) -> Daemon:
+        delegator = self.begin(via=via, env=env)
         self.wait(delegator.find_address, f"{delegator.name} to serve")
-        self._bind = delegator.address
-        if await_renewals:
-            self._renewed(delegator)
+        self.await_renewals()
         return delegator
 
-    def _renewed(self, delegator: Daemon) -> None:
-        """Wait until every worker has renewed with it after now."""
-        before = len(delegator.leases("renewed"))
-        needed = len(self.present)
-        self.wait(
-            lambda: len({lease[1] for lease in delegator.leases("renewed")[before:]}) >= needed,
-            f"renewals by {delegator.name}",
-        )
-
     def _unavailable(self) -> int:
-        return int(status_of(self._bind).get("errors", {}).get("unavailable", 0))
+        return int(status_of(self.endpoints[0]).get("errors", {}).get("unavailable", 0))
 
     def _count_brokered(self) -> None:
         """Note what the present delegator has passed on: it is about to go, and its count with it."""
-        self._state.brokered += status_of(self._bind).get("broker", {}).get("brokered", 0)
+        self._state.brokered += status_of(self.endpoints[0]).get("broker", {}).get("brokered", 0)

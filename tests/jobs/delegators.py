@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 from tests.jobs import job
-from tests.jobs.checker import Lease, check_eras, read_runs
+from tests.jobs.checker import Lease, Verdict, check_eras, read_runs
 from tests.jobs.job import JOB_S, Report
 from tests.jobs.outages import (
     End,
@@ -45,6 +46,9 @@ DUE_S: Final = 7.0
 REST_S: Final = (REST_MS + MARGIN_MS) / 1000
 """How long a store rests that may have forgotten, if no ttl is longer than `REST_MS`."""
 LOST: Final = re.compile(r"lost machine (\d+)")
+
+Strike: TypeAlias = Callable[[str], None]
+"""Has a fault strike, which is told its name."""
 
 
 @dataclass(kw_only=True)
@@ -73,11 +77,8 @@ class Result:
 
     engine: str
     wanted: int
-    ids: int = 0
     seconds: float = 0.0
-    windows: int = 0
-    runs: int = 0
-    check_seconds: float = 0.0
+    verdict: Verdict = field(default_factory=Verdict)
     faults: list[Fault] = field(default_factory=list)
     outages: list[Outage] = field(default_factory=list)
     grants: Counter[str] = field(default_factory=Counter)
@@ -86,19 +87,18 @@ class Result:
     violations: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        sound = "all distinct, all inside their windows, no call failed while a window was open"
+        ids = self.verdict.ids
         lines = [
-            f"engine job on {self.engine}: {self.ids:,} of {self.wanted:,} IDs",
-            f"  {self.seconds:.1f} s, {self.ids / max(self.seconds, 1e-9):,.0f} IDs/s, faults and all",
+            f"{self.seconds:.1f} s, {ids / max(self.seconds, 1e-9):,.0f} IDs/s, faults and all",
             *(self._fault_line(what) for what in sorted({fault.what for fault in self.faults})),
-            *(f"  {name}: {count:,} grants" for name, count in sorted(self.grants.items())),
+            *(f"{name}: {count:,} grants" for name, count in sorted(self.grants.items())),
             *self._outage_lines(),
-            *(f"  {note}, {count} times" for note, count in sorted(self.notes.items())),
-            f"  checked: {self.runs:,} runs in {self.windows:,} windows, in {self.check_seconds:.1f} s",
-            *(f"  VIOLATION: {violation}" for violation in self.violations),
-            f"  {'FAILED' if self.violations else sound}",
+            *(f"{note}, {count} times" for note, count in sorted(self.notes.items())),
+            str(self.verdict),
         ]
-        return "\n".join(lines)
+        title = f"engine job on {self.engine}: {ids:,} of {self.wanted:,} IDs"
+        sound = "all distinct, all inside their windows, no call failed while a window was open"
+        return job.told(title, lines, self.violations, sound)
 
     def _outage_lines(self) -> list[str]:
         if not (outages := self.outages):
@@ -106,9 +106,9 @@ class Result:
         longest_s = max(end - start for start, end in (outage.gap for outage in outages)) / 1000
         failed = sum(outage.failed for outage in outages)
         return [
-            f"  no window, {len(outages)} times, for {longest_s:.1f} s at most; {failed} calls failed",
-            f"    the last ID {max(outage.ended_ms for outage in outages)} ms before at most",
-            f"    the next one {max(outage.began_ms for outage in outages)} ms after at most",
+            f"no window, {len(outages)} times, for {longest_s:.1f} s at most; {failed} calls failed",
+            f"  the last ID {max(outage.ended_ms for outage in outages)} ms before at most",
+            f"  the next one {max(outage.began_ms for outage in outages)} ms after at most",
         ]
 
     def _fault_line(self, what: str) -> str:
@@ -116,7 +116,7 @@ class Result:
         granted = max((f.granted_s for f in faults if f.granted_s is not None), default=None)
         settled = max((f.settled_s for f in faults if f.settled_s is not None), default=None)
         return (
-            f"  fault: {what}, {len(faults)} times"
+            f"fault: {what}, {len(faults)} times"
             + ("" if granted is None else f"; granted again after {granted:.1f} s at most")
             + ("" if settled is None else f", to all after {settled:.1f} s")
         )
@@ -163,7 +163,7 @@ class Job(job.Job):
         """Start the servers; gives the URL of the store."""
         raise NotImplementedError
 
-    def faults_of_store(self) -> Mapping[str, Callable[[], None]]:
+    def faults_of_store(self) -> Mapping[str, Strike]:
         """The faults of the servers."""
         raise NotImplementedError
 
@@ -177,9 +177,12 @@ class Job(job.Job):
     def run(self, faults: Sequence[str] | None, *, patient: bool) -> None:
         """Start, have faults strike until there are so many IDs, stop."""
         self._start()
-        known = {
+        known: dict[str, Strike] = {
             "worker killed and replaced": self._kill_worker,
-            **{f"delegator {k + 1} killed and restarted": self._killer(k) for k in range(DELEGATORS)},
+            **{
+                f"delegator {k + 1} killed and restarted": partial(self._kill_delegator, k)
+                for k in range(DELEGATORS)
+            },
             **self.faults_of_store(),
         }
         left = list(faults or ())
@@ -188,7 +191,8 @@ class Job(job.Job):
             if not left:
                 left = self.draw.sample(list(known), len(known))
                 first = False
-            known[left.pop(0)]()
+            what = left.pop(0)
+            known[what](what)
             self._settle(patient=patient)
         self.wait_for_ids(self.result.wanted, "all IDs", JOB_S)
         self.result.seconds = time.monotonic() - self._began
@@ -198,16 +202,14 @@ class Job(job.Job):
 
     def check(self) -> Result:
         """Check what was taken against what was granted."""
-        began = time.monotonic()
         result = replace(self.result, violations=[*self.result.violations])
         runs = read_runs(sorted(self.daemons.folder.glob("*.runs")))
         bounds = [*(begin for begin, _ in self.eras), len(self.leases)]
         eras = [self.leases[i:j] for i, j in itertools.pairwise(bounds)]
-        verdict = check_eras(eras, runs)
-        result.ids, result.windows, result.runs = verdict.ids, verdict.windows, len(runs)
-        result.violations += verdict.violations
-        if result.ids < result.wanted:
-            result.violations.append(f"{result.ids} IDs were taken, not {result.wanted}")
+        result.verdict = check_eras(eras, runs)
+        result.violations += result.verdict.violations
+        if (ids := result.verdict.ids) < result.wanted:
+            result.violations.append(f"{ids} IDs were taken, not {result.wanted}")
         result.outages = outages_between(gaps_of(self.leases, self._ended, self.forgotten), runs)
         result.violations += cut_short(result.outages)
         result.violations += unforeseen(result.outages, result.faults)
@@ -217,32 +219,27 @@ class Job(job.Job):
             )
         for fault in result.faults:
             result.violations += [*fault.idle, *late(fault)]
-        result.check_seconds = time.monotonic() - began
         return result
 
     # --- faults ---
 
-    def _kill_worker(self) -> None:
+    def _kill_worker(self, what: str) -> None:
         victim = self.draw.choice(self.present)
         holders = self.wait(self.holders, "a delegator to answer")
-        self.strike("worker killed and replaced")
+        self.strike(what)
         self.kill(victim)
         self.look()
         self._ended.append((holders[victim.name], self.tick(), len(self.leases)))
         self.join(WAIT_S + REST_S)
         self.back()
 
-    def _killer(self, k: int) -> Callable[[], None]:
-        def kill_delegator() -> None:
-            old = self._present[k]
-            fault = self.strike(f"delegator {k + 1} killed and restarted")
-            old.kill()
-            self.wait(lambda: fault.granted_s is not None, "another delegator to grant a lease")
-            self.pause(self.draw.uniform(0.0, 1.0))
-            self.back()
-            self._start_delegator(k)
-
-        return kill_delegator
+    def _kill_delegator(self, k: int, what: str) -> None:
+        fault = self.strike(what)
+        self._present[k].kill()
+        self.wait(lambda: fault.granted_s is not None, "another delegator to grant a lease")
+        self.pause(self.draw.uniform(0.0, 1.0))
+        self.back()
+        self._start_delegator(k)
 
     def strike(self, what: str, *, within_s: float = AGAIN_S, stops: bool = False) -> Fault:
         """Note that a fault strikes now."""

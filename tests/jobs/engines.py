@@ -16,11 +16,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import zflake
-from tests.jobs.delegators import AGAIN_S, REST_S, TIMEOUT_S, Job
+from tests.jobs.delegators import AGAIN_S, REST_S, TIMEOUT_S, Job, Strike
 from tests.servers import Etcd, Postgres, Redis, await_true
 from tests.system.daemons import WAIT_S, Daemons, status_of
 from zflake.core.loss import REST_MS
@@ -42,27 +43,24 @@ class EtcdJob(Job):
         await_true(self._are_healthy, "the cluster of etcd")
         return self.nodes[0].url
 
-    def faults_of_store(self) -> Mapping[str, Callable[[], None]]:
+    def faults_of_store(self) -> Mapping[str, Strike]:
         return {
-            **{f"etcd node {k + 1} killed and restarted": self._node_killer(k) for k in range(3)},
+            **{f"etcd node {k + 1} killed and restarted": partial(self._kill_node, k) for k in range(3)},
             "two etcd nodes killed, and back after all windows": self._kill_majority,
         }
 
-    def _node_killer(self, k: int) -> Callable[[], None]:
-        def kill_node() -> None:
-            fault = self.strike(f"etcd node {k + 1} killed and restarted")
-            self.nodes[k].kill()
-            self.wait(lambda: fault.granted_s is not None, "a lease from two nodes")
-            self.pause(self.draw.uniform(0.0, 1.0))
-            self.back()
-            self.nodes[k].start()
-            self.wait(self._are_healthy, "the node to be one of three again")
+    def _kill_node(self, k: int, what: str) -> None:
+        fault = self.strike(what)
+        self.nodes[k].kill()
+        self.wait(lambda: fault.granted_s is not None, "a lease from two nodes")
+        self.pause(self.draw.uniform(0.0, 1.0))
+        self.back()
+        self.nodes[k].start()
+        self.wait(self._are_healthy, "the node to be one of three again")
 
-        return kill_node
-
-    def _kill_majority(self) -> None:
+    def _kill_majority(self, what: str) -> None:
         gone = self.draw.sample(self.nodes, 2)
-        fault = self.strike("two etcd nodes killed, and back after all windows", stops=True)
+        fault = self.strike(what, stops=True)
         for node in gone:
             node.kill()
         self._probe()
@@ -109,11 +107,11 @@ class PostgresqlJob(Job):
         self.server.start()
         return self.server.url_of_new_database()
 
-    def faults_of_store(self) -> Mapping[str, Callable[[], None]]:
+    def faults_of_store(self) -> Mapping[str, Strike]:
         return {"PostgreSQL killed and restarted": self._kill_server}
 
-    def _kill_server(self) -> None:
-        fault = self.strike("PostgreSQL killed and restarted")
+    def _kill_server(self, what: str) -> None:
+        fault = self.strike(what)
         self.server.kill()
         self.pause(self.draw.uniform(0.2, 1.5))
         self.back()
@@ -138,31 +136,29 @@ class RedisJob(Job):
         self._replicate()
         return self.server.url
 
-    def faults_of_store(self) -> Mapping[str, Callable[[], None]]:
+    def faults_of_store(self) -> Mapping[str, Strike]:
         return {
             "Redis killed and restarted": self._kill_server,
             "Redis failed over to a replica that lacks a lease": self._fail_over,
         }
 
-    def _kill_server(self) -> None:
+    def _kill_server(self, what: str) -> None:
         rested = self.said(RESTS)
-        self.strike("Redis killed and restarted", within_s=REST_S + AGAIN_S, stops=True)
+        self.strike(what, within_s=REST_S + AGAIN_S, stops=True)
         self.server.kill()
         self.pause(self.draw.uniform(0.2, 1.5))
         self.back()
         self.server.start()
         self._see_rest(rested)
 
-    def _fail_over(self) -> None:
+    def _fail_over(self, what: str) -> None:
         rested = self.said(RESTS)
         replica = self.replica
         replica.await_copy()
         replica.cut_off()
         known = len(self.leases)
         self.join(WAIT_S + REST_S)
-        self.strike(
-            "Redis failed over to a replica that lacks a lease", within_s=REST_S + AGAIN_S, stops=True
-        )
+        self.strike(what, within_s=REST_S + AGAIN_S, stops=True)
         self.server.kill()
         self.pause(1.0)
         self.forgotten |= set(range(known, len(self.leases)))

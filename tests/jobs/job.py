@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 
 from tests.jobs.takers import Orders, Taker
-from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, TookTooLong
+from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, TookTooLong, names_of
 
 Report: TypeAlias = Callable[[str], None]
 
@@ -24,8 +23,6 @@ REPORT_S: Final = 10.0
 """Seconds between two lines of progress."""
 JOB_S: Final = 3600.0
 """Seconds that a job may go on after its last fault."""
-ERRORS: Final = 3
-"""Errors of one client that are told, at most."""
 
 
 @dataclass
@@ -153,9 +150,55 @@ class Job:
         self.wait(lambda: self.taken >= ids, what, within_s)
 
 
-def errors_of(clients: Iterable[Taker]) -> list[str]:
-    """The errors that clients saw, as violations."""
-    return [f"{c.process.name} saw an error {error}" for c in clients for error in c.errors[:ERRORS]]
+class SoleDelegator(Job):
+    """A job on one delegator at a time, and the SQLite file of its folder."""
+
+    ttl_s: ClassVar[int]
+    machines: int
+    """How many machine IDs there are to lease."""
+
+    @property
+    def delegator(self) -> Daemon:
+        """The present one."""
+        return self.delegators[-1]
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [self.delegators[0].address]
+
+    def holders(self) -> list[str]:
+        return names_of(self.delegator)
+
+    def begin(
+        self, *, machines: int = 0, via: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> Daemon:
+        """Start a delegator where the one before it was."""
+        daemon = self.daemons.delegator(
+            *("--machines", f"0-{(machines or self.machines) - 1}"),
+            name=f"{self.prefix}delegator-{len(self.delegators) + 1}",
+            bind=self.endpoints[0] if self.delegators else "tcp://127.0.0.1:*",
+            new=not (self.daemons.folder / "store.db").exists(),
+            ttl=f"{self.ttl_s}s",
+            via=via,
+            env=env,
+        )
+        self.delegators.append(daemon)
+        return daemon
+
+    def await_renewals(self) -> None:
+        """Wait until every worker has renewed with the present delegator after now."""
+        delegator = self.delegator
+        before = len(delegator.leases("renewed"))
+        self.wait(
+            lambda: len({lease[1] for lease in delegator.leases("renewed")[before:]}) >= len(self.present),
+            f"renewals by {delegator.name}",
+        )
+
+
+def told(title: str, lines: Iterable[str], violations: Sequence[str], sound: str) -> str:
+    """A result in lines, which end with what was violated, or with `sound`."""
+    end = [*(f"VIOLATION: {violation}" for violation in violations), "FAILED" if violations else sound]
+    return "\n  ".join([title, *lines, *end])
 
 
 def complaints(daemons: Iterable[Daemon], expected: Sequence[str] = ()) -> list[str]:
@@ -168,8 +211,3 @@ def complaints(daemons: Iterable[Daemon], expected: Sequence[str] = ()) -> list[
         or "trace" in event
         or (event["level"] == "error" and not any(words in event["message"] for words in expected))
     ]
-
-
-def mb_in(folder: Path) -> float:
-    """Megabytes that the files of a folder take."""
-    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6

@@ -6,12 +6,11 @@ point is passed by a cluster at rest; the workers, and those who take IDs from t
 
 from __future__ import annotations
 
-import itertools
 import random
 import signal
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from tests.jobs.checker import Lease, Verdict, judge, leases_in, runs_of, windows_of
+from tests.jobs.job import Report, SoleDelegator, told
 from tests.jobs.load import Load
-from tests.system.daemons import Daemon, Daemons, names_of, until
+from tests.system.daemons import Daemon, Daemons
 from tests.system.failpoints import DELEGATOR_POINTS
 from zflake.core.layout import DEFAULT
 
-TTL_S: Final = 1
 WORKERS: Final = 3
 MACHINES: Final = 8
 ONCE: Final = ("meta", "mark", "acquire", "release")
@@ -41,12 +40,9 @@ class Result:
     violations: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"kills: {len(self.points)} kills, {self.verdict.ids:,} IDs in {self.verdict.windows} windows",
-            *(f"  VIOLATION: {violation}" for violation in self.violations),
-            f"  {'FAILED' if self.violations else 'no window granted twice, each to a holder, no ID twice, no lease lost'}",
-        ]
-        return "\n".join(lines)
+        title = f"kills: {len(self.points)} kills, {self.verdict.ids:,} IDs in {self.verdict.windows} windows"
+        sound = "no window granted twice, each to a holder, no ID twice, no lease lost"
+        return told(title, [], self.violations, sound)
 
 
 def run(
@@ -54,7 +50,7 @@ def run(
     points: Sequence[tuple[str, int]],
     *,
     lanes: int = 3,
-    report: Callable[[str], None] = lambda _: None,
+    report: Report = lambda _: None,
 ) -> Result:
     """Kill at each point, the n-th time that it is passed, in several clusters side by side."""
 
@@ -87,128 +83,90 @@ def every_point(rounds: int, seed: int) -> list[tuple[str, int]]:
     return drawn
 
 
-class Kills:
-    """The engine."""
+class Kills(SoleDelegator):
+    """The kills in one cluster."""
 
-    def __init__(self, daemons: Daemons, report: Callable[[str], None] = lambda _: None) -> None:
-        self.result = Result()
-        self.delegators: list[Daemon] = []
-        self.workers: list[Daemon] = []
-        self._daemons = daemons
-        self._report = report
+    ttl_s = 1
+    machines = MACHINES
+
+    def __init__(self, daemons: Daemons, report: Report) -> None:
+        super().__init__(daemons, random.Random(), report)
+        self.result = Result(violations=self.violations)
         self._unlogged: list[Lease] = []
-        self._numbers = itertools.count(1)
-        self._bind = "tcp://127.0.0.1:*"
 
     def run(self, points: Iterable[tuple[str, int]]) -> Result:
         """Kill at each of these points, one after another."""
         with Load() as load:
-            for k, (point, times) in enumerate(points):
-                if k == 0:
-                    self._start(load)
+            self._start(load)
+            for point, times in points:
                 self._kill_at(point, times, load)
-            self._delegator()
-            self._renewed()
+            self.begin()
+            self.await_renewals()
             load.go_on("after all kills")
             self._finish(load)
         return self.result
 
     def _start(self, load: Load) -> None:
-        delegator = self._delegator(new=True)
-        until(delegator.find_address, "the delegator to serve")
-        self._bind = delegator.address
+        delegator = self.begin()
         for _ in range(WORKERS):
-            self.workers.append(self._daemons.worker(to=delegator))
-        self._await_holders()
-        for worker in self.workers:
-            load.follow(worker)
+            load.follow(self.join())
         load.go_on()
         delegator.kill()
 
     def _kill_at(self, point: str, times: int, load: Load) -> None:
         kind = point.partition(":")[0]
         # Other settings than those of the last start, whichever they were.
-        most = MACHINES - 2 - len(self.result.points) % 2
-        flags = ("--machines", f"0-{most}") if kind == "meta" else ()
-        victim = self._delegator(point, *flags, times=times)
-        guests: list[Daemon] = []
+        machines = MACHINES - 1 - len(self.result.points) % 2 if kind == "meta" else MACHINES
+        victim = self.begin(machines=machines, via=(LAUNCHER, point, str(times)))
         if kind != "meta":
-            self._renewed()
-            if kind == "release":
-                guests = [self._daemons.worker(to=self._bind)]
-                self._await_holders(guests)
+            self.await_renewals()
+            leaver = self.join() if kind == "release" else None
             victim.signal(signal.SIGUSR1)
             if kind == "mark":  # which is written if there is nothing else to commit
                 self._signal_workers(signal.SIGSTOP)
-            if kind == "acquire":
-                guests = [self._daemons.worker(to=self._bind)]
-            for guest in guests if kind == "release" else ():
-                guest.signal(signal.SIGTERM)
+            elif kind == "acquire":
+                self.start_worker()
+            elif leaver is not None:
+                self.gone.append(leaver)
+                leaver.signal(signal.SIGTERM)
         code = victim.wait()
         self._signal_workers(signal.SIGCONT)
         assert code == -signal.SIGKILL, f"{point} was not passed, {code}:\n{victim.log()[-2000:]}"
         self.result.points.append(f"{point} ({times})")
-        self._report(f"killed at {point}, passing {times}")
+        self.report(f"killed at {point}, passing {times}")
         self._note_releases()
         if kind == "acquire":
-            # The guests get what the dead one had granted them, or another; then they go.
-            again = self._delegator()
-            until(again.find_address, "the delegator to serve again")
-            self._await_holders(guests)
-            for guest in guests:
-                load.follow(guest).go_on(f"to a guest, after {point}")
-                load.leave(guest)
-                load.workers.remove(guest)
-                if code := guest.terminate():
-                    self.result.violations.append(f"{guest.name} ended with exit code {code}")
-            again.kill()
-        for guest in guests:
-            guest.wait()
+            self._welcome(self.workers[-1], f"to a guest, after {point}", load)
+        for worker in self.gone:
+            worker.wait()
+
+    def _welcome(self, guest: Daemon, what: str, load: Load) -> None:
+        """See that a guest gets what the dead delegator had granted it, or another machine ID; then it goes."""
+        delegator = self.begin()
+        self.wait(lambda: guest.name in self.holders(), f"{guest.name} to get a machine ID")
+        load.follow(guest).go_on(what)
+        load.leave(guest)
+        self.leave(guest)
+        delegator.kill()
 
     def _finish(self, load: Load) -> None:
-        result = self.result
-        last = self.delegators[-1]
-        until(lambda: len(names_of(last)) == WORKERS, "only the workers to hold machine IDs")
-        result.violations += [f"{name} was told that its lease is lost" for name in load.lost()]
+        self.wait(lambda: len(self.holders()) == WORKERS, "only the workers to hold machine IDs")
+        violations, verdict = self.violations, self.result.verdict
+        violations += [f"{name} was told that its lease is lost" for name in load.lost()]
         leases = [*leases_in(d.log_path for d in self.delegators), *self._unlogged]
-        verdict = result.verdict
-        windows = windows_of(leases, verdict)
-        judge(runs_of(load.runs), windows, DEFAULT, verdict)
-        result.violations += verdict.violations
-        result.violations += leaked(leases)
+        judge(runs_of(load.runs), windows_of(leases, verdict), DEFAULT, verdict)
+        violations += verdict.violations
+        violations += leaked(leases)
         if not verdict.ids:
-            result.violations.append("no IDs were taken")
+            violations.append("no IDs were taken")
         used = {lease[1] for lease in leases}
         if len(used) > MACHINES:
-            result.violations.append(f"{len(used)} machine IDs were used")
+            violations.append(f"{len(used)} machine IDs were used")
 
     # --- parts ---
 
-    def _delegator(self, point: str = "", *flags: str, times: int = 1, new: bool = False) -> Daemon:
-        flags = flags or ("--machines", f"0-{MACHINES - 1}")
-        daemon = self._daemons.delegator(
-            *flags,
-            name=f"delegator-{next(self._numbers)}",
-            bind=self._bind,
-            new=new or not self.workers,
-            ttl=f"{TTL_S}s",
-            via=(LAUNCHER, point, str(times)) if point else (),
-        )
-        self.delegators.append(daemon)
-        return daemon
-
-    def _renewed(self) -> None:
-        """Wait until every worker has a grant by the latest delegator."""
-        last = self.delegators[-1]
-        until(lambda: len({lease[1] for lease in last.leases("renewed")}) >= WORKERS, "all workers to renew")
-
-    def _await_holders(self, guests: Iterable[Daemon] = ()) -> None:
-        names = {worker.name for worker in (*self.workers, *guests)}
-        last = self.delegators[-1]
-        until(lambda: names <= set(names_of(last)), f"{names} to hold machine IDs")
-
     def _signal_workers(self, number: signal.Signals) -> None:
-        for worker in self.workers:
+        for worker in self.present:
             worker.signal(number)
 
     def _note_releases(self) -> None:
@@ -217,7 +175,7 @@ class Kills:
         logged |= {(lease[1], lease[2]) for lease in self._unlogged}
         sql = "SELECT machine, gen, start, fence FROM machine WHERE token IS NULL"
         # Not for writing: the last connection to close a database moves its log into the main file.
-        with closing(sqlite3.connect(f"file:{self._daemons.folder}/store.db?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"file:{self.daemons.folder}/store.db?mode=ro", uri=True)) as db:
             for machine, gen, start, fence in db.execute(sql):
                 if (machine, gen) not in logged:
                     self._unlogged.append(("released", machine, gen, start, fence))

@@ -73,6 +73,7 @@ class Load:
     def leave(self, worker: Daemon) -> None:
         """Ask this one no more."""
         self.takers[worker.name].stop()
+        self.workers.remove(worker)
 
     def go_on(self, what: str = "", *, only: Iterable[Daemon] | None = None) -> None:
         """Wait for IDs from each worker that were asked for after now."""

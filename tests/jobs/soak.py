@@ -20,7 +20,8 @@ from tests.system import flood
 
 Result: TypeAlias = flood.Result | kills.Result | cluster.Result | delegators.Result
 N = TypeVar("N", int, float)
-Proof: TypeAlias = Callable[[Path, argparse.Namespace, Report], Result]
+Proof: TypeAlias = Callable[..., Result]
+"""Takes a folder, and a verb's options and a `Report` by their names."""
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def main() -> int:
             added.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder for all files, kept")
         return added.add_argument
 
-    option = verb("main-job", "many IDs through a cluster while its parts fail", _main_job)
+    option = verb("main-job", "many IDs through a cluster while its parts fail", cluster.run_main)
     option("--ids", type=_at_least(100_000), default=10_000_000, help="how many IDs (default: %(default)s)")
     option("--seed", type=int, default=1, help="of the clients' calls and the faults' choices")
     option(
@@ -44,12 +45,12 @@ def main() -> int:
         default=cluster.HALF,
         help="how clients ask: half of them auto and half broker, or all alike (default: %(default)s)",
     )
-    option = verb("flood", "far more requests than a delegator can pass on", _flood)
+    option = verb("flood", "far more requests than a delegator can pass on", flood.run)
     option("--seconds", type=_at_least(1.0), default=30.0, help="how long (default: %(default)g)")
     option = verb("kills", "a delegator killed at every point around commit and reply", _kills)
     option("--rounds", type=int, default=3, help="how often at each (default: %(default)s)")
     option("--seed", type=int, default=1, help="of the points' order")
-    option = verb("cluster", "as many IDs as there can be, while everything fails", _cluster)
+    option = verb("cluster", "as many IDs as there can be, while everything fails", cluster.run)
     option("--ids", type=_at_least(1), default=1_000_000_000, help="how many IDs (default: %(default)s)")
     option(
         "--part", type=_at_least(1), default=cluster.PART, help="how many at a time (default: %(default)s)"
@@ -99,36 +100,24 @@ def _at_least(least: N) -> Callable[[str], N]:
     return number
 
 
-def _main_job(folder: Path, given: argparse.Namespace, report: Report) -> Result:
-    return cluster.run_main(folder, given.ids, route=given.route, seed=given.seed, report=report)
+def _kills(folder: Path, *, rounds: int, seed: int, report: Report) -> Result:
+    return kills.run(folder, kills.every_point(rounds, seed), report=report)
 
 
-def _flood(folder: Path, given: argparse.Namespace, report: Report) -> Result:
-    return flood.run(folder, given.seconds, report=report)
-
-
-def _kills(folder: Path, given: argparse.Namespace, report: Report) -> Result:
-    return kills.run(folder, kills.every_point(given.rounds, given.seed), report=report)
-
-
-def _cluster(folder: Path, given: argparse.Namespace, report: Report) -> Result:
-    return cluster.run(folder, given.ids, part=given.part, parts=given.parts, seed=given.seed, report=report)
-
-
-def _engines(folder: Path, given: argparse.Namespace, report: Report) -> Result:
-    job = engines.run(folder, given.engine, given.ids, seed=given.seed, rate=given.rate, report=report)
-    return job.check()
+def _engines(folder: Path, *, report: Report, **options: Any) -> Result:
+    return engines.run(folder, report=report, **options).check()
 
 
 def _prove(folder: Path, given: argparse.Namespace) -> int:
     began = time.monotonic()
+    options = {k: v for k, v in vars(given).items() if k not in ("verb", "proof", "keep", "state")}
 
     def report(line: str) -> None:
         shown = f"[{time.monotonic() - began:6.1f} s] {line}"
         print(shown, file=sys.stderr, flush=True)  # noqa: T201
 
     try:
-        result = given.proof(folder, given, report)
+        result: Result = given.proof(folder, report=report, **options)
     except KeyboardInterrupt:
         return 130
     except pytest.skip.Exception as missing:

@@ -105,7 +105,7 @@ class Taker:
     @property
     def errors(self) -> list[str]:
         path = self.path.with_suffix(".errors")
-        return path.read_text().splitlines() if path.exists() else ["it never began"]
+        return path.read_text().splitlines() if path.exists() else ["0 it never began"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import random
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from tests.jobs import cluster, job
 from tests.jobs.checker import runs_of
 from tests.jobs.cluster import Plan, Result, State, wrong_ways
-from tests.jobs.job import Fault
+from tests.jobs.outages import unexcused
 from tests.jobs.takers import Taker
 from tests.system.daemons import Daemons
 from zflake.core.layout import DEFAULT
@@ -25,11 +24,11 @@ def test_the_main_job_ends_with_every_id_distinct_and_inside_its_window(tmp_path
     result = cluster.run_main(tmp_path, 300_000, seed=random.randrange(1000))
     assert not result.violations, str(result)
     state = result.state
-    assert state.ids == sum(result.by_machine.values()) == sum(state.by_route.values()) >= 300_000
+    assert state.ids == sum(result.verdict.by_machine.values()) == sum(state.by_route.values()) >= 300_000
     assert min(state.by_route["auto"], state.by_route["broker"]) > 50_000
     assert state.brokered > 100
     assert state.faults.total() == len(cluster.MAIN)
-    assert result.windows > 20
+    assert result.verdict.windows > 20
 
 
 def plan(*faults: str) -> Plan:
@@ -51,35 +50,23 @@ def test_the_cluster_job_ends_with_every_id_distinct_and_goes_on_where_it_stoppe
     ids = first.state.ids + part  # how far it came by then depends on how long the faults took
     again = cluster.run(tmp_path, ids, plan("disk full for a while"), part=ids)
     assert not again.violations, str(again)
-    assert again.state.ids == sum(again.by_machine.values()) >= ids
+    assert again.state.ids == sum(again.verdict.by_machine.values()) >= ids
     assert again.state.parts == 2
     assert len(again.state.faults) == 3
-    assert again.windows > first.windows > 1
+    assert again.verdict.windows > first.verdict.windows > 1
 
 
 # --- the conditions of a job ---
 
 
-class FakeProcess:
-    name = "client-0"
-
-
-def taker(folder: Path, errors: str) -> Taker:
-    path = folder / "client-0.runs"
-    path.write_bytes(b"")
-    path.with_suffix(".errors").write_text(errors)
-    return Taker(FakeProcess(), path, "auto")  # type: ignore[arg-type]
-
-
-def test_an_error_that_a_client_saw_is_caught(tmp_path: Path) -> None:
-    assert job.errors_of([taker(tmp_path, "")]) == []
-    (complaint,) = job.errors_of([taker(tmp_path, "after 5 IDs: Timeout('...')\n")])
-    assert "client-0 saw an error after 5 IDs" in complaint
-
-
-def test_a_client_that_never_began_is_caught(tmp_path: Path) -> None:
-    silent = Taker(FakeProcess(), tmp_path / "none.runs", "auto")  # type: ignore[arg-type]
-    assert job.errors_of([silent]) == ["client-0 saw an error it never began"]
+def test_an_error_that_a_client_saw_is_caught_and_that_it_never_began(tmp_path: Path) -> None:
+    client = Taker(None, tmp_path / "client-0.runs", "auto")  # type: ignore[arg-type]
+    assert unexcused("client-0", client.errors) == ["client-0 saw an error it never began"]
+    errors = tmp_path / "client-0.errors"
+    errors.write_text("7.123 after 5 IDs: Timeout('...')\n")
+    assert unexcused("client-0", client.errors) == ["client-0 saw an error after 5 IDs: Timeout('...')"]
+    errors.write_text("")
+    assert unexcused("client-0", client.errors) == []
 
 
 @pytest.mark.parametrize("how", ["crash", "end"])
@@ -115,13 +102,6 @@ def test_what_a_daemon_logged_is_caught_unless_it_was_to_be_expected(tmp_path: P
         "delegator logged a warning of Python's",
         "delegator logged an exception",
     ]
-
-
-def test_a_fault_without_ids_is_caught() -> None:
-    fault = Fault("killed", at=10, over=20)
-    assert fault.idle == []
-    for idle in (replace(fault, at=0), replace(fault, over=10)):
-        assert idle.idle == ["no IDs were taken while: killed"]
 
 
 def test_a_route_that_no_client_went_is_caught() -> None:

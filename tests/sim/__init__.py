@@ -1,7 +1,7 @@
 """The protocol put to the test in virtual time: whole clusters, every order of events, and missing guards.
 
 histories   a seed draws a cluster and its faults; one thread, virtual clocks, a virtual network
-    plan.py      what a seed draws
+    fault_plan.py   what a seed draws
     world.py        time, hosts' clocks, processes, the network
     disk.py         the durable store, and what goes wrong on the way to it
     delegator.py    worker.py, client.py: the real rules, in a thin mirror of the real loops

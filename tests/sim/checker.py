@@ -53,17 +53,14 @@ class Violation(AssertionError):  # noqa: N818  (a finding, not a fault of this 
 class Rectangle:
     """A window that was granted, and who asked for it."""
 
-    machine: int
-    start: int
-    end: int
-    granted_end: int
-    gen: int
-    token: Token
-    tenancy_start: int
+    record: Record
+    """What the store wrote down for it."""
     holders: tuple[int, ...]
     """Several where one is a clone of another, made while the window was held or pending."""
     life: int
     """In which life of the store it was granted."""
+    end: int
+    """The window's, as truncated by releases."""
     unknown: bool = False
     """Whether the store lost it: a floor guards it from now on."""
     forgotten: bool = False
@@ -72,6 +69,14 @@ class Rectangle:
     """Whether it was granted over one that the store had lost and did not know of."""
     last: int = -1
     """The last tick minted in."""
+
+    def covers(self, tick: int) -> bool:
+        """Whether it held a tick when it was granted."""
+        return self.record.start <= tick < self.record.fence
+
+    def overlap(self, new: Record) -> bool:
+        """Whether it holds any of a newer window."""
+        return max(self.record.start, new.start) < min(self.end, new.fence)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,18 +91,6 @@ class Books:
     rectangle: Rectangle | None = None
 
 
-@dataclass(slots=True)
-class Tally:
-    """What was checked."""
-
-    ids: int = 0
-    grants: int = 0
-    releases: int = 0
-    repeats_of_clones: int = 0
-    repeats_after_rollback: int = 0
-    lost: int = 0
-
-
 class WatchedMint(Mint):
     """A mint that shows the checker what it gives."""
 
@@ -108,7 +101,7 @@ class WatchedMint(Mint):
     def __init__(self, layout: Layout, machine: int) -> None:
         super().__init__(layout, machine)
         self.checker = WatchedMint.watching
-        self.books = self.checker.begin(machine)
+        self.books = Books(self.checker.acting, machine)
 
     def take(self, now: int, count: int) -> Run | None:
         run = super().take(now, count)
@@ -121,7 +114,8 @@ class Checker:
     """The books of one history."""
 
     def __init__(self, now_us: Callable[[], int]) -> None:
-        self.tally = Tally()
+        self.ids = 0
+        self.counts: Counter[str] = Counter()
         self.acting = -1
         """The holder whose code runs now."""
         self.meta: Meta | None = None
@@ -170,57 +164,40 @@ class Checker:
                 self._latest[machine] = (*holders, clone), tenancy
         self._cloned |= {original, clone}
 
-    def begin(self, machine: int) -> Books:
-        """The acting holder has a new mint."""
-        return Books(self.acting, machine)
-
-    def begin_copy(self, books: Books, clone: int) -> Books:
-        """A mint was copied."""
-        return Books(clone, books.machine, books.last, books.over, books.rectangle)
-
     def told(self, grant: Grant) -> None:
         """A grant has reached a holder."""
-        for record in self._records.get(grant.machine, ()):
-            if (record.gen, record.start, record.fence, record.token) == (
-                grant.gen,
-                grant.start,
-                grant.end,
-                grant.token,
-            ):
-                return
-        raise Violation(f"durable: {_of(grant)} was answered, and no such record was ever stored")
+        told = grant.gen, grant.start, grant.end, grant.token
+        records = self._records.get(grant.machine, ())
+        if not any((r.gen, r.start, r.fence, r.token) == told for r in records):
+            raise Violation(f"durable: {grant} was answered, and no such record was ever stored")
 
     def lost(self, books: Books, token: Token, life: int) -> None:
         """A holder was told `lost`, in this life of the store; `token` is that of its newest window."""
-        self.tally.lost += 1
+        self.counts["lost"] += 1
         books.over = True
         holder, machine = books.holder, books.machine
         newest = self._newest(machine, token)
-        if newest.forgotten and life == self.life and newest.gen >= self._gens.get(machine, 0):
+        if newest.forgotten and life == self.life and newest.record.gen >= self._gens.get(machine, 0):
             raise Violation(f"floor: holder {holder} showed that the store forgot its window, and none rose")
         if self._may_be_gone(newest):
             return
-        if self._latest.get(machine) == ((holder,), newest.tenancy_start):
-            if self._taken_out.get(machine, -STALE_US) > self._now_us() - STALE_US:
-                return  # the operator took the machine out of the leased range
+        if self._taken_out.get(machine, -STALE_US) > self._now_us() - STALE_US:
+            return  # the operator took the machine out of the leased range
+        if self._latest.get(machine) == ((holder,), newest.record.tenancy_start):
             raise Violation(f"lost: holder {holder} was told so of machine {machine}, which is its own")
 
     def _newest(self, machine: int, token: Token) -> Rectangle:
         """The window of a token; after a loss it may have been granted another time."""
-        return next(r for r in reversed(self._by_token[token]) if r.machine == machine)
+        return next(r for r in reversed(self._by_token[token]) if r.record.machine == machine)
 
     def _may_be_gone(self, newest: Rectangle) -> bool:
         """Whether a tenancy may be over for one of the honest limits: a clone, or a loss since its newest window."""
         return len(newest.holders) > 1 or newest.life != self.life
 
-    def gave_up(self, holder: int, machine: int) -> None:
-        """A holder has dropped its lease though nobody told it to."""
-        raise Violation(f"lost: holder {holder} gave up machine {machine}, which is its own")
-
     def minted(self, books: Books, layout: Layout, run: Run, asked: int) -> None:
         """A mint gave a run of IDs."""
         first, step, count = run
-        self.tally.ids += count
+        self.ids += count
         tick, machine = first >> layout.time_shift, (first >> layout.machine_shift) & (layout.machines - 1)
         low = (first >> layout.sequence_shift) & (layout.ids_per_tick - 1)
         high = low + count
@@ -234,28 +211,26 @@ class Checker:
             raise Violation(f"ordered: holder {books.holder} minted ({tick}, {low}) after {books.last}")
         books.last = (tick, high - 1)
         rectangle = books.rectangle
-        if rectangle is None or not rectangle.start <= tick < rectangle.end:
+        if rectangle is None or not rectangle.record.start <= tick < rectangle.end:
             rectangle = books.rectangle = self._rectangle_of(books, tick)
         rectangle.last = max(rectangle.last, tick)
-        self._use(books, rectangle, tick, low, high)
+        self._use(books, tick, low, high)
 
     def _rectangle_of(self, books: Books, tick: int) -> Rectangle:
-        found = None
-        for rectangle in self._rectangles.get(books.machine, ()):
-            if books.holder not in rectangle.holders:
-                continue
-            if rectangle.start <= tick < rectangle.end:
+        granted = self._rectangles.get(books.machine, ())
+        own = [r for r in granted if books.holder in r.holders and r.covers(tick)]
+        for rectangle in own:
+            if tick < rectangle.end:
                 return rectangle
-            if rectangle.start <= tick < rectangle.granted_end and len(rectangle.holders) > 1:
-                found = rectangle  # a clone gave it back
-        if found is None:
-            raise Violation(
-                f"inside: holder {books.holder} minted at tick {tick} of machine {books.machine}, "
-                "which lies in no window granted to it"
-            )
-        return found
+        for rectangle in own:
+            if len(rectangle.holders) > 1:  # a clone gave it back
+                return rectangle
+        raise Violation(
+            f"inside: holder {books.holder} minted at tick {tick} of machine {books.machine}, "
+            "which lies in no window granted to it"
+        )
 
-    def _use(self, books: Books, rectangle: Rectangle, tick: int, low: int, high: int) -> None:
+    def _use(self, books: Books, tick: int, low: int, high: int) -> None:
         machine = books.machine
         used = self._used.get((machine, tick))
         if used is None:
@@ -267,19 +242,16 @@ class Checker:
             return
         for other_low, other_high, other in used:
             if low < other_high and other_low < high:
-                self._excuse(books, rectangle, other, tick)
+                self._excuse(books, other, tick)
         used.append((low, high, books))
 
-    def _excuse(self, books: Books, rectangle: Rectangle, other: Books, tick: int) -> None:
+    def _excuse(self, books: Books, other: Books, tick: int) -> None:
         machine = books.machine
-        theirs = [r for r in self._rectangles[machine] if r.start <= tick < r.granted_end]
-        if any(
-            len(r.holders) > 1 and (books.holder in r.holders or other.holder in r.holders)
-            for r in (rectangle, *theirs)
-        ):
-            self.tally.repeats_of_clones += 1
-        elif any(r.forgotten or r.blind for r in (rectangle, *theirs)):
-            self.tally.repeats_after_rollback += 1
+        granted = [r for r in self._rectangles[machine] if r.covers(tick)]
+        if any(len(r.holders) > 1 and {books.holder, other.holder} & set(r.holders) for r in granted):
+            self.counts["repeats_of_clones"] += 1
+        elif any(r.forgotten or r.blind for r in granted):
+            self.counts["repeats_after_rollback"] += 1
         else:
             raise Violation(
                 f"unique: tick {tick} of machine {machine} repeats IDs: "
@@ -301,7 +273,7 @@ class Checker:
 
     def _granted(self, new: Record) -> None:
         meta = self.meta
-        self.tally.grants += 1
+        self.counts["grants"] += 1
         assert new.token is not None
         if meta is None:
             raise Violation("floor: a grant in a store without a meta")
@@ -317,7 +289,7 @@ class Checker:
         if holders is None:
             raise Violation(f"superseded: machine {new.machine} went to a token that nobody drew")
         for other in self._by_token.get(new.token, ()):
-            tenancy = other.machine, other.tenancy_start, other.life
+            tenancy = other.record.machine, other.record.tenancy_start, other.life
             if tenancy == (new.machine, new.tenancy_start, self.life) and len(holders) == 1:
                 raise Violation(f"rotated: a second window on machine {new.machine} for one token")
         top = self._ceiling_tick(meta)
@@ -326,25 +298,16 @@ class Checker:
                 f"leak: machine {new.machine} was granted until {new.fence}, {new.fence - top} ticks past "
                 "the latest time that any clock shows"
             )
-        rectangle = Rectangle(
-            new.machine,
-            new.start,
-            new.fence,
-            new.fence,
-            new.gen,
-            new.token,
-            new.tenancy_start,
-            holders,
-            self.life,
-        )
+        rectangle = Rectangle(new, holders, self.life, new.fence)
         rectangles = self._rectangles.setdefault(new.machine, [])
         for other in rectangles:
-            rectangle.blind |= other.forgotten and max(other.start, new.start) < min(other.end, new.fence)
-            if max(other.start, new.start) < min(other.end, new.fence) and not other.forgotten:
-                raise Violation(
-                    f"disjoint: machine {new.machine} was granted [{new.start}, {new.fence}) to {holders} and "
-                    f"[{other.start}, {other.end}) to {other.holders}"
-                )
+            if other.overlap(new):
+                if not other.forgotten:
+                    raise Violation(
+                        f"disjoint: machine {new.machine} was granted [{new.start}, {new.fence}) to {holders} "
+                        f"and [{other.record.start}, {other.end}) to {other.holders}"
+                    )
+                rectangle.blind = True
         latest = self._latest.get(new.machine)
         if latest is not None and new.start != new.tenancy_start and not set(holders) & set(latest[0]):
             raise Violation(
@@ -356,7 +319,7 @@ class Checker:
         self._latest_end = max(self._latest_end, new.fence)
 
     def _released(self, old: Record, new: Record) -> None:
-        self.tally.releases += 1
+        self.counts["releases"] += 1
         if old.token is None:
             raise Violation(f"released: machine {new.machine}, which nobody held")
         self._latest[new.machine] = (), 0
@@ -364,7 +327,7 @@ class Checker:
             raise Violation(f"released: the fence of machine {new.machine} rose")
         releasing = self._drawn.get(old.token, ())
         for rectangle in self._rectangles.get(new.machine, ()):
-            if rectangle.end <= max(new.fence, rectangle.start) or rectangle.unknown:
+            if rectangle.end <= max(new.fence, rectangle.record.start) or rectangle.unknown:
                 continue
             if not set(rectangle.holders) & set(releasing):
                 raise Violation(
@@ -374,7 +337,7 @@ class Checker:
                 raise Violation(
                     f"released: machine {new.machine} was cut at {new.fence}; tick {rectangle.last} was minted in"
                 )
-            rectangle.end = max(rectangle.start, new.fence)
+            rectangle.end = max(rectangle.record.start, new.fence)
 
     def settled(self, meta: Meta) -> None:
         """A meta became durable."""
@@ -394,7 +357,7 @@ class Checker:
         if before is not None and meta.floor > before.floor:
             for rectangles in self._rectangles.values():
                 for rectangle in rectangles:
-                    if rectangle.granted_end <= meta.floor:
+                    if rectangle.record.fence <= meta.floor:
                         rectangle.forgotten = False
         top_us = max(self._walls_us + self._drift_us(), self.wall_us())
         top = max(self._ceiling_tick(meta), (top_us - meta.layout.epoch_us) // meta.layout.tick_us + 1)
@@ -456,10 +419,6 @@ class Checker:
 
     # --- answers ---
 
-    def refused(self, why: str) -> None:
-        """A holder refused a grant that no sound delegator gives."""
-        raise Violation(f"disjoint: a holder refused its grant: {why}")
-
     def was_released(self, release: Release, answer: Released) -> None:
         """A holder was told that its release stands."""
         meta = self.meta
@@ -478,8 +437,8 @@ class Checker:
             if span.holder.pid in self._cloned:
                 continue
             covered = span.start
-            for rectangle in sorted(self._rectangles.get(span.machine, ()), key=lambda r: r.start):
-                if rectangle.start == covered and span.holder.pid in rectangle.holders:
+            for rectangle in sorted(self._rectangles.get(span.machine, ()), key=lambda r: r.record.start):
+                if rectangle.record.start == covered and span.holder.pid in rectangle.holders:
                     covered = rectangle.end
             if covered < span.end:
                 raise Violation(f"traced: {span} says more than was granted, which ends at {covered}")
@@ -494,10 +453,10 @@ class Checker:
         newest = self._newest(release.machine, release.token)
         if self._may_be_gone(newest):
             return
-        granted = [r for r in self._by_token[release.token] if r.machine == release.machine]
-        if len({rectangle.tenancy_start for rectangle in granted}) > 1:
+        granted = [r.record for r in self._by_token[release.token] if r.record.machine == release.machine]
+        if len({record.tenancy_start for record in granted}) > 1:
             return  # a late copy of its acquire has taken the machine again since: for nobody
-        if self._latest.get(release.machine) == ((holder,), newest.tenancy_start):
+        if self._latest.get(release.machine) == ((holder,), newest.record.tenancy_start):
             raise Violation(f"leak: machine {release.machine} was not taken back from holder {holder}")
 
     def asked(self, delegator: int, client: bytes, msgid: int) -> None:
@@ -512,22 +471,17 @@ class Checker:
 
     def served(self, layout: Layout, runs: list[Run], count: int) -> None:
         """A client's call returned these runs for `count` IDs."""
+        self.counts["taken by clients"] += count
         if sum(run[2] for run in runs) != count:
             raise Violation(f"served: {runs} for {count} IDs")
         for first, step, length in runs:
             for each in range(length):
                 id_ = first + step * each
-                tick = id_ >> layout.time_shift
-                machine = (id_ >> layout.machine_shift) & (layout.machines - 1)
-                sequence = (id_ >> layout.sequence_shift) & (layout.ids_per_tick - 1)
-                used = self._used.get((machine, tick), ())
-                minted = sum(low <= sequence < high for low, high, _ in used)
+                it = layout.decompose(id_)
+                used = self._used.get((it.machine, it.tick), ())
+                minted = sum(low <= it.sequence < high for low, high, _ in used)
                 if not minted:
                     raise Violation(f"served: nobody minted ID {id_}")
                 self._returned[id_] += 1
                 if self._returned[id_] > minted:  # a repeat may have been excused when it was minted
                     raise Violation(f"served: ID {id_} was returned {self._returned[id_]} times")
-
-
-def _of(grant: Grant) -> str:
-    return f"machine {grant.machine}, gen {grant.gen}, [{grant.start}, {grant.end})"

@@ -27,15 +27,14 @@ class Client(Process):
         self.in_a_row = 0
         """How many calls have succeeded since one failed."""
         self.failed: ZflakeError | None = None
-        self._prefix = b"c%d" % number
+        self.identity = b"c%d" % number
         self._msgid = 0
         self._asking = 0
         self._count = 0
-        self._first: Ask | None = None
-        self._talk: Conversation[list[Run]] | None = None
+        self._talk = self._take()
         self._route = world.rng.choice(("auto", "direct", "broker", "broker"))
         self._balancer = self._new_balancer()
-        cluster.clients_by_prefix[self._prefix] = self
+        cluster.peers[self.identity] = self
         world.after(world.rng.randrange(1_000_000), self, self._call)
 
     def forget(self) -> None:
@@ -44,7 +43,7 @@ class Client(Process):
 
     def _new_balancer(self) -> Balancer:
         return Balancer(
-            [f"tcp://10.0.0.{n + 1}:7410" for n in range(self.cluster.plan.delegators)],
+            self.cluster.endpoints,
             self._route,
             now=self._now_s,
             draw=self.world.rng.random,
@@ -56,48 +55,37 @@ class Client(Process):
 
     def _call(self) -> None:
         self._count = 1 + int(self.world.rng.random() ** 3 * 30)
-        self._talk = None
-        self._first = begin(self._balancer, self._count, BUDGET_S)
-        if self._first is not None:
-            self._ask(self._first)
-            return
-        self._talk = take(self._balancer, self._count, BUDGET_S)
+        self._talk = self._take()
         self._go_on(None)
+
+    def _take(self) -> Conversation[list[Run]]:
+        """Take IDs as `zflake.Client` does."""
+        call = self._balancer, self._count, BUDGET_S
+        ask = begin(*call)
+        if ask is None:
+            return (yield from take(*call))
+        then = proceed(*call, ask, (yield ask))
+        return then if isinstance(then, list) else (yield from then)
 
     def _go_on(self, outcome: Outcome) -> None:
         self._asking = 0
         try:
-            if self._talk is None:
-                assert self._first is not None
-                then = proceed(self._balancer, self._count, BUDGET_S, self._first, outcome)
-                if isinstance(then, list):
-                    self._served(then)
-                    return
-                self._talk, outcome = then, None
             step = self._talk.send(outcome)
         except StopIteration as end:
-            self._served(end.value)
-            return
+            self.cluster.checker.served(self.cluster.plan.layout, end.value, self._count)
+            self.in_a_row += 1
         except ZflakeError as error:
             if self.world.tracing:
                 self.note(f"call failed: {error}")
             self.failed = error
-            self.in_a_row = -1
-            self._done()
-            return
-        if isinstance(step, Ask):
-            self._ask(step)
+            self.in_a_row = 0
         else:
-            assert isinstance(step, Pause)  # a client makes one call at a time, and waits for no other
-            self.world.after(int(step.seconds * 1e6) + 1, self, self._go_on, None)
-
-    def _served(self, runs: list[Run]) -> None:
-        self.cluster.checker.served(self.cluster.plan.layout, runs, self._count)
-        self.cluster.served += self._count
-        self._done()
-
-    def _done(self) -> None:
-        self.in_a_row += 1
+            if isinstance(step, Ask):
+                self._ask(step)
+            else:
+                assert isinstance(step, Pause)  # a client makes one call at a time, and waits for no other
+                self.world.after(int(step.seconds * 1e6) + 1, self, self._go_on, None)
+            return
         self.world.after(100_000 + self.world.rng.randrange(700_000), self, self._call)
 
     def _ask(self, ask: Ask) -> None:
@@ -110,7 +98,7 @@ class Client(Process):
                 f"asks {target.name if target else ask.endpoint} {ask.method} for {ask.timeout_s:.3f} s"
             )
         if target is not None and not target.dead:
-            self.world.send(self, target, target.asked, self, self._prefix, body)
+            self.world.send(self, target, target.asked, self, body)
         self.world.after(int(ask.timeout_s * 1e6) + 1, self, self._give_up, self._msgid)
 
     def _give_up(self, msgid: int) -> None:

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from tests.sim import delegator as delegators
 from tests.sim.checker import Checker, Violation, WatchedMint
 from tests.sim.client import Client
 from tests.sim.delegator import Delegator
 from tests.sim.disk import Disk
-from tests.sim.fault_plan import FaultPlan, draw
+from tests.sim.fault_plan import FINE, FaultPlan, draw
 from tests.sim.figures import Figures
 from tests.sim.worker import WatchedLessee, Worker
 from tests.sim.world import Host, Process, World
 from zflake.core import lessee as lessee_module
-from zflake.core.lease import Record
-from zflake.core.lessee import State
 from zflake.delegator.start import Wishes
 from zflake.holder import lease as lease_module
-from zflake.wire.codec import decode_response
+from zflake.wire.codec import decode_request, decode_response, encode_result
 
 SETTLE_US: Final = 10_000_000
 """How long a healthy cluster may take beyond what windows and floors demand: retries, and their jitter."""
@@ -49,17 +47,14 @@ class Cluster:
         self.plan = plan = plan or draw(rng)
         self.checker = Checker(lambda: self.world.true_us)
         WatchedMint.watching = self.checker
-        self.disk = Disk(self.checker.stored, self.checker.settled, self.checker.used)
-        self.routes: Counter[str] = Counter()
-        self.served = 0
+        self.disk = Disk(self.checker)
         self.world.note("", f"seed {seed}: {plan}")
         self._steps_us = [0] * plan.delegators
         self.hosts = [self._host() for _ in range(max(plan.delegators, plan.workers))]
         self.workers: list[Worker] = []
-        self.gone: list[Worker] = []
-        self.workers_by_address: dict[str, Worker] = {}
-        self.workers_by_identity: dict[bytes, Worker] = {}
-        self.clients_by_prefix: dict[bytes, Client] = {}
+        self.peers: dict[bytes, Worker | Client] = {}
+        """The workers and clients that there were, by the identities of their connections."""
+        self.endpoints = [f"tcp://10.0.0.{n + 1}:7410" for n in range(plan.delegators)]
         self.delegators: list[Delegator | None] = [None] * plan.delegators
         self.started: list[Delegator] = []
         """Every delegator's process that there was."""
@@ -67,14 +62,10 @@ class Cluster:
         self._calm = False
         self._emptied = False
         self._accepting = False
-        self._snapshot = self.disk.snapshot()
-        self._seen: bytes | None = None
-        self._wishes = Wishes(
-            layout=plan.layout,
-            ttl_ms=plan.ttl_ms,
-            machines=plan.machines,
-            new=True,
-        )
+        self._snapshot = self._empty = self.disk.snapshot()
+        self._seen: Any = None  # what a worker has answered
+        self._founding = Wishes(layout=plan.layout, ttl_ms=plan.ttl_ms, machines=plan.machines, new=True)
+        self._wishes = self._founding
         self.checker.wall_us = lambda: max(host.wall_us() for host in self.hosts)
         for number in range(plan.delegators):
             self._start_delegator(number)
@@ -94,34 +85,21 @@ class Cluster:
 
     def at(self, address: str) -> Delegator | Worker | None:
         """Who serves at an address."""
-        if address.startswith("tcp://10.0.0."):
-            return self.delegators[int(address[13 : address.index(":", 6)]) - 1]
-        worker = self.workers_by_address.get(address)
-        if worker is not None and worker.dead:
+        if address in self.endpoints:
+            return self.delegators[self.endpoints.index(address)]
+        worker = self.peers[b"w" + address.rpartition(":")[2].encode()]
+        assert isinstance(worker, Worker)
+        if worker.dead:
             # A clone advertises the address that it was born with.
             return next((w for w in self._staying() if w.lease.lessee._holder.address == address), worker)
         return worker
-
-    def started_as(self, process: Process) -> Delegator:
-        """A process that is a delegator, as one."""
-        assert isinstance(process, Delegator)
-        return process
-
-    def client_hears(self, client: Process, body: bytes) -> None:
-        """A message reaches a client."""
-        assert isinstance(client, Client)
-        client.hear(body)
 
     # --- a history ---
 
     def run(self) -> None:
         """Live through it; raises `Violation` where something happened that must not."""
         world, plan = self.world, self.plan
-        world.drop, world.duplicate = plan.drop, plan.duplicate
-        world.delay, world.delay_us = plan.delay, plan.delay_us
-        disk = self.disk
-        disk.slow, disk.slow_us = plan.slow, plan.slow_us
-        disk.unknown, disk.crash = plan.unknown, plan.crash
+        world.weather = plan.weather
         self._plan_act()
         if plan.loss or plan.accept:
             world.after(plan.fault_us * 2 // 3, None, self._lose if plan.loss else self._accept)
@@ -133,10 +111,7 @@ class Cluster:
 
     def figures(self) -> Figures:
         """What was done and checked."""
-        tally = self.checker.tally
-        counts = Counter({name: getattr(tally, name) for name in tally.__slots__ if name != "ids"})
-        counts += Counter({"taken by clients": self.served, **self.routes})
-        return Figures(1, tally.ids, self.world.true_us, +self.world.faults, counts)
+        return Figures(1, self.checker.ids, self.world.true_us, self.world.faults, self.checker.counts)
 
     # --- the demon ---
 
@@ -155,12 +130,12 @@ class Cluster:
         match act:
             case "crash worker" if alive:
                 worker = rng.choice(alive)
-                self._fault(act, worker.name)
+                self.world.fault(act, worker.name)
                 worker.die()
                 self.world.after(rng.randrange(1_500_000), None, self._replace_worker)
             case "release" if alive:
                 worker = rng.choice(alive)
-                self._fault(act, worker.name)
+                self.world.fault(act, worker.name)
                 worker.leave()
                 self.world.after(rng.randrange(500_000), None, self._replace_worker)
             case "pause worker" if alive:
@@ -168,22 +143,22 @@ class Cluster:
             case "clone" if alive and len(self.workers) < 12:
                 worker = rng.choice(alive)
                 if worker.releasing is None:
-                    self._numbers += 1
-                    self._fault(act, worker.name, f"as w{self._numbers}")
-                    self.workers.append(worker.double(self._numbers, worker.host.copy()))
+                    number = self._next_number()
+                    self.world.fault(act, worker.name, f"as w{number}")
+                    self.workers.append(worker.double(number, worker.host.copy()))
             case "fork" if alive:
                 worker = rng.choice(alive)
-                self._fault(act, worker.name)
+                self.world.fault(act, worker.name)
                 child = worker.fork(self._next_number())
                 self.workers.append(child)
                 self.world.after(rng.randrange(5_000), child, child.take, 3)
                 self.world.after(rng.randrange(2_000_000), child, self._end, child)
             case "new worker" if len(alive) < 6:
-                self._fault(act, "")
+                self.world.fault(act)
                 self._start_worker()
             case "crash delegator" if serving:
                 delegator = rng.choice(serving)
-                self._fault(act, delegator.name)
+                self.world.fault(act, delegator.name)
                 delegator.die()
                 self.world.after(rng.randrange(2_000_000), None, self._start_delegator, delegator.number)
             case "pause delegator" if serving:
@@ -193,21 +168,18 @@ class Cluster:
             case "partition":
                 self._partition()
             case "outage":
-                self._fault(act, "disk")
+                self.world.fault(act, "disk")
                 self.disk.out = True
                 self.world.after(rng.randrange(1_500_000), None, self._heal_disk)
             case "new ttl" if serving and not self._accepting:
-                self._wish(act, ttl_ms=rng.choice((1_000, 2_000, 4_000)))
+                self._wish(act, Wishes(ttl_ms=rng.choice((1_000, 2_000, 4_000))))
             case "new range" if serving and not self._accepting:
                 first = rng.randrange(2)
                 last = min(first + rng.randrange(1, 4), self.plan.layout.machines - 1)
-                self._wish(act, machines=(first, last))
+                self._wish(act, Wishes(machines=(first, last)))
             case _:
                 pass
         self._plan_act()
-
-    def _fault(self, act: str, who: str, text: str = "") -> None:
-        self.world.fault(act, who, text)
 
     def _end(self, child: Worker) -> None:
         if not self._calm:
@@ -215,7 +187,7 @@ class Cluster:
 
     def _pause(self, act: str, process: Process, most_us: int) -> None:
         pause_us = int(self.world.rng.random() ** 2 * most_us)
-        self._fault(act, process.name, f"for {pause_us / 1e6:.3f} s")
+        self.world.fault(act, process.name, f"for {pause_us / 1e6:.3f} s")
         process.paused_until_us = self.world.true_us + pause_us
 
     def _step_wall(self, number: int) -> None:
@@ -223,7 +195,7 @@ class Cluster:
         if abs(self._steps_us[number] + by_us) > MOST_LEAD_US:
             by_us = -self._steps_us[number]
         self._steps_us[number] += by_us
-        self._fault("step wall", f"d{number}", f"by {by_us / 1e6:+.3f} s")
+        self.world.fault("step wall", f"d{number}", f"by {by_us / 1e6:+.3f} s")
         self.hosts[number].step_wall(by_us)
         self.checker.wall(self.hosts[number].wall_us())
 
@@ -237,7 +209,7 @@ class Cluster:
             return
         one, two = rng.choice(ends), rng.choice(ends)
         both = rng.random() < 0.6
-        self._fault("partition", one.name, f"{'from' if both else 'to'} {two.name}")
+        self.world.fault("partition", one.name, f"{'from' if both else 'to'} {two.name}")
         self.world.cut = {(one.name, two.name)}
         if both:
             self.world.cut.add((two.name, one.name))
@@ -245,17 +217,12 @@ class Cluster:
     def _heal_disk(self) -> None:
         self.disk.out = False
 
-    def _wish(self, act: str, **changes: object) -> None:
+    def _wish(self, act: str, wishes: Wishes) -> None:
         """An operator restarts a delegator with another setting."""
         number = self.world.rng.randrange(self.plan.delegators)
         if self.disk.contents().records == []:
             return  # a store that was emptied is made anew as the first one was
-        self._fault(act, f"d{number}", str(changes))
-        ttl_ms, machines = changes.get("ttl_ms"), changes.get("machines")
-        wishes = Wishes(
-            ttl_ms=ttl_ms if isinstance(ttl_ms, int) else None,
-            machines=machines if isinstance(machines, tuple) else None,
-        )
+        self.world.fault(act, f"d{number}", str(wishes.ttl_ms or wishes.machines))
         if (running := self.delegators[number]) is not None:
             running.die()
         self.delegators[number] = delegators.begin(self, number, wishes)
@@ -269,21 +236,16 @@ class Cluster:
         """The store becomes what it was, or nothing; delegators that notice are those that start."""
         loss = self.plan.loss
         assert loss is not None
-        self._fault(loss, "disk")
+        self.world.fault(loss, "disk")
         unnoticed = loss == "rollback unnoticed"
         # Of a store that was emptied a delegator that runs takes no notice but to grant nothing any more.
         if loss == "emptied" or self.world.rng.random() < 0.5:
             self._stop_delegators()
         if loss == "emptied":
-            self.disk.restore(Disk(self.disk.stored, self.disk.settled, self.disk.used).snapshot())
+            self.disk.restore(self._empty)
             self.disk.life = "life 1"
             self._emptied = True
-            self._wishes = Wishes(
-                layout=self.plan.layout,
-                ttl_ms=self.plan.ttl_ms,
-                machines=self.plan.machines,
-                new=self.plan.marked,  # which is no use then
-            )
+            self._wishes = replace(self._founding, new=self.plan.marked)  # which is no use then
             self.disk.had_data = self.plan.marked
         else:
             self.disk.restore(self._snapshot)
@@ -291,7 +253,7 @@ class Cluster:
                 self.disk.losses += 1
             else:
                 self.disk.life = "life 1"
-        records: dict[int, Record] = {record.machine: record for record in self.disk.contents().records}
+        records = {record.machine: record for record in self.disk.contents().records}
         self.checker.store_lost(records, self.disk.meta(), noticed=not unnoticed)
         # A keeper learns a new store's ID where a request went unanswered: it says hello again.
         down_us = 2_500_000 if loss == "emptied" else 0
@@ -305,7 +267,7 @@ class Cluster:
     def _accept(self) -> None:
         """An operator stops all delegators, and starts them with the word that the clock is right."""
         number = self.world.rng.randrange(self.plan.delegators)
-        self._fault("accept clock", f"d{number}")
+        self.world.fault("accept clock", f"d{number}")
         self._stop_delegators()
         self.disk.out = False
         self._accepting = True  # nobody else is started until this one runs
@@ -321,28 +283,26 @@ class Cluster:
         rng = self.world.rng
         if self._calm or self._seen is None or rng.random() >= self.plan.stranger:
             return
-        answer = self._seen
-        msgid = body[2:7] if body[2] == 0xCE else body[2:3]
-        forged = answer[:2] + msgid + answer[7 if answer[2] == 0xCE else 3 :]
-        self._fault("forged answer", "")
+        msgid, *_ = decode_request(body)
+        forged = encode_result(msgid, self._seen)
+        self.world.fault("forged answer")
         stranger = b"w%d" % rng.randrange(1 + self._numbers)
-        owner = self.workers_by_identity.get(stranger)
         peer = delegator.service.broker._peers.get(stranger)
-        if owner is not None and peer is not None and tag in peer.jobs:
+        if peer is not None and tag in peer.jobs:
             stranger = b"stranger"  # the tag's own worker would be believed, and rightly so
         self.world.after(1, delegator, delegator.receive, [stranger, tag, b"", forged])
 
     def stranger_hears(self, delegator: Delegator, frames: list[bytes]) -> None:
         """A worker's answer is seen by a stranger, who may send it again."""
-        body = frames[-1]
-        if not self.plan.stranger or body[:2] != b"\x94\x01":
+        if not self.plan.stranger:
             return
         rng = self.world.rng
         if not self._calm and rng.random() < self.plan.stranger:
-            self._fault("repeated answer", "")
+            self.world.fault("repeated answer")
             self.world.after(rng.randrange(100_000), delegator, delegator.receive, frames)
-        if decode_response(body).error is None:
-            self._seen = body
+        answer = decode_response(frames[-1])
+        if answer.error is None:
+            self._seen = answer.result
 
     # --- starting ---
 
@@ -374,13 +334,12 @@ class Cluster:
     # --- after the faults ---
 
     def _calm_down(self) -> None:
-        world, disk, rng = self.world, self.disk, self.world.rng
+        world, rng = self.world, self.world.rng
         world.note("", "--- the faults stop ---")
         self._calm = True
-        world.drop = world.duplicate = world.delay = 0.0
+        world.weather = FINE
         world.cut = set()
-        disk.slow = disk.unknown = disk.crash = 0.0
-        disk.out = False
+        self.disk.out = False
         for number, delegator in enumerate(self.delegators):
             if delegator is None or delegator.dead:
                 self._start_delegator(number)
@@ -434,24 +393,38 @@ class Cluster:
             world.run(world.true_us + 1_000_000)
         if not all(self.delegators):
             raise Violation("liveness: a delegator does not start though nothing is wrong any more")
+        if self._await(self._not_holding, self._bound_us):
+            for client in self.clients:
+                client.in_a_row = 0
+            # A client reads the directory anew every 10 s; before that it may insist on a delegator that knows
+            # of no worker.
+            self._await(self._not_served, lambda: CALLS_US + (self._bound_us() if self._resting() else 0))
+
+    def _await(self, waiting: Callable[[], list[str]], bound_us: Callable[[], int]) -> bool:
+        """Wait until nobody is `waiting`, within a bound; False if the layout ends before."""
+        world = self.world
         floor, until_us = -1, 0
         while True:
             world.run(world.true_us + LOOK_US)
             if self._ends():
-                return
+                return False
             meta = self.disk.meta()
             assert meta is not None
             if meta.floor != floor:  # at first, and where a witness shows a loss
-                floor, until_us = meta.floor, world.true_us + self._bound_us()
-            waiting = [w for w in self._staying() if w.lease.lessee.state is not State.HELD]
-            # Whoever holds a window from before a loss is served, but not for long.
-            if not waiting and not self._resting():
-                break
+                floor, until_us = meta.floor, world.true_us + bound_us()
+            if not (those := waiting()):
+                return True
             if world.true_us > until_us:
-                states = ", ".join(f"{w.name} {w.lease.lessee.state.name}" for w in waiting)
-                raise Violation(f"liveness: not served though nothing is wrong any more: {states}")
-        if self.clients:
-            self._serve_clients()
+                raise Violation(f"liveness: not served though nothing is wrong any more: {', '.join(those)}")
+
+    def _not_holding(self) -> list[str]:
+        lessees = [(worker.name, worker.lease.state) for worker in self._staying()]
+        # A worker that holds a window from before a loss is served, but not for long.
+        rest = ["the store rests"] if self._resting() else []
+        return [f"{name} {state}" for name, state in lessees if state != "HELD"] or rest
+
+    def _not_served(self) -> list[str]:
+        return [f"{client.name}: {client.failed}" for client in self.clients if client.in_a_row < CALLS]
 
     def _resting(self) -> bool:
         """Whether a floor still lies ahead, after a loss."""
@@ -459,23 +432,6 @@ class Cluster:
         return meta is not None and any(
             d is not None and d.clock.tick() < meta.floor for d in self.delegators
         )
-
-    def _serve_clients(self) -> None:
-        world = self.world
-        for client in self.clients:
-            client.in_a_row = 0
-        # A client reads the directory anew every 10 s; before that it may insist on a delegator that knows
-        # of no worker.
-        until_us = world.true_us + CALLS_US
-        while any(client.in_a_row < CALLS for client in self.clients):
-            world.run(world.true_us + LOOK_US)
-            if self._ends():
-                return
-            if self._resting():  # a witness has come late
-                until_us = world.true_us + self._bound_us() + CALLS_US
-            if world.true_us > until_us:
-                client = next(client for client in self.clients if client.in_a_row < CALLS)
-                raise Violation(f"liveness: {client.name} is not served: {client.failed}")
 
     def _leave(self) -> None:
         world = self.world

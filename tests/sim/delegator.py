@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from tests.sim.client import Client
 from tests.sim.disk import Connection, Crashed
 from tests.sim.world import Process
 from zflake.core.lease import Refusal, Refused
@@ -37,7 +38,7 @@ class Delegator(Process):
         self.cluster = cluster
         cluster.started.append(self)
         self.number = number
-        self.address = f"tcp://10.0.0.{number + 1}:7410"
+        self.address = cluster.endpoints[number]
         host, checker, rng = self.host, cluster.checker, cluster.world.rng
         store = Connection(cluster.world, self, cluster.disk, lambda: self.timeline.at(host.local_us()))
 
@@ -114,13 +115,13 @@ class Delegator(Process):
             self._work_soon(100 + int(self.world.rng.random() * 2_000))
         self._flush()
 
-    def asked(self, _client: Process, prefix: bytes, body: bytes) -> None:
+    def asked(self, client: Client, body: bytes) -> None:
         """A client asks something."""
         msgid, method, _ = decode_request(body)
         if method == "ids.next":
-            self.cluster.routes["brokered"] += 1
-        self.cluster.checker.asked(id(self), prefix, msgid)
-        self.receive([prefix, b"", body])
+            self.cluster.checker.counts["brokered"] += 1
+        self.cluster.checker.asked(id(self), client.identity, msgid)
+        self.receive([client.identity, b"", body])
 
     def _turn(self) -> None:
         self.service.turn(self.host.local_us())
@@ -141,20 +142,17 @@ class Delegator(Process):
         while messages := self.service.collect():
             for message in messages:
                 identity, body = message.prefix[0], message.body
-                client = cluster.clients_by_prefix.get(identity)
-                if client is not None:
-                    msgid = decode_response(body).msgid or 0
-                    cluster.checker.answered(id(self), identity, msgid)
-                    self.world.send(self, client, cluster.client_hears, client, body)
-                    continue
-                worker = cluster.workers_by_identity.get(identity.partition(b"/")[0])
-                if worker is None or worker.dead:
+                peer = cluster.peers.get(identity.partition(b"/")[0])
+                if isinstance(peer, Client):
+                    cluster.checker.answered(id(self), identity, decode_response(body).msgid or 0)
+                    self.world.send(self, peer, peer.hear, body)
+                elif peer is None or peer.dead:
                     self.service.unsent(message, self.host.local_us())
-                    continue
-                told = (self, identity, message.prefix[1:], body, cluster.checker.life)
-                self.world.send(self, worker, worker.hear, *told)
-                if message.worker is not None:
-                    cluster.stranger_sees(self, message.prefix[1], body)
+                else:
+                    told = (self, identity, message.prefix[1:], body, cluster.checker.life)
+                    self.world.send(self, peer, peer.hear, *told)
+                    if message.worker is not None:
+                        cluster.stranger_sees(self, message.prefix[1], body)
 
 
 def begin(cluster: Cluster, number: int, wishes: Wishes, *, accept_clock: bool = False) -> Delegator | None:

@@ -11,12 +11,15 @@ crash       the process dies in the middle: before the effect, or after it and b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tests.sim.checker import Checker
 from tests.sim.world import Process, World
-from zflake.core.lease import Mark, Meta, Record, Swap, Token
+from zflake.core.lease import Mark, Meta, Record, Swap
 from zflake.errors import StoreError
+from zflake.stores.keyed import META, Key, Thing
 from zflake.stores.memory import MemoryStore
 
 
@@ -25,61 +28,44 @@ class Crashed(BaseException):
 
 
 class Disk(MemoryStore):
-    """What is durable.  The callables are told of each record and meta that is written, and of the time it was."""
+    """What is durable.  The checker is told of each record and meta that is written, and of the time it was."""
 
-    def __init__(
-        self,
-        stored: Callable[[Record, Record], None],
-        settled: Callable[[Meta], None],
-        used: Callable[[int], None],
-    ) -> None:
+    def __init__(self, checker: Checker) -> None:
         super().__init__()
+        self.checker = checker
         self.life = "life 0"
         self.losses = 0
         """How often it went back without anything to show for it."""
         self.shared = False
-        self.stored = stored
-        self.settled = settled
-        self.used = used
-        # Weather.
-        self.slow = 0.0
-        self.slow_us = 0
         self.out = False
-        self.unknown = 0.0
-        self.crash = 0.0
 
     def snapshot(self) -> dict[str, Any]:
         """All that is durable, as it is now."""
-        return {name: _copied(value) for name, value in vars(self).items() if name.startswith("_")}
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if name.startswith("_")}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Be what a snapshot was."""
-        vars(self).update({name: _copied(value) for name, value in snapshot.items()})
+        vars(self).update(copy.deepcopy(snapshot))
 
     def apply(self, swaps: Sequence[Swap], mark: Mark | None, used_us: int | None = None) -> list[bool]:
-        """Swap at once, and say what was written, by a delegator whose now was `used_us`."""
-        before = [MemoryStore.by_machine(self, swap.new.machine) for swap in swaps]
-        meta = MemoryStore.meta(self)
+        """Swap at once, for a delegator whose now was `used_us`."""
+        meta = self.meta()
         known = meta is not None and meta.incarnation == self.life
         done = MemoryStore.swap(self, swaps if known else (), mark)
-        done = done if known else [False] * len(swaps)
         if used_us is not None:
-            self.used(used_us)
-        for old, swap, ok in zip(before, swaps, done, strict=True):
-            if ok:
-                self.stored(old, swap.new)
-        return done
+            self.checker.used(used_us)
+        return done if known else [False] * len(swaps)
+
+    def _write(self, writes: Mapping[Key, Thing | None]) -> None:
+        for thing in writes.values():
+            if isinstance(thing, Meta):
+                self.checker.settled(thing)
+            elif isinstance(thing, Record):
+                self.checker.stored(self.by_machine(thing.machine), thing)
+        super()._write(writes)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_copied(each) for each in value]
-    return value
-
-
-class Connection(MemoryStore):
+class Connection(Disk):
     """A delegator's view of the disk: it shares the disk's contents, and adds what goes wrong."""
 
     __slots__ = ("_clock", "_disk", "_process", "_world")
@@ -98,65 +84,35 @@ class Connection(MemoryStore):
     def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
         return self._disk.life
 
-    def initialise(self, meta: Meta, *contents: Any) -> None:
-        self._reach()
-        super().initialise(meta, *contents)
-        self._disk.settled(meta)
-
-    def meta(self) -> Meta | None:
-        self._reach()
-        return super().meta()
-
-    # Reads by key do not wait: what may happen meanwhile happens before the next call that does.
-
-    def by_machines(self, machines: Sequence[int]) -> list[Record]:
-        if self._disk.out:
+    def _get(self, keys: Sequence[Key]) -> list[Any]:
+        # Records do not wait: what may happen meanwhile happens before the next call that does.
+        if self.out or META in keys:
             self._reach()
-        return super().by_machines(machines)
+        return super()._get(keys)
 
-    def by_tokens(self, tokens: Sequence[Token]) -> list[Record | None]:
-        if self._disk.out:
-            self._reach()
-        return super().by_tokens(tokens)
-
-    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
+    def _keys(self, low: Key, high: Key, *, limit: int = 0, last: bool = False) -> list[Key]:
         self._reach()
-        return super().lowest(first, last, limit)
-
-    def held(self, now: int) -> Sequence[Record]:
-        self._reach()
-        return super().held(now)
-
-    def marks(self) -> Sequence[Mark]:
-        self._reach()
-        return super().marks()
-
-    def set_marks(self, timeline_us: int) -> None:
-        self._reach()
-        super().set_marks(timeline_us)
+        return super()._keys(low, high, limit=limit, last=last)
 
     def swap_meta(self, old: Meta, new: Meta) -> bool:
         self._reach()
-        if not super().swap_meta(old, new):
-            return False
-        self._disk.settled(new)
-        return True
+        return super().swap_meta(old, new)
 
     def swap(self, swaps: Sequence[Swap], mark: Mark | None = None) -> list[bool]:
         world, disk, process = self._world, self._disk, self._process
-        rng = world.rng
+        rng, weather = world.rng, world.weather
         used_us = self._clock()
         self._reach()
         if not swaps:
             return disk.apply(swaps, mark, used_us)
-        if disk.crash and rng.random() < disk.crash:
+        if weather.crash and rng.random() < weather.crash:
             happened = rng.random() < 0.5
             world.fault("crash in a swap", process.name, "after it" if happened else "before it")
             if happened:
                 disk.apply(swaps, mark, used_us)
             process.die()
             raise Crashed
-        if disk.unknown and rng.random() < disk.unknown:
+        if weather.unknown and rng.random() < weather.unknown:
             kind = rng.randrange(3)
             world.fault("unknown outcome", process.name, ("before", "after", "later")[kind])
             if kind == 1:
@@ -165,8 +121,7 @@ class Connection(MemoryStore):
                 world.after(int(rng.random() * 3_000_000), None, self._late, swaps, mark, disk.losses)
             raise StoreError("it is unknown whether that was written")
         done = disk.apply(swaps, mark, used_us)
-        if disk.slow and rng.random() < disk.slow:
-            self._wait("after")
+        self._may_wait("after")
         return done
 
     def close(self) -> None:
@@ -183,12 +138,13 @@ class Connection(MemoryStore):
         if self._disk.out:
             self._world.faults["store out of reach"] += 1
             raise StoreError("the store is out of reach")
-        if self._disk.slow and self._world.rng.random() < self._disk.slow:
-            self._wait("before")
+        self._may_wait("before")
 
-    def _wait(self, when: str) -> None:
+    def _may_wait(self, when: str) -> None:
         world = self._world
-        wait_us = int(world.rng.random() ** 3 * self._disk.slow_us)
+        if not world.weather.slow or world.rng.random() >= world.weather.slow:
+            return
+        wait_us = int(world.rng.random() ** 3 * world.weather.slow_us)
         world.faults["slow store"] += 1
         if world.tracing:
             self._process.note(f"waits for the store for {wait_us / 1e3:.1f} ms, {when} the call")

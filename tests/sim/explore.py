@@ -27,9 +27,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from tests.sim.checker import Violation
 from zflake.core import lessor, loss
 from zflake.core.layout import Field, Layout
 from zflake.core.lease import (
@@ -55,6 +56,8 @@ from zflake.errors import ProtocolError
 
 TICKS: Final = 24
 """More ticks than any window here reaches."""
+BITS: Final = 2 * TICKS
+"""A bit for each tick of each machine.  IDs have as many for the first sequence, and as many for the second."""
 FIRST: Final = 4
 """The tick at which time begins."""
 LAST: Final = 11
@@ -65,15 +68,10 @@ MOST_MESSAGES: Final = 3
 MOST_DRAWS: Final = 4
 LAYOUT: Final = Layout("tiny", (Field("time", 8), Field("machine", 1), Field("sequence", 1)), 0, 60_000)
 META: Final = Meta("tiny", LAYOUT, TTL, 0, 1)
-SOMEBODY: Final = Holder()
 
 
 Step: TypeAlias = tuple[tuple[Any, ...], "World"]
 """What happens, in words and things, and what comes of it."""
-
-
-class Broken(AssertionError):  # noqa: N818  (a finding, not a fault of this program)
-    """An invariant does not hold."""
 
 
 class Snapshot(NamedTuple):
@@ -112,6 +110,11 @@ class World(NamedTuple):
     races: int
     late: int
 
+    @property
+    def sole(self) -> int:
+        """What some holder owns by itself, and the store knows of."""
+        return (self.owned[0] | self.owned[1] | self.owned[2]) & ~self.shared & ~self.forgotten
+
 
 class Interned:
     """Objects by number, and numbers by object."""
@@ -128,29 +131,21 @@ class Interned:
         return number
 
 
-@dataclass
-class Result:
+class Result(NamedTuple):
     """What an exploration came to."""
 
     states: int
-    steps: int
     depth: int
     violation: str = ""
+    """What broke, and how it came to that."""
 
 
-class Sent(NamedTuple):
-    """An answer on its way to a holder, with the request it answers."""
-
-    holder: int
-    request: Request
-    answer: Answer
-
-
-class Asked(NamedTuple):
-    """A request on its way to a delegator."""
+class Message(NamedTuple):
+    """A holder's request on its way to a delegator, or the answer on its way back."""
 
     holder: int
     request: Request
+    answer: Answer | None = None
 
 
 class Scope(NamedTuple):
@@ -185,20 +180,17 @@ class Explorer:
         self._holders, self._records = Interned(), Interned()
         self._messages, self._swaps = Interned(), Interned()
         self._memory: dict[Any, Any] = {}
-        self._drawing: list[Token] = []
-        self._template = vars(Lessee(SOMEBODY, draw_token=self._drawing.pop, jitter=lambda: 0.0))
-
-    def first(self) -> World:
-        """Where it all begins."""
+        self._template = vars(Lessee(Holder(), draw_token=bytes, jitter=lambda: 0.0))
         zero = (self._records.number(Record(0)), self._records.number(Record(1)))
         one, two = (
             self._holders.number(Snapshot(n, 0, Standing.ACQUIRING, -1, (), 0, -1, 0, b"", 0, None))
             for n in range(2)
         )
-        return World(
+        self.first = World(
             FIRST, zero, 0, 1, (one, two, -1), (), (-1, -1, -1), 0, 0, (0, 0, 0), 0, -1, 0, 0,
-            self.scope.races, self.scope.late,
+            scope.races, scope.late,
         )  # fmt: skip
+        """Where it all begins."""
 
     # --- steps ---
 
@@ -212,15 +204,13 @@ class Explorer:
         for message in w.messages:
             thing = self._messages.things[message]
             rest = w._replace(messages=tuple(m for m in w.messages if m != message))
-            if isinstance(thing, Sent):
-                yield ("late answer to", thing.holder, thing.answer), self._deliver(rest, thing)
+            if thing.answer is None:
+                yield from self._ask_any(rest, thing, "late")
             else:
-                for d in self.scope.delegators:
-                    for how, after in self._ask(rest, thing, d):
-                        yield ("late", thing.request, "at delegator", d, *how), after
+                yield ("late answer to", thing.holder, thing.answer), self._deliver(rest, thing)
         if w.pending[0] >= 0:
             yield ("the swap that was overtaken",), self._resume(w)
-        if self.scope.loss and not w.lost and w.records != self.first().records:
+        if self.scope.loss and not w.lost and w.records != self.first.records:
             yield ("the store is emptied, and that is noticed",), self._lose(w, noticed=True)
             yield ("the store is emptied",), self._lose(w, noticed=False)
         if self.scope.clone and w.shared_draws < 0:
@@ -236,26 +226,25 @@ class Explorer:
         if holder.draws < MOST_DRAWS or holder.next is not None:
             number, request = self._remember(self._poll, w.holders[h])
             polled = w._replace(holders=_put(w.holders, h, number))
-            asked = Asked(h, request)
-            for d in self.scope.delegators:
-                for how, after in self._ask(polled, asked, d):
-                    yield (h, "asks delegator", d, request, *how), after
+            asked = Message(h, request)
+            yield from self._ask_any(polled, asked, "asks")
             if w.late:
-                one_less = polled._replace(late=w.late - 1)
-                yield (h, "asks, late:", request), self._post(one_less, asked)
-                for d in self.scope.delegators:
-                    for how, after in self._ask(self._post(one_less, asked), asked, d):
-                        yield (h, "asks twice, delegator", d, request, *how), after
+                posted = self._post(polled._replace(late=w.late - 1), asked)
+                yield (h, "asks, late:", request), posted
+                yield from self._ask_any(posted, asked, "asks twice")
         if holder.machine >= 0:
             number, request = self._remember(self._close, w.holders[h])
             closed = w._replace(holders=_put(w.holders, h, number))
-            asked = Asked(h, request)
+            asked = Message(h, request)
             yield (h, "closes, late:", request), self._post(closed, asked)
-            for d in self.scope.delegators:
-                for how, after in self._ask(closed, asked, d):
-                    yield (h, "closes, delegator", d, request, *how), after
+            yield from self._ask_any(closed, asked, "closes")
 
-    def _ask(self, w: World, asked: Asked, d: int) -> Iterator[Step]:
+    def _ask_any(self, w: World, asked: Message, what: str) -> Iterator[Step]:
+        for d in self.scope.delegators:
+            for how, after in self._ask(w, asked, d):
+                yield (asked.holder, what, "delegator", d, asked.request, *how), after
+
+    def _ask(self, w: World, asked: Message, d: int) -> Iterator[Step]:
         """A delegator has a request: it decides, swaps (or is overtaken before that), and answers."""
         now = w.t + OFFSETS[d]
         w = self._witness(w, asked.request, now)
@@ -263,14 +252,9 @@ class Explorer:
         if isinstance(decision, Swap) and w.pending[0] < 0 and w.races:
             pending = (self._messages.number(asked), self._swaps.number((decision, now)), d)
             yield ("but is overtaken",), w._replace(pending=pending, races=w.races - 1)
-        answer: Answer
-        if isinstance(decision, Swap):
-            w, answer = self._swap(w, asked, decision, now)
-        else:
-            answer = decision
-        sent = Sent(asked.holder, asked.request, answer)
+        w, sent = self._answer(w, asked, decision, now)
         yield (), self._deliver(w, sent)
-        if isinstance(answer, Grant):
+        if isinstance(sent.answer, Grant):
             yield ("but the answer is late",), self._post(w, sent)
 
     def _resume(self, w: World) -> World:
@@ -284,13 +268,9 @@ class Explorer:
         if (old.gen, w.version) != (swap.new.gen - 1, swap.version):
             w = self._witness(w, asked.request, now)
             decision, decided_at = self._decide(w, asked.request, now), now
-        if isinstance(decision, Swap):
-            w, answer = self._swap(w, asked, decision, decided_at)
-        else:
-            answer = decision
-        return self._deliver(w, Sent(asked.holder, asked.request, answer))
+        return self._deliver(*self._answer(w, asked, decision, decided_at))
 
-    def _post(self, w: World, message: Asked | Sent) -> World:
+    def _post(self, w: World, message: Message) -> World:
         number = self._messages.number(message)
         if number in w.messages or len(w.messages) == MOST_MESSAGES:
             return w  # there it is already; or it is lost
@@ -334,9 +314,11 @@ class Explorer:
             return w
         return w._replace(floor=meta.floor, version=w.version + 1)
 
-    def _swap(self, w: World, asked: Asked, swap: Swap, now: int) -> tuple[World, Answer]:
-        """The swap happens; gives the answer off the record."""
-        new = swap.new
+    def _answer(self, w: World, asked: Message, decision: Answer | Swap, now: int) -> tuple[World, Message]:
+        """What was decided happens; gives the answer, after a swap off the record."""
+        if not isinstance(decision, Swap):
+            return w, asked._replace(answer=decision)
+        new = decision.new
         old = self._records.things[w.records[new.machine]]
         w = (
             self._released(w, asked.holder, old, new, now)
@@ -345,11 +327,11 @@ class Explorer:
         )
         w = w._replace(records=_put(w.records, new.machine, self._records.number(new)))
         if new.token is None:
-            return w, Released(new.machine, new.fence)
+            return w, asked._replace(answer=Released(new.machine, new.fence))
         answer = self._decide(w, asked.request, now)
         if not isinstance(answer, Grant):
-            raise Broken(f"durable: what was just granted is not repeated, but {answer}")
-        return w, answer
+            raise Violation(f"durable: what was just granted is not repeated, but {answer}")
+        return w, asked._replace(answer=answer)
 
     def _owners(self, w: World, token: Token) -> tuple[int, ...]:
         holder, draw = token[0] - 1, token[1]
@@ -358,22 +340,21 @@ class Explorer:
     def _granted(self, w: World, old: Record, new: Record) -> World:
         assert new.token is not None
         if new.start >= new.fence:
-            raise Broken(f"disjoint: an empty window {new}")
+            raise Violation(f"disjoint: an empty window {new}")
         if new.start < w.floor:
-            raise Broken(f"floor: {new} begins below {w.floor}")
+            raise Violation(f"floor: {new} begins below {w.floor}")
         if new.fence > w.t + max(OFFSETS) + TTL:
-            raise Broken(f"leak: {new} ends more than a ttl from now")
+            raise Violation(f"leak: {new} ends more than a ttl from now")
         if new.token == old.token:
-            raise Broken(f"rotated: {new} has the token of {old}")
+            raise Violation(f"rotated: {new} has the token of {old}")
         owners = self._owners(w, new.token)
         if new.start != new.tenancy_start and (
             old.token is None or not set(owners) & set(self._owners(w, old.token))
         ):
-            raise Broken(f"superseded: {new} is renewed after {old}")
+            raise Violation(f"superseded: {new} is renewed after {old}")
         bits = _bits(new.machine, new.start, new.fence)
-        everybody = (w.owned[0] | w.owned[1] | w.owned[2]) & ~w.shared & ~w.forgotten
-        if bits & everybody:
-            raise Broken(f"disjoint: {new} overlaps a window that stands")
+        if bits & w.sole:
+            raise Violation(f"disjoint: {new} overlaps a window that stands")
         owned = w.owned
         for owner in owners:
             owned = _put(owned, owner, owned[owner] | bits)
@@ -381,20 +362,19 @@ class Explorer:
 
     def _released(self, w: World, h: int, old: Record, new: Record, now: int) -> World:
         if old.token is None or new.fence > old.fence:
-            raise Broken(f"released: {old} became {new}")
+            raise Violation(f"released: {old} became {new}")
         if new.fence < min(old.fence, now):
-            raise Broken(f"released: {new} gives back what has passed at {now}")
+            raise Violation(f"released: {new} gives back what has passed at {now}")
         cut = _bits(new.machine, new.fence, old.fence)
         if _ticks_of(w.ids) & w.owned[h] & cut & ~w.shared & ~w.forgotten:
-            raise Broken(f"released: {new} gives back ticks that were minted in")
-        owned = _put(w.owned, h, w.owned[h] & ~cut)
-        guarded = _bits(new.machine, 0, w.floor)
-        if (owned[0] | owned[1] | owned[2]) & cut & ~w.shared & ~w.forgotten & ~guarded:
-            raise Broken(f"released: {new} gives back another holder's window")
-        return w._replace(owned=owned)
+            raise Violation(f"released: {new} gives back ticks that were minted in")
+        w = w._replace(owned=_put(w.owned, h, w.owned[h] & ~cut))
+        if w.sole & cut & ~_bits(new.machine, 0, w.floor):
+            raise Violation(f"released: {new} gives back another holder's window")
+        return w
 
     def _lose(self, w: World, *, noticed: bool) -> World:
-        empty = self.first().records
+        empty = self.first.records
         if noticed:
             meta = loss.after_loss(self._meta(w), "", w.t + max(OFFSETS), ttl=TTL, floor=0, version=0)
             return w._replace(records=empty, floor=meta.floor, version=w.version + 1, lost=1)
@@ -415,21 +395,20 @@ class Explorer:
             by_pair=w.by_pair | (_ticks_of(w.ids) & w.owned[0]),
         )
 
-    def _deliver(self, w: World, sent: Sent) -> World:
+    def _deliver(self, w: World, sent: Message) -> World:
         """A holder hears an answer."""
         h = sent.holder
-        refused = isinstance(sent.answer, Refusal)
         number, settled = self._remember(self._receive, w.holders[h], sent.request, sent.answer, w.t)
         if isinstance(settled, str) and w.lost != 2:
-            raise Broken(f"disjoint: {h} refused its grant: {settled}")
-        if settled and refused:
+            raise Violation(f"disjoint: {h} refused its grant: {settled}")
+        if settled and isinstance(sent.answer, Refusal):
             holder = self._holders.things[w.holders[h]]
             record = self._records.things[w.records[holder.machine]]
             alone = h == 1 or w.shared_draws < 0
             if alone and not w.lost and record.token in (holder.token, holder.next):
-                raise Broken(f"lost: {h} was told so, and {record} is its own")
+                raise Violation(f"lost: {h} was told so, and {record} is its own")
             if w.forgotten and holder.end > w.floor and holder.gen > record.gen:
-                raise Broken(f"floor: {h} showed that the store forgot its window, and none rose")
+                raise Violation(f"floor: {h} showed that the store forgot its window, and none rose")
         return w._replace(holders=_put(w.holders, h, number))
 
     def _take(self, w: World, h: int, now: int) -> World | None:
@@ -439,16 +418,18 @@ class Explorer:
         holder = self._holders.things[w.holders[h]]
         tick, machine, sequence = run[0] >> 2, run[0] >> 1 & 1, run[0] & 1
         if (tick, sequence) < (holder.tick, holder.sequence) or run[2] != 1:
-            raise Broken(f"ordered: {h} minted ({tick}, {sequence}) after {holder.tick}, {holder.sequence}")
+            raise Violation(
+                f"ordered: {h} minted ({tick}, {sequence}) after {holder.tick}, {holder.sequence}"
+            )
         bit = 1 << machine * TICKS + tick
         if not bit & w.owned[h]:
-            raise Broken(
+            raise Violation(
                 f"inside: {h} minted at tick {tick} of machine {machine}, not in a window of its own"
             )
         pair = h != 1 and w.shared_draws >= 0
-        id_bit = 1 << 2 * (machine * TICKS + tick) + sequence
+        id_bit = bit << sequence * BITS
         if w.ids & id_bit and not w.forgotten & bit and not (w.shared & bit and (pair or w.by_pair & bit)):
-            raise Broken(f"unique: {h} minted ({tick}, {machine}, {sequence}) again")
+            raise Violation(f"unique: {h} minted ({tick}, {machine}, {sequence}) again")
         return w._replace(
             holders=_put(w.holders, h, number),
             ids=w.ids | id_bit,
@@ -506,23 +487,16 @@ class Explorer:
     def _receive(self, number: int, request: Request, answer: Answer, now: int) -> tuple[int, bool | str]:
         """Whether the answer settled the request; or why no sound delegator gives it."""
         lessee = self._wake(number)
-        if isinstance(answer, Refusal):
-            # It must be the answer to the newest request: the owner sees to that.
-            if self._holders.things[number].standing is Standing.RELEASED or lessee.poll(0) != request:
-                return number, False
-            lost = answer.reason is Refused.LOST
-            return number if not lost else self._told(lessee, answer, now, number), lost
         if isinstance(answer, Released):
+            return number, False
+        # A refusal must be the answer to the newest request: the owner sees to that.
+        if isinstance(answer, Refusal) and (answer.reason is not Refused.LOST or lessee.poll(0) != request):
             return number, False
         try:
             settled = lessee.receive(answer, 0, now)
         except ProtocolError as error:
             return self._sleep(lessee, number), str(error)
         return self._sleep(lessee, number), settled
-
-    def _told(self, lessee: Lessee, answer: Answer, now: int, number: int) -> int:
-        lessee.receive(answer, 0, now)
-        return self._sleep(lessee, number)
 
     def _mint(self, number: int, now: int) -> tuple[int, tuple[int, int, int] | None]:
         lessee = self._wake(number)
@@ -546,63 +520,35 @@ def _bits(machine: int, start: int, end: int) -> int:
 
 def _ticks_of(ids: int) -> int:
     """The ticks in which there are IDs."""
-    return _TICKS_OF.get(ids) or _remember_ticks(ids)
+    return (ids | ids >> BITS) & (1 << BITS) - 1
 
 
-_TICKS_OF: dict[int, int] = {}
-
-
-def _remember_ticks(ids: int) -> int:
-    ticks = sum(1 << bit // 2 for bit in range(ids.bit_length()) if ids >> bit & 1 and not bit % 2)
-    ticks |= sum(1 << bit // 2 for bit in range(ids.bit_length()) if ids >> bit & 1 and bit % 2)
-    _TICKS_OF[ids] = ticks
-    return ticks
-
-
-def explore(
-    scope: Scope,
-    states: int,
-    *,
-    going_on: Callable[[], bool] = lambda: True,
-    told: Callable[[str], None] | None = None,
-) -> Result:
-    """Visit so many states, nearest first, while `going_on`; stops at the first that must not be.
-
-    `told` is told how it came to that; this takes more memory.
-    """
+def explore(scope: Scope, states: int, *, going_on: Callable[[], bool] = lambda: True) -> Result:
+    """Visit so many states, nearest first, while `going_on`; stops at the first that must not be."""
     explorer = Explorer(scope)
-    first = explorer.first()
-    # Hashes of 64 bits: that two of a million states share one is less likely than a fault of the memory.
-    seen = {hash(first)}
-    came: dict[int, tuple[int, tuple[Any, ...]]] = {}
+    first = explorer.first
+    # How each state came about: from which, by what.  Hashes of 64 bits: that two of a million states share one is
+    # less likely than a fault of the memory.
+    seen: dict[int, tuple[int, tuple[Any, ...]]] = {hash(first): (0, ())}
     queue = deque([first])
-    steps = depth = 0
+    depth = 0
     left = 1  # at this depth
     while queue and len(seen) < states and going_on():
         world = queue.popleft()
+        from_ = hash(world)
         try:
             for what, after in explorer.steps(world):
-                steps += 1
                 key = hash(after)
                 if key not in seen:
-                    seen.add(key)
+                    seen[key] = from_, what
                     queue.append(after)
-                    if told is not None:
-                        came[key] = hash(world), what
-        except Broken as broken:
-            if told is not None:
-                for line in _path(came, hash(world)):
-                    told(line)
-            return Result(len(seen), steps, depth, str(broken))
+        except Violation as violation:
+            path: list[str] = []
+            while from_ != hash(first):
+                from_, what = seen[from_]
+                path.insert(0, " ".join(map(str, what)))
+            return Result(len(seen), depth, "\n".join([f"{violation}, after", *path]))
         left -= 1
         if not left:
             depth, left = depth + 1, len(queue)
-    return Result(len(seen), steps, depth)
-
-
-def _path(came: dict[int, tuple[int, tuple[Any, ...]]], key: int) -> list[str]:
-    lines = []
-    while key in came:
-        key, what = came[key]
-        lines.append(" ".join(map(str, what)))
-    return lines[::-1]
+    return Result(len(seen), depth)

@@ -43,6 +43,23 @@ ACTS: Final = {
 LOSSES: Final = ("rollback noticed", "rollback unnoticed", "emptied")
 
 
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How likely the network and the store do what they should not, and for how long."""
+
+    drop: float = 0.0
+    duplicate: float = 0.0
+    delay: float = 0.0
+    delay_us: int = 0
+    slow: float = 0.0
+    slow_us: int = 0
+    unknown: float = 0.0
+    crash: float = 0.0
+
+
+FINE: Final = Weather()
+
+
 @dataclass(slots=True)
 class FaultPlan:
     """One history's cluster and its faults."""
@@ -67,14 +84,7 @@ class FaultPlan:
     """How often, on average."""
     loss: str | None = None
     accept: bool = False
-    drop: float = 0.0
-    duplicate: float = 0.0
-    delay: float = 0.0
-    delay_us: int = 0
-    slow: float = 0.0
-    slow_us: int = 0
-    unknown: float = 0.0
-    crash: float = 0.0
+    weather: Weather = FINE
     step_us: int = 0
     drift: int = 0
     skew_us: int = 0
@@ -88,8 +98,9 @@ class FaultPlan:
     def __str__(self) -> str:
         on = [
             f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-            for name in self.__slots__
-            if (value := getattr(self, name)) and name not in ("layout", "acts")
+            for part in (self, self.weather)
+            for name in part.__slots__
+            if (value := getattr(part, name)) and name not in ("layout", "acts", "weather")
         ]
         return f"layout {self.layout.name}, {', '.join(on)}; {', '.join(self.acts) or 'no acts'}"
 
@@ -124,14 +135,16 @@ def draw(rng: Random) -> FaultPlan:
     )
     plan.acts = {act: weight for act, (tenths, weight) in ACTS.items() if rng.random() * 10 < tenths}
     plan.act_us = rng.choice((200_000, 400_000, 800_000))
-    plan.drop = strength(0.35, 0.4)
-    plan.duplicate = strength(0.25, 0.4)
-    plan.delay = strength(0.35, 0.5)
-    plan.delay_us = rng.choice((20_000, 200_000, 1_500_000, 4_000_000))
-    plan.slow = strength(0.35, 0.3)
-    plan.slow_us = rng.choice((50_000, 500_000, 2_500_000))
-    plan.unknown = strength(0.25, 0.3)
-    plan.crash = strength(0.15, 0.1)
+    plan.weather = Weather(
+        drop=strength(0.35, 0.4),
+        duplicate=strength(0.25, 0.4),
+        delay=strength(0.35, 0.5),
+        delay_us=rng.choice((20_000, 200_000, 1_500_000, 4_000_000)),
+        slow=strength(0.35, 0.3),
+        slow_us=rng.choice((50_000, 500_000, 2_500_000)),
+        unknown=strength(0.25, 0.3),
+        crash=strength(0.15, 0.1),
+    )
     plan.step_us = rng.choice((100_000, 2_000_000, 8_000_000))
     plan.drift = rng.choice((0, 50, 400))
     plan.skew_us = rng.choice((0, 0, 50_000, 1_500_000))

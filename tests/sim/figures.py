@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 
 @dataclass
@@ -29,15 +28,6 @@ class Figures:
         self.faults += other.faults
         self.counts += other.counts
         self.failures += other.failures
-
-    def to_map(self) -> dict[str, Any]:
-        return vars(self) | {"faults": dict(self.faults), "counts": dict(self.counts)}
-
-    @classmethod
-    def from_map(cls, values: dict[str, Any]) -> Self:
-        faults, counts = Counter(values["faults"]), Counter(values["counts"])
-        failures = [(seed, why) for seed, why in values["failures"]]
-        return cls(values["histories"], values["ids"], values["virtual_us"], faults, counts, failures)
 
     def __str__(self) -> str:
         each_s = self.virtual_us / 1e6 / max(1, self.histories)

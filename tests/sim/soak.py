@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -34,21 +35,14 @@ def live(part: tuple[int, int]) -> Figures:
     return total
 
 
-def parts(first: int, histories: int) -> Iterator[tuple[int, int]]:
-    """The seeds from `first` on, in parts."""
-    for begin in range(first, first + histories, PART):
-        yield begin, min(PART, first + histories - begin)
-
-
 def run(
     first: int, histories: int, jobs: int, report: Callable[[int, Figures], None] | None = None
 ) -> Figures:
     """Live through many histories in `jobs` processes; `report` is told the next seed and each part."""
-    total = Figures()
+    total, end = Figures(), first + histories
+    parts = [(begin, min(PART, end - begin)) for begin in range(first, end, PART)]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for (begin, count), part in zip(
-            parts(first, histories), pool.imap(live, parts(first, histories)), strict=True
-        ):
+        for (begin, count), part in zip(parts, pool.imap(live, parts), strict=True):
             total.add(part)
             if report is not None:
                 report(begin + count, part)
@@ -58,31 +52,32 @@ def run(
 def main(*, histories: int, first: int, jobs: int | None, state: Path | None) -> int:
     """`scripts/soak sim`: with a `state` folder it goes on where the last run with it stopped."""
     kept = None if state is None else state / "sim.json"
-    before = Figures()
+    total = Figures()
     if kept is not None and kept.exists():
         values = json.loads(kept.read_text())
-        first, before = values["next"], Figures.from_map(values["figures"])
-        say(f"going on at seed {first}; {before.histories:,} histories were done before")
-    total, began = Figures(), time.monotonic()
+        first, figures = values["next"], values["figures"]
+        total = Figures(**figures | {name: Counter(figures[name]) for name in ("faults", "counts")})
+        say(f"going on at seed {first}; {total.histories:,} histories were done before")
+    began = time.monotonic()
 
     def report(seed: int, part: Figures) -> None:
         total.add(part)
-        before.add(part)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps({"next": seed, "figures": before.to_map()}))
+            kept.write_text(json.dumps({"next": seed, "figures": vars(total)}))
         for failed, why in part.failures:
             say(f"\nseed {failed}: {why}")
-        rate = total.histories / (time.monotonic() - began)
-        say(f"\r{total.histories:,} of {histories:,} histories, {rate:.0f}/s, next seed {seed} ", end="")
+        done = seed - first
+        rate = done / (time.monotonic() - began)
+        say(f"\r{done:,} of {histories:,} histories, {rate:.0f}/s, next seed {seed} ", end="")
 
     try:
         run(first, histories, jobs or os.cpu_count() or 1, report)
     except KeyboardInterrupt:
         say("\nstopped")
     say("")
-    print(before)  # noqa: T201
-    return 1 if before.failures else 0
+    print(total)  # noqa: T201
+    return 1 if total.failures else 0
 
 
 def replay(seed: int, *, trace: bool) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,11 +46,10 @@ def test_each_mutant_is_caught_by_what_the_table_says(tell: Callable[[str], None
     def again(mutant: Mutant) -> Catch | None:
         _, by, *_ = table[mutant.name]
         if by.startswith(EXPLORED):
-            return mutants.run(mutant, 0, 0, by.removeprefix(EXPLORED))
+            return mutants.run(mutant, scope=by.removeprefix(EXPLORED))
         return mutants.run(mutant, int(by.removeprefix("seed ")), 1)
 
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(BY_NAME, pool.map(again, mutants.MUTANTS), strict=True))
+    found = mutants.catch_all(2, again)
     survivors = [name for name, caught in found.items() if caught is None]
     tell(f"{len(found)} mutants, {len(found) - len(survivors)} caught")
     assert survivors == [], "scripts/soak mutants searches anew what catches them"

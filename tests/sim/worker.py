@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from tests.sim.checker import Checker, WatchedMint
+from tests.sim.checker import Checker, Violation, WatchedMint
+from tests.sim.client import Client
+from tests.sim.delegator import Delegator
 from tests.sim.world import Host, Process
 from zflake.core.lease import Answer, Grant, Holder, Refusal, Refused, Release, Released, Token
 from zflake.core.lessee import Lessee
@@ -26,11 +29,12 @@ from zflake.worker.link import Link
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
-    from tests.sim.delegator import Delegator
 
 NEVER_US: Final = 1 << 62
+WORKERS: Final = "10.0.1.1"
+"""The host of all workers' addresses; the port is the worker's number."""
 
-Asker: TypeAlias = tuple[Process, list[bytes]]
+Asker: TypeAlias = tuple[Client | Delegator, list[bytes]]
 
 
 class WatchedLessee(Lessee):
@@ -42,25 +46,26 @@ class WatchedLessee(Lessee):
         worker, checker = self.worker, self.worker.checker
         checker.acting = worker.number
         before, token = self.mint, self.token
+        assert before is None or isinstance(before, WatchedMint)
         if isinstance(answer, Grant):
             checker.told(answer)
         if answer is STORE_GONE:
             worker.note("gives its lease up: no delegator of its cluster answers")
-            assert isinstance(before, WatchedMint)
+            assert before is not None
             before.books.over = True
             return super().receive(answer, local_us, now)
         try:
             settled = super().receive(answer, local_us, now)
         except ProtocolError as error:
-            checker.refused(str(error))
-            raise
-        if before is not None and self.mint is not before and not isinstance(answer, Refusal):
-            checker.gave_up(worker.number, before.machine)
-        if settled and isinstance(answer, Refusal):
-            worker.note("is lost")
-            assert isinstance(before, WatchedMint)
-            checker.lost(before.books, token, worker.told_in_life)
-        if settled and isinstance(answer, Grant):
+            raise Violation(f"disjoint: a holder refused its grant: {error}") from error
+        if isinstance(answer, Refusal):
+            if settled:
+                worker.note("is lost")
+                assert before is not None
+                checker.lost(before.books, token, worker.told_in_life)
+        elif before is not None and self.mint is not before:
+            raise Violation(f"lost: {worker.name} gave up machine {before.machine}, which is its own")
+        elif settled and isinstance(answer, Grant):
             worker.follow_edges(answer)
         return settled
 
@@ -75,10 +80,10 @@ class Worker(Process):
         self.told_in_life = 0
         self.number = number
         """The holder's, which the checker knows it by; no two have the same."""
-        self.address = f"tcp://10.0.1.{number % 250}:{1 + number}"
+        self.address = f"tcp://{WORKERS}:{number}"
         plan, rng = cluster.plan, cluster.world.rng
         self.lease = LeaseConversation(
-            [parse_endpoint(f"tcp://10.0.0.{n + 1}:7410") for n in range(plan.delegators)],
+            list(map(parse_endpoint, cluster.endpoints)),
             Holder(self.name, "host", number, self.address),
             clock=HolderClock(host.local_us),
             draw_token=self._draw_token,
@@ -98,8 +103,7 @@ class Worker(Process):
         self.handler: Handler[Asker] = Handler(self.lease, dict)
         links = self.cluster.plan.delegators if self.cluster.plan.clients else 0
         self.links = [Link(self.lease, self.handler.load) for _ in range(links)]
-        self.cluster.workers_by_address[self.address] = self
-        self.cluster.workers_by_identity[self.identity] = self
+        self.cluster.peers[self.identity] = self
         self._wake_us = NEVER_US
         self._loop()
 
@@ -119,7 +123,7 @@ class Worker(Process):
         if self.world.tracing and before != self.lease.state:
             self.note(f"{before} -> {self.lease.state}")
         if body is not None:
-            number = int(self.lease.endpoint.host.rpartition(".")[2]) - 1
+            number = self.cluster.endpoints.index(self.lease.endpoint.text)
             self._send(number, [b"%s/%d" % (self.identity, self.lease.connection), b"", body])
         for number, link in enumerate(self.links):
             if (said := link.poll(local_us)) is not None and not self._send(
@@ -188,10 +192,10 @@ class Worker(Process):
         self.released_at_us = self.world.true_us
         self.die()
 
-    def asked(self, client: Process, prefix: bytes, body: bytes) -> None:
+    def asked(self, client: Client, body: bytes) -> None:
         """A request comes from a client."""
-        self.cluster.routes["direct"] += 1
-        self._handle((client, [prefix, b""]), body)
+        self.checker.counts["direct"] += 1
+        self._handle((client, []), body)
 
     def _handle(self, asker: Asker, body: bytes) -> None:
         local_us = self.host.local_us()
@@ -209,16 +213,15 @@ class Worker(Process):
 
     def _answer(self, asker: Asker, answer: bytes) -> None:
         who, prefix = asker
-        if who.name.startswith("c"):
-            self.world.send(self, who, self.cluster.client_hears, who, answer)
+        if isinstance(who, Client):
+            self.world.send(self, who, who.hear, answer)
             return
-        delegator = self.cluster.started_as(who)
-        link = self.links[delegator.number]
+        link = self.links[who.number]
         for message in (link.answer(prefix, answer), link.flush()):
             if message is not None:
                 frames = [self.identity, *message.prefix, message.body]
-                self.world.send(self, delegator, delegator.receive, frames)
-                self.cluster.stranger_hears(delegator, frames)
+                self.world.send(self, who, who.receive, frames)
+                self.cluster.stranger_hears(who, frames)
 
     # --- minting ---
 
@@ -275,28 +278,18 @@ class Worker(Process):
         """A copy with all that this one knows, as a restored snapshot of its machine would be."""
         clone = copy.copy(self)
         clone.number, clone.name, clone.host = number, f"w{number}", host
-        clone.address = f"tcp://10.0.1.{number % 250}:{1 + number}"
         self.checker.cloned(self.number, number)
         clone.lease = copy.copy(self.lease)
         clone.lease.clock = HolderClock(host.local_us)
-        clone.lease.clock._estimator = _copied(self.lease.clock._estimator)
+        clone.lease.clock._estimator = copy.deepcopy(self.lease.clock._estimator)
         lessee = clone.lease.lessee = copy.copy(self.lease.lessee)
         assert isinstance(lessee, WatchedLessee)
         lessee.worker = clone
         lessee._draw_token = clone._draw_token
         if isinstance(self.lease.mint, WatchedMint):
-            lessee.mint = mint = _copied(self.lease.mint)
-            mint.books = self.checker.begin_copy(mint.books, number)
+            lessee.mint = mint = copy.copy(self.lease.mint)
+            mint._windows = deque(mint._windows)
+            mint.books = replace(mint.books, holder=number)
         clone.lease._go_on()
         clone._start()
         return clone
-
-
-def _copied(thing: Any) -> Any:
-    """A copy of an object with slots, and of its deques."""
-    other = object.__new__(type(thing))
-    for kind in type(thing).__mro__:
-        for name in getattr(kind, "__slots__", ()):
-            value = getattr(thing, name)
-            setattr(other, name, deque(value) if isinstance(value, deque) else value)
-    return other

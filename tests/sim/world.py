@@ -13,6 +13,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Final
 
+from tests.sim.fault_plan import FINE
+
 MILLION: Final = 1_000_000
 DEEPEST: Final = 3
 """How many processes may wait for a slow store inside each other."""
@@ -77,18 +79,14 @@ class World:
         self._queue: list[tuple[int, int, Process | None, Callable[..., object], tuple[Any, ...]]] = []
         self._count = 0
         self._depth = 0
-        # The network.
-        self.drop = 0.0
-        self.duplicate = 0.0
-        self.delay = 0.0
-        self.delay_us = 0
+        self.weather = FINE
         self.cut: set[tuple[str, str]] = set()
 
     def note(self, who: str, text: str) -> None:
         if self._trace is not None:
             self._trace(f"{self.true_us / 1e6:11.6f} {who:<4} {text}")
 
-    def fault(self, kind: str, who: str, text: str = "") -> None:
+    def fault(self, kind: str, who: str = "", text: str = "") -> None:
         """Count a fault, and tell of it."""
         self.faults[kind] += 1
         if self.tracing:
@@ -131,19 +129,19 @@ class World:
 
     def send(self, source: Process, target: Process, do: Callable[..., object], *args: Any) -> None:
         """Carry a message: `do(*args)` at the target, once, twice, late or never."""
-        rng = self.rng
+        rng, weather = self.rng, self.weather
         if self.cut and (source.name, target.name) in self.cut:
             self.faults["cut off"] += 1
             return
-        if self.drop and rng.random() < self.drop:
+        if weather.drop and rng.random() < weather.drop:
             self.fault("drop", source.name, f"to {target.name}: {do.__name__}")
             return
         flight_us = 40 + int(rng.random() * 400)
-        if self.delay and rng.random() < self.delay:
+        if weather.delay and rng.random() < weather.delay:
             self.faults["delay"] += 1
-            flight_us += int(rng.random() * self.delay_us)
+            flight_us += int(rng.random() * weather.delay_us)
         self.at(self.true_us + flight_us, target, do, *args)
-        if self.duplicate and rng.random() < self.duplicate:
+        if weather.duplicate and rng.random() < weather.duplicate:
             self.fault("duplicate", source.name, f"to {target.name}: {do.__name__}")
-            again_us = int(rng.random() * (self.delay_us or 20_000))
+            again_us = int(rng.random() * (weather.delay_us or 20_000))
             self.at(self.true_us + flight_us + again_us, target, do, *args)
