@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from zflake.core.lease import Meta
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import batched, reading
+from zflake.stores.contract import batched
 from zflake.stores.etcd_http import EtcdHttp, Op
 from zflake.stores.etcd_identity import EtcdIdentity
 from zflake.stores.keyed import Found, Items, Key, Stamp, Step, Thing
@@ -41,7 +41,6 @@ RANGE_KEYS: Final = 1000
 """Pairs in an answer."""
 OPTIONS: Final = ("unchecked", "tls", "ca")
 FORM: Final = "etcd://[user:password@]host1[:port],host2,host3/prefix, and ?tls=yes&ca=FILE if it has TLS"
-ADVICE: Final = "name another prefix"
 QUOTA: Final = 2 * 1024**3
 """Bytes that a member stores at most if it does not say: etcd's default."""
 FULL: Final = 0.8
@@ -61,13 +60,14 @@ class EtcdStore(TextStore):
     Raises `ConfigError` for a URL that can't be read, `StoreError` if the cluster can't be used.
     """
 
+    advice = "name another prefix"
     exclusive = False
     batch = TXN_STEPS
     page = RANGE_KEYS
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)
-        super().__init__(where.shown, ADVICE)
+        super().__init__(where.shown)
         self._prefix = where.path.rstrip("/") + "/"
         unchecked, tls, ca = where.flag("unchecked"), where.flag("tls"), where.options.get("ca")
         if not where.hosts or self._prefix == "/" or (ca is not None and not tls):
@@ -200,7 +200,7 @@ class EtcdStore(TextStore):
         return answer
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return reading(self.url, ADVICE)
+        return self._reading()
 
     # --- what is there ---
 

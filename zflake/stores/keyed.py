@@ -23,7 +23,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -86,9 +85,8 @@ class KeyedStore(Store):
     page: int = 256
     """Keys that a walk reads at a time."""
 
-    def __init__(self) -> None:
-        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
-        self._unused_from: dict[int, int] = {}
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
         # This delegator's mark, as it was last written.
         self._own_mark: Mark | None = None
 
@@ -182,18 +180,14 @@ class KeyedStore(Store):
         found = {record.token: record for record in self.by_machines(machines)} if machines else {}
         return [found.get(token) for token in tokens]
 
-    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
-        unused: list[Record] = []
-        begin = self._unused_from.get(first, first)
-        while len(unused) < limit and begin <= last:
-            stop = min(begin + self.page, last + 1)
-            used = {key[1] for key in self._keys(("machine", begin), ("machine", stop))}
-            found = (Record(n) for n in range(begin, stop) if n not in used)
-            unused += islice(found, limit - len(unused))
-            begin = stop
-        if limit > 0:
-            self._unused_from[first] = unused[0].machine if unused else begin
-        return [*unused, *self._lowest_used(first, last, limit - len(unused))]
+    def _unused(self, first: int, last: int, limit: int) -> list[int]:
+        unused: list[int] = []
+        while len(unused) < limit and first <= last:
+            stop = min(first + self.page, last + 1)
+            used = {key[1] for key in self._keys(("machine", first), ("machine", stop))}
+            unused += [machine for machine in range(first, stop) if machine not in used]
+            first = stop
+        return unused[:limit]
 
     def _lowest_used(self, first: int, last: int, limit: int) -> list[Record]:
         records: list[Record] = []

@@ -13,10 +13,8 @@ from zflake.stores.keyed import Found, Key, KeyedStore, Stamp, Step, Thing, stam
 class MemoryStore(KeyedStore):
     """Values in a dict; everything is lost with the process."""
 
-    url = "memory:"
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("memory:")
         self._things: dict[Key, Thing] = {}
         self._order: list[Key] = []
 

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode
 
 from zflake.core.lease import READER, SCHEMA, Meta, Record, Swap
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import batched, check_schema, foreign, reading
+from zflake.stores.contract import batched, check_schema
 from zflake.stores.rows import COLUMNS, RECORD, TABLES, RowStore, Values, record_of
 from zflake.stores.text import holder_from_text, holder_to_text
 from zflake.stores.url import parse_url
@@ -32,7 +32,6 @@ except ImportError as error:
 
 TIMEOUT_S: Final = 2
 """Seconds to wait for a connection, a statement, and the next statement of a transaction."""
-ADVICE: Final = "name another ?schema="
 ROWS_AT_ONCE: Final = 1000
 """Rows in a round trip."""
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
@@ -101,7 +100,7 @@ class PostgresqlStore(RowStore):
     """
 
     exclusive = False
-    advice = ADVICE
+    advice = "name another ?schema="
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url)
@@ -253,7 +252,7 @@ class PostgresqlStore(RowStore):
         if not rows:
             return False
         if not _NEEDED.issubset(rows):
-            raise foreign(self.url, ADVICE)
+            raise self._foreign()
         return True
 
     def _create(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
@@ -274,7 +273,7 @@ class PostgresqlStore(RowStore):
         if row is None or row[0] >= SCHEMA:
             return
         schema, reader = row
-        check_schema(self.url, schema, reader, ADVICE)
+        check_schema(self.url, schema, reader, self.advice)
         raised = "UPDATE meta SET {column} = :new, version = version + 1 WHERE {column} < :new"
         self._run(raised.format(column="reader"), {"new": READER})
         for table, key in _KEYS.items():
@@ -308,7 +307,7 @@ class PostgresqlStore(RowStore):
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        with reading(self.url, ADVICE):
+        with self._reading():
             try:
                 yield
             except psycopg.Error as error:

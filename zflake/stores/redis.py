@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from zflake.core.lease import Meta, Span
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import reading
 from zflake.stores.keyed import META, SINCE, Found, Items, Key, Step, items_of, items_of_span
 from zflake.stores.text import (
     TextStore,
@@ -39,7 +38,6 @@ except ImportError as error:
 TIMEOUT_S: Final = 2.0
 """Seconds to wait for a connection, and for an answer."""
 PORT: Final = 6379
-ADVICE: Final = "name another ?prefix="
 OPTIONS: Final = ("prefix", "unchecked", "ca")
 FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
 NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
@@ -60,11 +58,12 @@ class RedisStore(TextStore):
     Raises `ConfigError` for a URL that can't be read, `StoreError` if the server can't be used.
     """
 
+    advice = "name another ?prefix="
     exclusive = False
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)
-        super().__init__(where.name, ADVICE)
+        super().__init__(where.name)
         self._prefix = where.options.get("prefix", "zflake:")
         self._meta_key, self._values_key, self._order_key = (
             self._prefix + name for name in ("meta", "values", "order")
@@ -197,7 +196,7 @@ class RedisStore(TextStore):
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        with reading(self.url, ADVICE):
+        with self._reading():
             try:
                 yield
             except redis.AuthenticationError as error:

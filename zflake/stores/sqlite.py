@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from zflake.core.lease import READER, SCHEMA, Holder, Meta, Record
 from zflake.errors import ConfigError, StoreError
@@ -21,9 +21,6 @@ from zflake.stores.rows import MARK, META_COLUMNS, RECORD, TABLES, RowStore, Val
 from zflake.stores.sqlite_file import DatabaseFile, Progress
 from zflake.stores.text import holder_to_text
 
-T = TypeVar("T")
-
-ADVICE: Final = "name a new file"
 APPLICATION_ID: Final = 0x7A666C6B  # "zflk", in the header of the file
 
 _TABLES: Final = (
@@ -96,7 +93,7 @@ class SqliteStore(RowStore):
     schema, or is in use by another process.  Such a file is left as it was.
     """
 
-    advice = ADVICE
+    advice = "name a new file"
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(f"sqlite:///{path}")
@@ -144,9 +141,6 @@ class SqliteStore(RowStore):
 
     def _run_many(self, text: str, rows: Iterable[Values]) -> None:
         self._db.executemany(text, rows)
-
-    def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
-        return self._rows(make, text)
 
     def _records_by(self, column: str, values: Sequence[Any]) -> list[Record]:
         text = f"SELECT {RECORD} FROM machine WHERE {column} = :value"
@@ -237,7 +231,7 @@ class SqliteStore(RowStore):
             )
         schema: int
         (schema,) = db.execute("PRAGMA user_version").fetchone()
-        check_schema(self.url, schema, schema, ADVICE)
+        check_schema(self.url, schema, schema, self.advice)
         (check,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if check == "ok" and tables < _TABLES.count("CREATE"):
             check = "tables are missing"

@@ -17,7 +17,7 @@ from typing import Any, Final
 from zflake.core.layout import Layout
 from zflake.core.lease import READER, SCHEMA, Holder, Mark, Meta, Record, Span
 from zflake.errors import StoreError
-from zflake.stores.contract import check_schema, foreign
+from zflake.stores.contract import check_schema
 from zflake.stores.keyed import FILLING, META, STORE, Found, Items, Key, KeyedStore, Stamp, Step, Thing
 
 WIDTH: Final = 20
@@ -186,11 +186,6 @@ def stamp_to_text(key: Key, stamp: Stamp) -> str:
 class TextStore(KeyedStore):
     """A store whose engine keeps texts, and can hold what an older zflake wrote."""
 
-    def __init__(self, url: str, advice: str) -> None:
-        super().__init__()
-        self.url = url
-        self._advice = advice
-
     @abstractmethod
     def _texts(self, keys: Sequence[Key]) -> list[str | None]:
         """The text under each key; None if there is none.  In as few round trips as can be."""
@@ -228,7 +223,7 @@ class TextStore(KeyedStore):
         self.half_filled = filling is not None
         with self._errors():
             if not self.half_filled and self._has_strangers():
-                raise foreign(self.url, self._advice)
+                raise self._foreign()
         self.had_data = bool(self.marks())
 
     def _convert(self) -> None:
