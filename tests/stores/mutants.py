@@ -144,10 +144,9 @@ MUTANTS: Final = (
     Mutant("a renewed span stays", KEYED, Keyed, "prune", "Step({key: Found.ANYTHING}", "Step({}", _PRUNED),
     Mutant("a renewed span stays", ROWS, rows, "_PRUNE", " AND stop = :stop", "", _PRUNED),
     # How each engine compares.
-    Mutant("steps compare", ("memory",), Memory, "_commit", "holds = self._holds(step.conditions)",
-           "holds = True", _GEN, {"gen": 4}),
-    Mutant("the first step compares", ("memory",), Memory, "_commit",
-           "if not self._holds(first.conditions):", "if False:", _LATE_MARK),
+    Mutant("steps compare", ("memory",), Memory, "_try", "if holds:", "if holds := True:", _GEN, {"gen": 4}),
+    Mutant("the first step compares", ("memory",), Memory, "_commit", "if self._try(first)",
+           "if [self._try(first)]", _WENT_BACK),
     Mutant("steps compare", ("redis",), redis, "SCRIPT", "holds(step[1])", "true", _GEN, {"gen": 4}),
     Mutant("a missing key compares", ("redis",), redis, "SCRIPT", " or not text and value", "", _GEN,
            {"gen": 1}),

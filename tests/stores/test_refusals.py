@@ -33,7 +33,7 @@ HARD: Final = f"{SECRET}@:/?#%41 é"
 """A password that means something in a URL."""
 META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
 LATE: Final = 1 << 40
-HASTY: Final = "import zflake.delegator.start as setup; setup.LISTEN_S = 0.3"
+HASTY: Final = "import zflake.delegator.clock as clock; clock.LISTEN_S = 0.3"
 """Has a delegator not wait for others to show themselves for as long as it would."""
 SERVED: Final = ("redis", "etcd", "postgresql")
 LOSING: Final = ("3.5.0", "3.5.1", "3.5.2")

@@ -74,8 +74,7 @@ class EtcdStore(TextStore):
             raise ConfigError(f"{self.url}: write {FORM}")
         if ca is not None and not os.access(ca, os.R_OK):
             raise ConfigError(f"{self.url}: can't read the file of ?ca=")
-        login = None if where.user is None else (where.user, where.password or "")
-        self._http = EtcdHttp(self.url, where.hosts, login=login, tls=tls, ca=ca)
+        self._http = EtcdHttp(where, tls=tls)
         never = {"key": self._b64("meta"), "target": "VERSION", "result": "LESS", "version": 0}
         self._identity = EtcdIdentity(self._http, {"compare": [never], "success": [self._put("meta", "")]})
         try:

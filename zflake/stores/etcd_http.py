@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 from zflake.errors import ConfigError, StoreError
+from zflake.stores.url import StoreUrl
 
 try:
     import requests
@@ -25,19 +25,11 @@ Op: TypeAlias = dict[str, Any]
 
 
 class EtcdHttp:
-    """The endpoints of one cluster, which `shown` names to people.  One is asked until it fails."""
+    """The endpoints of one cluster.  One is asked until it fails."""
 
-    def __init__(
-        self,
-        shown: str,
-        hosts: Sequence[tuple[str, int | None]],
-        *,
-        login: tuple[str, str] | None,
-        tls: bool,
-        ca: str | None,
-    ) -> None:
-        self._shown = shown
-        self._login = login
+    def __init__(self, where: StoreUrl, *, tls: bool) -> None:
+        self._shown = where.shown
+        self._login = None if where.user is None else (where.user, where.password or "")
         self._turn = 0
         self.failures = 0
         """How often an endpoint failed."""
@@ -46,11 +38,11 @@ class EtcdHttp:
                 host=host,
                 port=port or PORT,
                 protocol="https" if tls else "http",
-                timeout=TIMEOUT_S / min(2, len(hosts)),
-                session=_session(ca),
+                timeout=TIMEOUT_S / min(2, len(where.hosts)),
+                session=_session(where.options.get("ca")),
                 api_path="/v3/",
             )
-            for host, port in hosts
+            for host, port in where.hosts
         ]
 
     def ask(self, path: str, request: Op, *, write: bool = False) -> Op:

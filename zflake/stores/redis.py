@@ -73,12 +73,12 @@ class RedisStore(TextStore):
         if len(where.hosts) != 1 or not db.isdecimal() or ("ca" in where.options and not tls):
             raise ConfigError(f"{self.url}: write {FORM}")
         ((host, port),) = where.hosts
-        secured: dict[str, Any] = {"ssl_ca_certs": where.options.get("ca")} if tls else {}
-        pool = redis.ConnectionPool(
-            redis.SSLConnection if tls else redis.Connection,
+        self._redis: Any = redis.Redis(
             host=host,
             port=port or PORT,
             db=int(db),
+            ssl=tls,
+            ssl_ca_certs=where.options.get("ca"),
             username=where.user,
             password=where.password,
             decode_responses=True,
@@ -86,9 +86,7 @@ class RedisStore(TextStore):
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),  # an unknown outcome is for the caller to resolve
-            **secured,
         )
-        self._redis: Any = redis.Redis(connection_pool=pool)
         try:
             with self._errors():
                 self._script = self._redis.register_script(SCRIPT)
@@ -104,7 +102,7 @@ class RedisStore(TextStore):
 
     def close(self) -> None:
         with contextlib.suppress(redis.RedisError):
-            self._redis.connection_pool.disconnect()
+            self._redis.close()
 
     # --- keys ---
 
