@@ -15,16 +15,16 @@ from typing import Any, Final
 
 from zflake.core.lease import Meta, Span
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.keyed import META, SINCE, Found, Items, Key, Step, items_of, items_of_span
+from zflake.stores.keyed import META, SINCE, Items, Key, Step, items_of, items_of_span
 from zflake.stores.text import (
     TextStore,
+    beginning,
     holder_from_text,
     key_from_text,
     key_to_text,
     mark_from_text,
     record_from_text,
-    text_conditions,
-    text_writes,
+    value_to_text,
 )
 from zflake.stores.url import parse_url
 
@@ -42,7 +42,6 @@ OPTIONS: Final = ("prefix", "unchecked", "ca")
 FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
 NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 SCRIPT: Final = files("zflake.stores").joinpath("redis.lua").read_text("utf-8")
-_BEGINNINGS: Final[dict[Any, str | bool]] = {Found.NOTHING: False, Found.ANYTHING: ""}
 LAYOUT_3: Final = ("machines", "tokens", "fences", "ends", "marks", "since")
 """Keys of schema 3, beside the meta and one `spans:MACHINE` for each machine."""
 
@@ -130,8 +129,8 @@ class RedisStore(TextStore):
     def _commit(self, first: Step, steps: Sequence[Step] = ()) -> list[bool] | None:
         request = [
             (
-                [(key, _BEGINNINGS.get(wanted, wanted)) for key, wanted in text_conditions(step.conditions)],
-                [(key, False if text is None else text) for key, text in text_writes(step.writes)],
+                [(key_to_text(key), beginning(key, wanted)) for key, wanted in step.conditions.items()],
+                [(key_to_text(key), value_to_text(key, thing)) for key, thing in step.writes.items()],
             )
             for step in (first, *steps)
         ]

@@ -146,9 +146,9 @@ _WRITERS: Final[Mapping[Any, Callable[[Any], str]]] = {
 }
 
 
-def value_to_text(key: Key, thing: Thing) -> str:
-    """The text to keep under a key."""
-    return _WRITERS.get(key[0], str)(thing)
+def value_to_text(key: Key, thing: Thing | None) -> str | None:
+    """The text to keep under a key; None if there is to be none."""
+    return None if thing is None else _WRITERS.get(key[0], str)(thing)
 
 
 def value_from_text(key: Key, text: str, url: str) -> Thing:
@@ -168,16 +168,15 @@ def value_from_text(key: Key, text: str, url: str) -> Thing:
     return text
 
 
-def stamp_to_text(key: Key, stamp: Stamp) -> str:
-    """The beginning of a value with that stamp, and of no other."""
-    if isinstance(stamp, str):
-        return f"{stamp}\n" if key == STORE else stamp
-    match key[0]:
-        case "meta":
-            return f'{{"version": {stamp}, '
-        case "machine":
-            return f"{stamp} "
-    return pad(stamp)
+def beginning(key: Key, wanted: Stamp | Found) -> str | None:
+    """The beginning of each text that meets a condition, and of no other; None if there must be no text."""
+    if isinstance(wanted, Found):
+        return None if wanted is Found.NOTHING else ""
+    if isinstance(wanted, str):
+        return f"{wanted}\n" if key == STORE else wanted
+    if key == META:
+        return f'{{"version": {wanted}, '
+    return f"{wanted} " if key[0] == "machine" else pad(wanted)
 
 
 # --- what Redis and etcd share ---
@@ -249,19 +248,3 @@ class TextStore(KeyedStore):
         raise StoreError(
             f"{self.url}: others keep changing it while it is brought to schema {SCHEMA}; start again"
         )
-
-
-def text_conditions(conditions: Mapping[Key, Stamp | Found]) -> list[tuple[str, str | Found]]:
-    """Each key as text, with the beginning that its value must have, or what else is asked."""
-    return [
-        (key_to_text(key), wanted if isinstance(wanted, Found) else stamp_to_text(key, wanted))
-        for key, wanted in conditions.items()
-    ]
-
-
-def text_writes(writes: Mapping[Key, Thing | None]) -> list[tuple[str, str | None]]:
-    """Each key as text, with the text to keep under it; None removes it."""
-    return [
-        (key_to_text(key), None if thing is None else value_to_text(key, thing))
-        for key, thing in writes.items()
-    ]
