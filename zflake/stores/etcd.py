@@ -21,7 +21,7 @@ from zflake.errors import ConfigError, StoreError
 from zflake.stores.contract import batched
 from zflake.stores.etcd_http import EtcdHttp, Op
 from zflake.stores.etcd_identity import EtcdIdentity
-from zflake.stores.keyed import Items, Key, Step
+from zflake.stores.keyed import META, Items, Key, Step
 from zflake.stores.text import (
     TextStore,
     beginning,
@@ -89,7 +89,7 @@ class EtcdStore(TextStore):
         written = 0
         if meta is None or self._identity.is_suspect:
             meta = None
-            for pair in self._range("meta", "meta\0"):
+            for pair in self._range(META, ("meta", "")):
                 written = int(pair["mod_revision"])
                 with self._errors():
                     meta = meta_from_text(_text(pair["value"]), self.url)
@@ -111,15 +111,13 @@ class EtcdStore(TextStore):
 
     def _keys(self, low: Key, high: Key, *, limit: int = 0, last: bool = False) -> list[Key]:
         order = {"sort_order": "DESCEND", "sort_target": "KEY"} if last else {}
-        pairs = self._range(
-            key_to_text(low), key_to_text(high), limit=1 if last else limit, keys_only=True, **order
-        )
+        pairs = self._range(low, high, limit=1 if last else limit, keys_only=True, **order)
         with self._errors():
             return [key_from_text(self._name(pair)) for pair in pairs]
 
     def _items(self, low: Key, high: Key) -> list[tuple[Key, Any]]:
         with self._errors():
-            pairs = map(self._pair, self._range(key_to_text(low), key_to_text(high)))
+            pairs = map(self._pair, self._range(low, high))
             items = [(key_from_text(name), text) for name, text in pairs]
             return [(key, value_from_text(key, text, self.url)) for key, text in items]
 
@@ -178,13 +176,13 @@ class EtcdStore(TextStore):
     def _pair(self, pair: Op) -> tuple[str, str]:
         return self._name(pair), _text(pair.get("value", ""))
 
-    def _range(self, low: str, high: str, *, limit: int = 0, **request: Any) -> list[Op]:
+    def _range(self, low: Key, high: Key, *, limit: int = 0, **request: Any) -> list[Op]:
         """The pairs from `low` to below `high`, in as many answers as it takes."""
         pairs: list[Op] = []
         more = True
-        request["range_end"] = self._b64(high)
+        request["range_end"] = self._b64(key_to_text(high))
         while more and (not limit or len(pairs) < limit):
-            request["key"] = self._b64(f"{self._name(pairs[-1])}\0" if pairs else low)
+            request["key"] = self._b64(f"{self._name(pairs[-1])}\0" if pairs else key_to_text(low))
             request["limit"] = min(RANGE_KEYS, limit - len(pairs)) if limit else RANGE_KEYS
             answer = self._ask("/kv/range", request)
             pairs += answer.get("kvs", ())
@@ -225,7 +223,7 @@ class EtcdStore(TextStore):
             )
 
     def _has_strangers(self) -> bool:
-        return bool(self._range("", "mark/", limit=1) or self._range("mark0", _LAST, limit=1))
+        return bool(self._range((), ("mark", ""), limit=1) or self._range(("mark0",), (_LAST,), limit=1))
 
     def _old_items(self) -> Items:
         for kind in ("machine", "span"):

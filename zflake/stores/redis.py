@@ -178,9 +178,8 @@ class RedisStore(TextStore):
                     )
             for delegator, text in self._redis.hgetall(self._prefix + "marks").items():
                 yield ("mark", delegator), mark_from_text(delegator, text)
-            if (
-                since := self._redis.get(self._prefix + "since")
-            ) is not None:  # else it was taken over before
+            since = self._redis.get(self._prefix + "since")
+            if since is not None:  # else it was taken over before
                 yield SINCE, int(since)
 
     def _drop_old(self) -> None:

@@ -245,7 +245,7 @@ class RowStore(Store):
     # --- marks ---
 
     def marks(self) -> Sequence[Mark]:
-        return self._rows(_mark, f"SELECT {MARK} FROM mark ORDER BY delegator")
+        return self._rows(lambda row: Mark(*row), f"SELECT {MARK} FROM mark ORDER BY delegator")
 
     def forget_marks(self, before_us: int) -> None:
         with self._transaction():
@@ -320,7 +320,3 @@ def record_of(row: Sequence[Any]) -> Record:
 def _span(row: Sequence[Any]) -> Span:
     machine, start, stop, holder = row
     return Span(machine, start, stop, holder_from_text(holder))
-
-
-def _mark(row: Sequence[Any]) -> Mark:
-    return Mark(*row)
