@@ -137,10 +137,11 @@ class EtcdPlace(Place):
     """A prefix of an etcd."""
 
     def __init__(self, url: str, prefix: str, options: str = "") -> None:
-        """`url` without a prefix and with one host, `prefix` with its slash in front."""
-        self.prefix = prefix
-        self.url = f"{url}{prefix}{options}"
-        self._api = url.replace("etcd://", "http://").split(",")[0] + "/v3"
+        """`url` with one host; `prefix` is added to its path, with a slash in front."""
+        host, slash, path = url.removeprefix("etcd://").partition("/")
+        self.prefix = slash + path + prefix
+        self.url = f"etcd://{host}{self.prefix}{options}"
+        self._api = f"http://{host}/v3"
 
     def ask(self, path: str, **request: Any) -> dict[str, Any]:
         answer = requests.post(f"{self._api}{path}", json=request, timeout=5)

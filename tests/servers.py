@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.request
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -365,6 +365,16 @@ class Postgres(Server):
 
 
 T = TypeVar("T", bound=Server)
+
+
+@contextlib.contextmanager
+def up(server: T) -> Iterator[T]:
+    """The server, which runs meanwhile."""
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 class Servers:
