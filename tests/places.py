@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import sqlite3
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -68,14 +68,14 @@ class SqlitePlace(Place):
     def everything(self) -> object:
         if not self.path.exists():
             return None
-        with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
             return list(db.iterdump()), *db.execute("PRAGMA user_version").fetchone()
 
     def set_schema(self, schema: int) -> None:
         self._execute(f"PRAGMA user_version = {schema}")
 
     def readers(self) -> tuple[int, int]:
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
+        with closing(sqlite3.connect(self.path)) as db:
             (reader,) = db.execute("PRAGMA user_version").fetchone()
             (schema,) = db.execute("SELECT schema FROM meta").fetchone()
             return schema, reader
@@ -90,12 +90,27 @@ class SqlitePlace(Place):
         self._execute("CREATE TABLE orders (number)")
 
     def _execute(self, text: str, *values: object) -> None:
-        db = sqlite3.connect(self.path, isolation_level=None)
-        db.execute(text, values)
-        db.close()
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute(text, values)
 
 
-class RedisPlace(Place):
+class TextPlace(Place):
+    """A prefix in an engine that keeps meta as a text."""
+
+    @abstractmethod
+    def meta_text(self) -> str | bytes:
+        """The text of meta."""
+
+    def set_schema(self, schema: int) -> None:
+        meta = json.loads(self.meta_text()) | {"zflake": schema, "reader": schema}
+        self.damage_meta(json.dumps(meta))
+
+    def readers(self) -> tuple[int, int]:
+        meta = json.loads(self.meta_text())
+        return meta["zflake"], meta["reader"]
+
+
+class RedisPlace(TextPlace):
     """A prefix in a database of a Redis."""
 
     def __init__(self, url: str, prefix: str) -> None:
@@ -113,15 +128,8 @@ class RedisPlace(Place):
         keys = cast("list[bytes]", sorted(self.client.scan_iter()))
         return {key: look[cast("bytes", self.client.type(key))](key) for key in keys}
 
-    def set_schema(self, schema: int) -> None:
-        meta = json.loads(cast("bytes", self.client.hget(f"{self.prefix}meta", "text")))
-        self.client.hset(
-            f"{self.prefix}meta", "text", json.dumps(meta | {"zflake": schema, "reader": schema})
-        )
-
-    def readers(self) -> tuple[int, int]:
-        meta = json.loads(cast("bytes", self.client.hget(f"{self.prefix}meta", "text")))
-        return meta["zflake"], meta["reader"]
+    def meta_text(self) -> bytes:
+        return cast("bytes", self.client.hget(f"{self.prefix}meta", "text"))
 
     def damage_meta(self, text: str) -> None:
         self.client.hset(f"{self.prefix}meta", "text", text)
@@ -133,7 +141,7 @@ class RedisPlace(Place):
         self.client.set(f"{self.prefix}meta", "of another program")
 
 
-class EtcdPlace(Place):
+class EtcdPlace(TextPlace):
     """A prefix of an etcd."""
 
     def __init__(self, url: str, prefix: str, options: str = "") -> None:
@@ -156,15 +164,9 @@ class EtcdPlace(Place):
         data = value if isinstance(value, bytes) else value.encode()
         self.ask("/kv/put", key=_b64(key), value=b64encode(data).decode())
 
-    def set_schema(self, schema: int) -> None:
+    def meta_text(self) -> bytes:
         (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
-        meta = json.loads(b64decode(pair["value"]))
-        self.put(f"{self.prefix}/meta", json.dumps(meta | {"zflake": schema, "reader": schema}))
-
-    def readers(self) -> tuple[int, int]:
-        (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
-        meta = json.loads(b64decode(pair["value"]))
-        return meta["zflake"], meta["reader"]
+        return b64decode(pair["value"])
 
     def damage_meta(self, text: str) -> None:
         self.put(f"{self.prefix}/meta", text)
@@ -193,13 +195,9 @@ class PostgresqlPlace(Place):
                 "SELECT table_schema, table_name FROM information_schema.tables"
                 " WHERE table_schema NOT IN ('pg_catalog', 'information_schema') ORDER BY 1, 2"
             ).fetchall()
-            rows = {
-                table: db.execute(
-                    sql.SQL("SELECT * FROM {} t ORDER BY t::text").format(sql.Identifier(*table))
-                )
-                for table in tables
-            }
-            return schemas, {table: cursor.fetchall() for table, cursor in rows.items()}
+            every = sql.SQL("SELECT * FROM {} t ORDER BY t::text")
+            rows = {t: db.execute(every.format(sql.Identifier(*t))).fetchall() for t in tables}
+            return schemas, rows
 
     def set_schema(self, schema: int) -> None:
         self.execute("UPDATE zflake.meta SET schema = %s, reader = %s", schema, schema)
