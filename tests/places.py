@@ -157,15 +157,15 @@ class EtcdPlace(TextPlace):
         return cast("dict[str, Any]", answer.json())
 
     def everything(self) -> object:
-        answer = self.ask("/kv/range", key=_b64("\0"), range_end=_b64("\0"))
+        answer = self.ask("/kv/range", key=b64("\0"), range_end=b64("\0"))
         return answer["header"]["revision"], answer.get("kvs", ())
 
     def put(self, key: str, value: str | bytes) -> None:
         data = value if isinstance(value, bytes) else value.encode()
-        self.ask("/kv/put", key=_b64(key), value=b64encode(data).decode())
+        self.ask("/kv/put", key=b64(key), value=b64encode(data).decode())
 
     def meta_text(self) -> bytes:
-        (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
+        (pair,) = self.ask("/kv/range", key=b64(f"{self.prefix}/meta"))["kvs"]
         return b64decode(pair["value"])
 
     def damage_meta(self, text: str) -> None:
@@ -217,7 +217,7 @@ class PostgresqlPlace(Place):
         self.execute("CREATE TABLE zflake.orders (number int)")
 
 
-def _b64(text: str) -> str:
+def b64(text: str) -> str:
     return b64encode(text.encode(errors="surrogatepass")).decode()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import threading
@@ -152,10 +151,6 @@ class Pair:
             daemon.kill()
         self._stack.close()
 
-    @property
-    def logs(self) -> list[Path]:
-        return [delegator.log_path for delegator in [*self.retired, *self.delegators]]
-
     def add_delegator(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
         """One more, behind one more proxy."""
         delegator = self._begin(*flags, env=env)
@@ -207,11 +202,17 @@ class Pair:
         words = ("lost machine", "the window has run out")
         return sum(worker.said(each) for worker in self.workers for each in words) - self._lost_before
 
-    def verdict(self) -> Verdict:
-        """Whether the delegators' logs are sound together."""
+    def check(self) -> None:
+        """Fail if a lease was lost since `heal`, or the delegators' logs are not sound together."""
+        assert self.lost() == 0
+        self.check_logs()
+
+    def check_logs(self) -> None:
         verdict = Verdict()
-        windows_of(leases_in(self.logs), verdict)
-        return verdict
+        windows_of(
+            leases_in([delegator.log_path for delegator in [*self.retired, *self.delegators]]), verdict
+        )
+        assert verdict.violations == []
 
     def _begin(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
         self.proxies.append(self._stack.enter_context(Proxy(self.site.server.port)))
@@ -289,8 +290,3 @@ class Watch:
                 self.errors.append(f"{name}: {error!r}")
             self.slowest[name] = max(self.slowest[name], time.monotonic() - begun)
             self.made[name] += 1
-
-
-def last_line(path: Path) -> Any:
-    """The JSON of the last line of a file."""
-    return json.loads(path.read_text().splitlines()[-1])
