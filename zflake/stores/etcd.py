@@ -33,8 +33,6 @@ from zflake.stores.text import (
 )
 from zflake.stores.url import parse_url
 
-TXN_STEPS: Final = 60
-"""Steps in a transaction: etcd takes 128 operations, nested ones counted with their parents."""
 READS: Final = 100
 """Keys that are read in a transaction."""
 RANGE_KEYS: Final = 1000
@@ -46,7 +44,6 @@ QUOTA: Final = 2 * 1024**3
 FULL: Final = 0.8
 """Part of the quota from which on a warning is given."""
 LOSES_COMMITS: Final = ("3.5.0", "3.5.1", "3.5.2")
-_LAST: Final = "\U0010ffff"
 
 _log = logging.getLogger("zflake.store")
 
@@ -62,7 +59,8 @@ class EtcdStore(TextStore):
 
     advice = "name another prefix"
     exclusive = False
-    batch = TXN_STEPS
+    batch = 60
+    """etcd takes 128 operations in a transaction, nested ones counted with their parents."""
     page = RANGE_KEYS
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
@@ -223,7 +221,9 @@ class EtcdStore(TextStore):
             )
 
     def _has_strangers(self) -> bool:
-        return bool(self._range((), ("mark", ""), limit=1) or self._range(("mark0",), (_LAST,), limit=1))
+        return bool(
+            self._range((), ("mark", ""), limit=1) or self._range(("mark0",), ("\U0010ffff",), limit=1)
+        )
 
     def _old_items(self) -> Items:
         for kind in ("machine", "span"):

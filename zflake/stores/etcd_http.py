@@ -19,7 +19,6 @@ except ImportError as error:
 TIMEOUT_S: Final = 2.0
 """Seconds to wait for an answer; half as long if there are other endpoints to ask."""
 PORT: Final = 2379
-DENIED: Final = "permission denied"
 
 Op: TypeAlias = dict[str, Any]
 
@@ -62,7 +61,7 @@ class EtcdHttp:
         try:
             return self.ask(path, request)
         except StoreError as error:
-            if DENIED in str(error):
+            if "permission denied" in str(error):
                 return {}
             raise
 

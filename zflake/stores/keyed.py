@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from operator import attrgetter
@@ -59,22 +59,6 @@ class Step(NamedTuple):
     conditions: Mapping[Key, Stamp | Found]
     writes: Mapping[Key, Thing | None]
     """Each key with its new value; None removes the key."""
-
-
-_STAMPS: Final[Mapping[str | int | Token, Callable[[Any], Stamp]]] = {
-    "meta": attrgetter("version"),
-    "machine": attrgetter("gen"),
-    "mark": attrgetter("timeline_us"),
-}
-
-
-def stamp_of(key: Key, thing: Thing) -> Stamp:
-    """The stamp of a value: of most kinds, the value itself."""
-    stamp = _STAMPS.get(key[0])
-    if stamp is None:
-        assert isinstance(thing, int | str)
-        return thing
-    return stamp(thing)
 
 
 class KeyedStore(Store):
@@ -151,8 +135,7 @@ class KeyedStore(Store):
             mine = {**fresh, FILLING: filling}
             done = (
                 self._commit(Step(fresh, {**head, FILLING: filling})) is not None
-                and self._fill(mine, [(key, None) for key in left if key != FILLING])
-                and self._fill(mine, items)
+                and self._fill(mine, [*((key, None) for key in left if key != FILLING), *items])
                 and self._commit(Step(mine, end)) is not None
             )
         if not done:
@@ -165,7 +148,8 @@ class KeyedStore(Store):
     def contents(self) -> Contents:
         records = [thing for _, thing in self._items(("machine",), ("machine~",))]
         spans = [thing for _, thing in self._items(("span",), ("span~",))]
-        return Contents(records, spans, self._since(), self._marks())
+        (since,) = self._get([SINCE])
+        return Contents(records, spans, since or 0, self._marks())
 
     # --- records ---
 
@@ -324,10 +308,6 @@ class KeyedStore(Store):
             steps = [Step({key: Found.ANYTHING}, {key: None, ("span", *key[2:]): None}) for key in some]
             pruned += sum(self._commit(later, steps) or ())
         return pruned
-
-    def _since(self) -> int:
-        (since,) = self._get([SINCE])
-        return since or 0
 
 
 def items_of(record: Record) -> list[tuple[Key, Thing]]:

@@ -6,8 +6,8 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
 
-from zflake.core.lease import Meta
-from zflake.stores.keyed import Found, Key, KeyedStore, Stamp, Step, Thing, stamp_of
+from zflake.core.lease import Mark, Meta, Record
+from zflake.stores.keyed import Found, Key, KeyedStore, Stamp, Step, Thing
 
 
 class MemoryStore(KeyedStore):
@@ -48,7 +48,7 @@ class MemoryStore(KeyedStore):
         thing = self._things.get(key)
         if thing is None or isinstance(wanted, Found):
             return (wanted is Found.NOTHING) == (thing is None)
-        return stamp_of(key, thing) == wanted
+        return _stamp_of(thing) == wanted
 
     def _write(self, key: Key, thing: Thing | None) -> None:
         if thing is None:
@@ -58,3 +58,11 @@ class MemoryStore(KeyedStore):
         if key not in self._things:
             insort(self._order, key)
         self._things[key] = thing
+
+
+def _stamp_of(thing: Thing) -> object:
+    """The part of a value that a condition compares: of most kinds, the value itself."""
+    match thing:
+        case Meta(version=stamp) | Record(gen=stamp) | Mark(timeline_us=stamp):
+            return stamp
+    return thing

@@ -305,15 +305,13 @@ class PostgresqlStore(RowStore):
         with self._reading():
             try:
                 yield
-            except psycopg.Error as error:
+            except (psycopg.Error, OSError) as error:
                 if self._connection is not None and self._connection.broken:
                     self._connection = None
                 reason = " ".join(str(error).split())
                 if self._connection is None and isinstance(error, psycopg.OperationalError):
                     raise StoreError(f"can't reach {self.url}: {reason}") from error
                 raise StoreError(f"{self.url}: {reason}") from error
-            except OSError as error:
-                raise StoreError(f"{self.url}: {error}") from error
 
 
 @cache

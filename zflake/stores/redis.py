@@ -184,9 +184,8 @@ class RedisStore(TextStore):
 
     def _drop_old(self) -> None:
         with self._errors():
-            machines = self._redis.hkeys(self._prefix + "machines")
             # The machines go last, since they say which spans there are.
-            for machine in machines:
+            for machine in self._redis.hkeys(self._prefix + "machines"):
                 self._redis.delete(f"{self._prefix}spans:{machine}")
             self._redis.delete(*(self._prefix + name for name in LAYOUT_3))
 
@@ -201,11 +200,9 @@ class RedisStore(TextStore):
                 raise StoreError(f"{self.url} does not answer within {TIMEOUT_S:g} s") from error
             except redis.ConnectionError as error:
                 raise StoreError(f"can't reach {self.url}: {error}; is it running?") from error
-            except redis.ResponseError as error:
+            except (redis.RedisError, OSError) as error:
                 if "WRONGTYPE" in str(error):
                     raise ValueError(str(error)) from error
-                raise StoreError(f"{self.url}: {error}") from error
-            except (redis.RedisError, OSError) as error:
                 raise StoreError(f"{self.url}: {error}") from error
 
 

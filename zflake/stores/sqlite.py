@@ -33,6 +33,7 @@ CREATE TABLE life (
 INSERT INTO life VALUES (1, 0);
 """
 )
+_CREATE: Final = f"{_TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {READER};"
 _TABLES_3: Final = ("meta", "machine", "span", "mark", "life")
 # These bring schema 3 to this one: `holder()` makes the JSON object into what four columns are now.  The commits stay as many as they were:
 # they are still to be compared with the marker.
@@ -168,7 +169,7 @@ class SqliteStore(RowStore):
         db = sqlite3.connect(self._file.path, isolation_level=None, timeout=0, check_same_thread=False)
         held.callback(db.close)
         if not (schema := self._recognise(db)):
-            _create(db)
+            _run_all(db, _CREATE)
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"{self.url}: no write-ahead log on this file system; take a local disk")
@@ -272,19 +273,15 @@ class SqliteStore(RowStore):
             self._file.write_marker(self._incarnation, self._commits)
 
 
-def _create(db: sqlite3.Connection) -> None:
-    db.execute("BEGIN EXCLUSIVE")
-    for statement in _TABLES.split(";"):
-        db.execute(statement)
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute(f"PRAGMA user_version = {READER}")
-    db.execute("COMMIT")
-
-
 def _convert(db: sqlite3.Connection) -> None:
-    """Bring a file of schema 3 to this one, in one transaction."""
+    """Bring a file of schema 3 to this one."""
     db.create_function("holder", 4, lambda *parts: holder_to_text(Holder(*parts)))
-    db.execute("BEGIN IMMEDIATE")
-    for statement in _CONVERT.split(";"):
+    _run_all(db, _CONVERT)
+
+
+def _run_all(db: sqlite3.Connection, statements: str) -> None:
+    """Run the statements in one transaction."""
+    db.execute("BEGIN EXCLUSIVE")
+    for statement in statements.split(";"):
         db.execute(statement)
     db.execute("COMMIT")
