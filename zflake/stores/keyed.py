@@ -240,17 +240,16 @@ class KeyedStore(Store):
             META: swap.version,
             ("machine", machine): old.gen or Found.NOTHING,
         }
-        if new.token is not None:
-            conditions["token", new.token] = Found.NOTHING
         # A key that stays is written after it was to go.
         writes: dict[Key, Thing | None] = dict.fromkeys(key for key, _ in items_of(old)) if old.gen else {}
         writes.update(items_of(new))
         if new.token is None:
             writes.update(self._cut(old, new.fence))
-            return Step(conditions, writes)
-        if old.gen and old.span_start == new.span_start:
-            writes["end", old.fence, machine, old.span_start] = None
-        writes.update(items_of_span(Span(machine, new.span_start, new.fence, new.holder)))
+        else:
+            conditions["token", new.token] = Found.NOTHING
+            if old.gen and old.span_start == new.span_start:
+                writes["end", old.fence, machine, old.span_start] = None
+            writes.update(items_of_span(Span(machine, new.span_start, new.fence, new.holder)))
         return Step(conditions, writes)
 
     def _cut(self, old: Record, fence: int) -> dict[Key, Thing | None]:

@@ -258,13 +258,9 @@ class RowStore(Store):
     # --- provenance ---
 
     def trace(self, machine: int, tick: int) -> Traced:
-        below = self._rows(
-            _span,
-            f"SELECT {SPAN} FROM span WHERE machine = :machine AND start <= :tick ORDER BY start DESC LIMIT 1",
-            machine=machine,
-            tick=tick,
-        )
-        return traced(below[0] if below else None, tick, self._since())
+        begun = f"SELECT {SPAN} FROM span WHERE machine = :machine AND start <= :tick"
+        latest = self._rows(_span, f"{begun} ORDER BY start DESC LIMIT 1", machine=machine, tick=tick)
+        return traced(latest[0] if latest else None, tick, self._since())
 
     def prune(self, before: int, keep: int, limit: int) -> int:
         (count,) = self._rows(itemgetter(0), "SELECT count(*) FROM span")

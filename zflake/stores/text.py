@@ -1,6 +1,6 @@
 """Keys and values as text, for engines that keep texts, and what Redis and etcd share because of that.
 
-A number in a key is decimal and zero-padded to `WIDTH`, so that its order is the text's.  A value begins with its
+A number in a key is decimal and zero-padded to 20 digits, so that its order is the text's.  A value begins with its
 stamp, which the engine compares as text.
 """
 
@@ -20,8 +20,6 @@ from zflake.errors import StoreError
 from zflake.stores.contract import check_schema
 from zflake.stores.keyed import FILLING, META, STORE, Found, Items, Key, KeyedStore, Stamp, Step, Thing
 
-WIDTH: Final = 20
-"""Digits of a number in a key."""
 TRIES: Final = 8
 """Attempts at a conversion that others overtake."""
 _FIELDS: Final = tuple(field.name for field in fields(Holder))
@@ -29,7 +27,7 @@ _FIELDS: Final = tuple(field.name for field in fields(Holder))
 
 def pad(number: int) -> str:
     """A number whose order as text is its own."""
-    return f"{number:0{WIDTH}d}"
+    return f"{number:020d}"
 
 
 # --- values ---
