@@ -101,11 +101,14 @@ class SqliteStore(RowStore):
         self._file = DatabaseFile(path, self.url)
         with ExitStack() as held, self._errors():
             self._file.check_kind()
-            if read_only:
-                self._db = self._look_at(held)
-            else:
+            if not read_only:
                 self._file.lock(held)
-                self._db = self._open(held)
+            marker = self._file.read_marker()  # before SQLite lays an old log over a main file put here since
+            self._db = self._look_at(held) if read_only else self._open(held)
+            self._file.opened()
+            self._recall(marker)
+            if not read_only and marker is not None and self._incarnation == marker.incarnation:
+                self._file.begin_marker(held, self._incarnation, self._commits)
             self._held = held.pop_all()
 
     def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
@@ -165,7 +168,6 @@ class SqliteStore(RowStore):
     # --- opening ---
 
     def _open(self, held: ExitStack) -> sqlite3.Connection:
-        marker = self._file.read_marker()  # before SQLite lays an old log over a main file put here since
         db = sqlite3.connect(self._file.path, isolation_level=None, timeout=0, check_same_thread=False)
         held.callback(db.close)
         if not (schema := self._recognise(db)):
@@ -187,27 +189,20 @@ class SqliteStore(RowStore):
         db.execute("ROLLBACK")
         if schema and schema < SCHEMA:
             _convert(db)
-        self._file.opened()
-        self._recall(db, marker)
-        if marker is not None and self._incarnation == marker.incarnation:
-            self._file.begin_marker(held, self._incarnation, self._commits)
         return db
 
     def _look_at(self, held: ExitStack) -> sqlite3.Connection:
-        marker = self._file.read_marker()
         db = sqlite3.connect(f"{self._file.uri}?mode=ro", uri=True, isolation_level=None)
         held.callback(db.close)
         if not (schema := self._recognise(db)):
             raise StoreError(f"{self.url} is empty")
         check_current(self.url, schema)
-        self._file.opened()
-        self._recall(db, marker)
         return db
 
-    def _recall(self, db: sqlite3.Connection, marker: Progress | None) -> None:
+    def _recall(self, marker: Progress | None) -> None:
         """Judge by the marker whether the file is what it was."""
-        (self._commits,) = db.execute("SELECT commits FROM life").fetchone()
-        (incarnation,) = db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
+        (self._commits,) = self._db.execute("SELECT commits FROM life").fetchone()
+        (incarnation,) = self._db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
         self._met: str | None = incarnation  # what meta says
         self.had_data = marker is not None and marker.commits > 0
         if marker is not None and marker.incarnation == incarnation and marker.commits <= self._commits:
