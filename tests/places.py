@@ -19,6 +19,8 @@ from psycopg import sql
 
 from tests.servers import Servers
 
+SERVED: Final = ("redis", "etcd", "postgresql")
+"""The engines that are servers."""
 _numbers: Iterator[int] = itertools.count()
 
 

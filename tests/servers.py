@@ -224,11 +224,15 @@ class Etcd(Server):
         return nodes
 
     @staticmethod
-    def need_durable() -> None:
+    def version() -> str:
+        return version_of(find_program("etcd"))
+
+    @classmethod
+    def need_durable(cls) -> None:
         """Skip a test that kills etcd, loudly, if this etcd loses commits then; fail it under CI."""
         from zflake.stores.etcd import LOSES_COMMITS
 
-        if (version := version_of(find_program("etcd"))) in LOSES_COMMITS:
+        if (version := cls.version()) in LOSES_COMMITS:
             not_tested(f"etcd {version} loses commits when it is killed: what kills it is NOT TESTED")
 
     @property

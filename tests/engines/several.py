@@ -20,11 +20,11 @@ from typing import Any, Final, Self
 import pytest
 
 from tests.jobs.checker import Verdict, leases_in, windows_of
+from tests.places import SERVED
 from tests.proxy import Mode, Proxy
 from tests.servers import Etcd, Postgres, Redis, Server
 from tests.system.daemons import Daemon, Daemons, children_of, status_of, until
 
-ENGINES: Final = ("redis", "etcd", "postgresql")
 TTL_MS: Final = 20_000
 """Milliseconds of a window of the shared cluster: an outage of 6 s ends no window, by far."""
 HEALTHY_MS: Final = TTL_MS * 6 // 10
@@ -34,13 +34,15 @@ SOON_S: Final = 1.0
 
 def several(*engines: str) -> pytest.MarkDecorator:
     """Try a test on each of these engines (all of them by default); those of one engine take turns on its site."""
-    quick = ENGINES[0]
     sites = [
         pytest.param(
             engine,
-            marks=[pytest.mark.xdist_group(f"several-{engine}"), *([pytest.mark.long] * (engine != quick))],
+            marks=[
+                pytest.mark.xdist_group(f"several-{engine}"),
+                *([pytest.mark.long] * (engine != SERVED[0])),
+            ],
         )
-        for engine in engines or ENGINES
+        for engine in engines or SERVED
     ]
     return pytest.mark.parametrize("site", sites, indirect=True)
 

@@ -15,7 +15,7 @@ import pytest
 
 import zflake
 from tests.conftest import brief
-from tests.places import PLACES, Place
+from tests.places import PLACES, SERVED, Place
 from tests.servers import Servers, free_port
 from tests.system.daemons import Daemon, Daemons, children_of, is_running, status_of, until
 from tests.system.daemons import tool as run_tool
@@ -23,7 +23,6 @@ from zflake.core.layout import DEFAULT
 
 TTL: Final = "24s"
 """A worker renews every third of it, and rides out two."""
-SERVED: Final = ("redis", "etcd", "postgresql")
 
 tool = partial(run_tool, within_s=60)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
+from tests.places import PLACES
 from tests.servers import Servers
 from tests.stores.made import META, leased, made, token, write
 from zflake.core.layout import PRESETS, Layout
@@ -21,18 +21,15 @@ from zflake.stores import Store, keyed, open_store, rows
 from zflake.stores.contract import Contents, outdated
 from zflake.stores.memory import MemoryStore
 
-_numbers: Iterator[int] = itertools.count()
-# A further engine is one more line: from a folder of its own and the servers to the URL of an empty store.
-ENGINES: Final[dict[str, Callable[[Path, Servers], str]]] = {
-    "memory": lambda _, __: "memory:",
-    "sqlite": lambda folder, _: f"sqlite:///{folder}/store.db",
-    "redis": lambda _, servers: f"{servers.redis.url}?prefix={next(_numbers)}:",
-    "etcd": lambda _, servers: f"{servers.etcd.url}{next(_numbers)}?unchecked=yes",
-    "postgresql": lambda _, servers: servers.postgres.url_of_new_database(),
-}
+ENGINES: Final = ("memory", *PLACES)
 
 HOLDER: Final = Holder("worker-1", "host-1", 4711, "tcp://10.0.0.1:7411")
 FURTHEST: Final = (1 << 62) - 1  # the last tick of the longest time field
+
+
+def new_url(engine: str, folder: Path, servers: Servers) -> str:
+    """The URL of an empty store."""
+    return "memory:" if engine == "memory" else PLACES[engine](folder, servers).url
 
 
 class Opened(NamedTuple):
@@ -52,7 +49,7 @@ class Opened(NamedTuple):
 
 @pytest.fixture(params=ENGINES)
 def opened(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Iterator[Opened]:
-    url = ENGINES[request.param](tmp_path, servers)
+    url = new_url(request.param, tmp_path, servers)
     with closing(open_store(url)) as store:
         yield Opened(url, store)
 
@@ -438,9 +435,8 @@ def test_what_a_store_holds_fills_another_one(store: Store, tmp_path: Path, serv
     store.swap([], Mark("here", 12345))
     store.prune(before=200, keep=9, limit=9)
     contents = store.contents()
-    for name, url_of in ENGINES.items():
-        (folder := tmp_path / f"to-{name}").mkdir()
-        with closing(made(open_store(url_of(folder, servers)), META, contents)) as other:
+    for engine in ENGINES:
+        with closing(made(open_store(new_url(engine, tmp_path, servers)), META, contents)) as other:
             assert other.contents() == contents == store.contents()
             assert other.by_token(token(1001)) == granted(1, 1, 100, 200)
             assert write(other, granted(7, 3, 400, 500)) == [True]
@@ -516,7 +512,7 @@ def test_a_later_schema_that_this_one_can_read_is_used_and_kept(empty: Store) ->
     assert empty.meta() == replace(later, version=2, ttl=7)
 
 
-@pytest.mark.parametrize("opened", [name for name in ENGINES if name != "memory"], indirect=True)
+@pytest.mark.parametrize("opened", PLACES, indirect=True)
 def test_a_schema_that_asks_for_a_later_zflake_is_refused(empty: Store) -> None:
     made(empty, replace(META, schema=SCHEMA + 5, reader=SCHEMA + 1))
     with pytest.raises(

@@ -13,7 +13,7 @@ from tests.conftest import brief
 from tests.servers import Servers
 from tests.stores.made import made
 from tests.stores.mutants import MUTANTS, Mutant, remove
-from tests.stores.test_contract import ENGINES, Opened
+from tests.stores.test_contract import Opened, new_url
 from zflake.errors import StoreError
 from zflake.stores import open_store
 
@@ -23,7 +23,7 @@ QUICK = [(m, engine) for m, engine in CASES if engine in ("memory", "redis", "sq
 
 def attempt(mutant: Mutant, engine: str, folder: Path, servers: Servers) -> None:
     """Run the contract test on an empty store of the engine."""
-    url = ENGINES[engine](folder, servers)
+    url = new_url(engine, folder, servers)
     wanted = inspect.signature(mutant.caught_by).parameters
     with closing(open_store(url)) as store, closing(Opened(url, store).beside()) as beside:
         if "empty" not in wanted:

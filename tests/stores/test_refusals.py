@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-import psycopg
 import pytest
 import requests
 
 from tests.conftest import brief
-from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, etcd_host
+from tests.places import PLACES, SERVED, EtcdPlace, Place, PostgresqlPlace, RedisPlace, etcd_host
 from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, not_tested, up
 from tests.stores.made import META, leased, made, token, write
+from tests.system.daemons import tool
 from zflake.core.lease import OLDEST, SCHEMA, Mark, Meta, Record, Swap
 from zflake.delegator.moves import meta_of
 from zflake.errors import ConfigError, StoreError, ZflakeError
@@ -33,31 +33,27 @@ from zflake.stores.etcd import LOSES_COMMITS
 SECRET: Final = "hush4711"
 HARD: Final = f"{SECRET}@:/?#%41 é"
 """A password that means something in a URL."""
+QUOTED: Final = quote(HARD, safe="")
 LATE: Final = 1 << 40
 HASTY: Final = "import zflake.delegator.clock as clock; clock.LISTEN_S = 0.3"
 """Has a delegator not wait for others to show themselves for as long as it would."""
-SERVED: Final = ("redis", "etcd", "postgresql")
-
-
-def run(*argv: str, prelude: str = "", module: str = "zflake.cli.delegator") -> tuple[int, str]:
-    """A command's exit code and what it said on stderr; the prelude is Python that goes before it."""
-    program = f"{prelude}\nfrom {module} import main\nmain()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *argv], check=False, capture_output=True, text=True, timeout=40
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
 
 
 def refused(url: str, *words: str, flags: Sequence[str] = (), code: int = 1, prelude: str = "") -> str:
-    """What a delegator says that ends at once on that store: one line, with these words."""
-    returned, said = run("--store", url, "--bind", "tcp://127.0.0.1:*", *flags, prelude=prelude)
-    (line,) = said.splitlines()
+    """What a delegator says that ends at once on that store: one line, with these words.
+
+    The prelude is Python that goes before it.
+    """
+    program = f"{prelude}\nfrom zflake.cli.delegator import main\nmain()"
+    command = [sys.executable, "-c", program, "--store", url, "--bind", "tcp://127.0.0.1:*", *flags]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=40)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
     assert line.startswith("zflake-delegator: ")
     for word in words:
         assert word in line
     assert SECRET not in line
-    assert returned == code, line
+    assert done.returncode == code, line
     return line
 
 
@@ -106,9 +102,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     access = server.data / "pg_hba.conf"
     access.write_text(f"host all guarded 127.0.0.1/32 scram-sha-256\n{access.read_text()}")
     with up(server):
-        with psycopg.connect(server.url, autocommit=True) as db:
-            db.execute("CREATE ROLE guarded LOGIN PASSWORD '" + HARD + "'")
-            db.execute("CREATE DATABASE guarded OWNER guarded")
+        place = PostgresqlPlace(server.url)
+        place.execute(f"CREATE ROLE guarded LOGIN PASSWORD '{HARD}'")
+        place.execute("CREATE DATABASE guarded OWNER guarded")
         yield server
 
 
@@ -264,22 +260,22 @@ def test_redis_takes_its_password_and_no_other(guarded_redis: Redis) -> None:
     where = f"127.0.0.1:{guarded_redis.port}/0"
     refused(f"redis://:{WRONG}@{where}", f"redis://{where} refuses the password")
     refused(f"redis://{where}", f"redis://{where}", "password")
-    says(f"redis://nobody:{quote(HARD, safe='')}@{where}", "refuses the password", kind=StoreError)
-    works(f"redis://:{quote(HARD, safe='')}@{where}")
-    works(f"redis://default:{quote(HARD, safe='')}@{where}?prefix=named:")
+    says(f"redis://nobody:{QUOTED}@{where}", "refuses the password", kind=StoreError)
+    works(f"redis://:{QUOTED}@{where}")
+    works(f"redis://default:{QUOTED}@{where}?prefix=named:")
 
 
 def test_etcd_takes_its_password_and_no_other(guarded_etcd: Etcd) -> None:
     where = f"127.0.0.1:{guarded_etcd.port}/zflake"
     refused(f"etcd://root:{WRONG}@{where}", f"etcd://{where} refuses the password of root")
     refused(f"etcd://{where}?unchecked=yes", f"etcd://{where}", "password")
-    says(f"etcd://nobody:{quote(HARD, safe='')}@{where}", "refuses the password", kind=StoreError)
-    works(f"etcd://root:{quote(HARD, safe='')}@{where}?unchecked=yes")
+    says(f"etcd://nobody:{QUOTED}@{where}", "refuses the password", kind=StoreError)
+    works(f"etcd://root:{QUOTED}@{where}?unchecked=yes")
 
 
 def test_etcd_is_shown_the_password_again_when_it_forgets_who_is_there(guarded_etcd: Etcd) -> None:
     where = f"127.0.0.1:{guarded_etcd.port}/zflake?unchecked=yes"
-    with closing(made(open_store(f"etcd://root:{quote(HARD, safe='')}@{where}"))) as store:
+    with closing(made(open_store(f"etcd://root:{QUOTED}@{where}"))) as store:
         guarded_etcd.kill()
         guarded_etcd.start()  # its tokens are gone
         assert store.meta() is not None
@@ -291,13 +287,12 @@ def test_postgresql_takes_its_password_and_no_other(postgres: Postgres) -> None:
         f"postgresql://guarded:{WRONG}@{where}", f"postgresql://{where}", "password authentication failed"
     )
     refused(f"postgresql://guarded@{where}", f"postgresql://{where}", "password")
-    works(f"postgresql://guarded:{quote(HARD, safe='')}@{where}")
+    works(f"postgresql://guarded:{QUOTED}@{where}")
 
 
 def test_a_postgresql_that_lets_nobody_make_tables_says_so(postgres: Postgres) -> None:
-    with psycopg.connect(postgres.url, autocommit=True) as db:
-        db.execute("CREATE DATABASE closed")
-    url = f"postgresql://guarded:{quote(HARD, safe='')}@127.0.0.1:{postgres.port}/closed"
+    PostgresqlPlace(postgres.url).execute("CREATE DATABASE closed")
+    url = f"postgresql://guarded:{QUOTED}@127.0.0.1:{postgres.port}/closed"
     says(url, "permission denied", kind=StoreError)
 
 
@@ -310,26 +305,18 @@ def test_a_postgresql_without_that_database_says_so(servers: Servers) -> None:
 
 
 def test_no_password_is_told_by_the_tool(guarded_redis: Redis, tmp_path: Path) -> None:
-    url = f"redis://:{quote(HARD, safe='')}@127.0.0.1:{guarded_redis.port}/0"
+    url = f"redis://:{QUOTED}@127.0.0.1:{guarded_redis.port}/0"
     file = f"sqlite:///{tmp_path}/store.db"
     for argv in (["info", url], ["rewind", url], ["copy", url, file], ["restore", url, file]):
-        code, said = run("store", *argv, module="zflake.cli.tool")
-        assert code == 1
-        assert said.count("\n") == 1
-        assert "holds no cluster" in said
-        assert SECRET not in said
+        done = tool("store", *argv)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "holds no cluster" in done.stderr
+        assert SECRET not in done.stderr
     works(url)
-    done = subprocess.run(
-        [sys.executable, "-m", "zflake", "store", "info", url], check=True, capture_output=True, text=True
-    )
-    assert SECRET not in done.stdout + done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "zflake", "store", "restore", url, file],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert SECRET not in done.stdout + done.stderr
+    for argv in (["info", url], ["restore", url, file]):
+        done = tool("store", *argv)
+        assert done.returncode == 0
+        assert SECRET not in done.stdout + done.stderr
 
 
 # --- what is there is not a store, or not this one ---
@@ -473,26 +460,17 @@ def test_stores_whose_names_begin_alike_do_not_see_each_other(servers: Servers) 
             assert again.by_token(token(number)) is None
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        pytest.param("/slash", "/slash/", id="etcd"),
-        pytest.param("?unchecked=yes", "?prefix=zflake:&unchecked=yes", id="redis"),
-        pytest.param("", "?schema=zflake", id="postgresql"),
-    ],
-)
-def test_one_store_has_several_names(
-    one: str, other: str, servers: Servers, request: pytest.FixtureRequest
-) -> None:
-    scheme = request.node.callspec.id
-    base = {
-        "etcd": lambda: etcd_host(servers),
-        "redis": lambda: servers.redis.url.replace("/0", "/7"),
-        "postgresql": servers.postgres.url_of_new_database,
-    }[scheme]()
-    suffix = "?unchecked=yes" if scheme == "etcd" else ""
-    made(open_store(base + one + suffix)).close()
-    assert can_be_looked_at(base + other + suffix)
+@pytest.mark.parametrize("engine", SERVED)
+def test_one_store_has_several_names(engine: str, servers: Servers) -> None:
+    if engine == "etcd":
+        names = [f"{etcd_host(servers)}/slash{end}?unchecked=yes" for end in ("", "/")]
+    elif engine == "redis":
+        names = [servers.redis.url.replace("/0", "/7") + option for option in ("", "?prefix=zflake:")]
+    else:
+        database = servers.postgres.url_of_new_database()
+        names = [database, f"{database}?schema=zflake"]
+    made(open_store(names[0])).close()
+    assert can_be_looked_at(names[1])
 
 
 # --- servers that would lose what they promised ---
