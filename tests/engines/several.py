@@ -96,9 +96,9 @@ class Site:
         self.shared.heal()
         return self.shared
 
-    def pair(self, *flags: str, ttl_ms: int = TTL_MS) -> Pair:
+    def pair(self, *, ttl_ms: int) -> Pair:
         """Two more delegators, on a store of their own."""
-        return Pair(self, *flags, ttl_ms=ttl_ms)
+        return Pair(self, ttl_ms=ttl_ms)
 
     def new_store(self) -> str:
         """The URL of a store that never was, on the server."""
@@ -129,10 +129,10 @@ class Site:
 class Pair:
     """Two delegators on one store, each behind a proxy, started at once; more of them, and workers, as wanted."""
 
-    def __init__(self, site: Site, *flags: str, ttl_ms: int) -> None:
+    def __init__(self, site: Site, *, ttl_ms: int) -> None:
         self.site = site
         self.url = site.new_store()
-        self.flags = ("--ttl", f"{ttl_ms}ms", *flags)
+        self.ttl = f"{ttl_ms}ms"
         self.delegators: list[Daemon] = []
         self.proxies: list[Proxy] = []
         self.addresses: list[str] = []
@@ -166,10 +166,10 @@ class Pair:
         self.addresses.pop()
         self.proxies.pop()
 
-    def restart(self, number: int, *flags: str, env: dict[str, str] | None = None) -> Daemon:
+    def restart(self, number: int, env: dict[str, str] | None = None) -> Daemon:
         """Start a delegator again that has ended, at the address that it had."""
         self.retired.append(self.delegators[number])
-        self.delegators[number] = self._start(number, *flags, bind=self.addresses[number], env=env)
+        self.delegators[number] = self._start(number, bind=self.addresses[number], env=env)
         return self.delegators[number]
 
     def add_workers(self, count: int) -> None:
@@ -211,9 +211,8 @@ class Pair:
 
     def check_logs(self) -> None:
         verdict = Verdict()
-        windows_of(
-            leases_in([delegator.log_path for delegator in [*self.retired, *self.delegators]]), verdict
-        )
+        logs = [delegator.log_path for delegator in [*self.retired, *self.delegators]]
+        windows_of(leases_in(logs), verdict)
         assert verdict.violations == []
 
     def _begin(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
@@ -229,7 +228,7 @@ class Pair:
         env: dict[str, str] | None = None,
     ) -> Daemon:
         store = ("--store", self.proxies[number].url(self.url))
-        return self.site.daemons.delegator(*store, *self.flags, *flags, bind=bind, new=False, env=env)
+        return self.site.daemons.delegator(*store, *flags, bind=bind, ttl=self.ttl, new=False, env=env)
 
     def _is_healthy(self) -> bool:
         for delegator in self.delegators:

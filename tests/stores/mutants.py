@@ -148,7 +148,7 @@ MUTANTS: Final = (
     Mutant("the first step compares", ("memory",), Memory, "_commit", "if self._try(first)",
            "if [self._try(first)]", _WENT_BACK),
     Mutant("steps compare", ("redis",), redis, "SCRIPT", "holds(step[1])", "true", _GEN, {"gen": 4}),
-    Mutant("a missing key compares", ("redis",), redis, "SCRIPT", " or not text and value", "", _GEN,
+    Mutant("a missing key compares", ("redis",), redis, "SCRIPT", " or not wanted and value", "", _GEN,
            {"gen": 1}),
     Mutant("the first step compares", ("redis",), redis, "SCRIPT", "elseif at == 1 then",
            "elseif false then", _WENT_BACK),

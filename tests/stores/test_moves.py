@@ -86,7 +86,7 @@ def rests(url: str) -> bool:
 
 
 def ask(url: str, request: Acquire | Renew, **wishes: Any) -> Any:
-    """A delegator's answer that starts there."""
+    """The answer of a delegator that starts there."""
 
     def complain(error: StoreError) -> None:
         raise error

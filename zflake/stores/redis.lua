@@ -46,8 +46,8 @@ end
 local function holds(conditions)
   for _, condition in ipairs(conditions) do
     local value, text = get(condition[1]), condition[2]
-    text = text ~= cjson.null and text
-    if text and not (value and string.sub(value, 1, #text) == text) or not text and value then
+    local wanted = text ~= cjson.null
+    if wanted and not (value and string.sub(value, 1, #text) == text) or not wanted and value then
       return false
     end
   end
