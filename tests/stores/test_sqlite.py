@@ -73,16 +73,11 @@ def filled(path: Path, machines: int = 400) -> bytes:
 def child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
     """A process that runs `code` and, unless it has ended by then, is killed at the end."""
     source = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom zflake.core.lease import Meta, Record, Swap\n"
-        "from zflake.core.layout import PRESETS\nfrom zflake.stores.sqlite import SqliteStore\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.stores.made import META, leased, write\n"
+        "from zflake.core.lease import Record\nfrom zflake.stores.sqlite import SqliteStore\n"
     ) + code
     command = [sys.executable, "-c", source, *map(str, args)]
-    with subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as process:
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -121,13 +116,12 @@ def test_every_commit_is_synced_to_a_write_ahead_log(store: SqliteStore, path: P
 SWAPPER: Final = """
 store = SqliteStore(Path(sys.argv[1]))
 if store.meta() is None:
-    store.initialise(Meta("store-1", PRESETS["snowcloud"], 30_000, 0, 1023))
+    store.initialise(META)
 while True:
     for machine in range(7):
-        old = store.by_machine(machine)
-        gen = old.gen + 1
+        gen = store.by_machine(machine).gen + 1
         new = Record(machine, fence=gen * 10 + machine, gen=gen, token=os.urandom(16))
-        if store.swap([Swap(old, new, 1)]) == [True]:
+        if write(store, new) == [True]:
             print(machine, gen, new.fence, new.token.hex(), flush=True)
 """
 
@@ -155,20 +149,20 @@ def test_a_forked_child_takes_nothing_from_its_parent(path: Path) -> None:
     forks = """
 def main():
     store = SqliteStore(Path(sys.argv[1]))
-    store.initialise(Meta("store-1", PRESETS["snowcloud"], 30_000, 0, 1023))
+    store.initialise(META)
     child = os.fork()
     if child == 0:
         store.close()
         sys.exit(0)
     os.waitpid(child, 0)
-    print(store.swap([Swap(Record(1), Record(1, fence=10, gen=1), 1)]), flush=True)
+    print(write(store, leased(1)), flush=True)
     os.kill(os.getpid(), 9)
 main()
 """
     with child(forks, path) as process:
         assert lines(process) == ["[True]"]
     with closing(SqliteStore(path)) as store:
-        assert store.by_machine(1) == Record(1, fence=10, gen=1)
+        assert store.by_machine(1) == leased(1)
 
 
 # --- one process a file ---
@@ -177,8 +171,8 @@ OPENER: Final = """
 try:
     store = SqliteStore(Path(sys.argv[1]))
     if "used" in sys.argv:
-        store.initialise(Meta("store-1", PRESETS["snowcloud"], 30_000, 0, 1023))
-        assert store.swap([Swap(Record(1), Record(1, fence=10, gen=1), 1)]) == [True]
+        store.initialise(META)
+        assert write(store, leased(1)) == [True]
 except Exception as error:
     print(type(error).__name__, error, flush=True)
 else:
