@@ -67,7 +67,7 @@ def restore(backup: str, url: str) -> str:
             target.initialise(replace(meta, incarnation="", moved=""), contents)
     rest_ms = meta.layout.ticks_to_ms(loss.rest_until(meta.layout, 0, meta.ttl) - 1)
     return (
-        f"restored {target.url} from {source.url}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
+        f"restored {target.url} from {source.url}: {len(contents.records)} machine IDs. A delegator that starts on it "
         f"grants nothing for the first {math.ceil(rest_ms / 1000)} s"
     )
 
@@ -105,7 +105,7 @@ def copy(url: str, to: str) -> str:
                         ) from None
                     raise
     return (
-        f"moved {len(list(contents.records))} machine IDs from {source.url} to {target.url}: start the delegators on "
+        f"moved {len(contents.records)} machine IDs from {source.url} to {target.url}: start the delegators on "
         "that now; the old store refuses them"
     )
 

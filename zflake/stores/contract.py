@@ -70,12 +70,12 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 class Contents:
     """All that a store holds, beside its meta."""
 
-    records: Iterable[Record] = ()
+    records: Sequence[Record] = ()
     """One for each machine ID that was ever used."""
-    spans: Iterable[Span] = ()
+    spans: Sequence[Span] = ()
     since: int = 0
     """The tick from which on the spans are complete."""
-    marks: Iterable[Mark] = ()
+    marks: Sequence[Mark] = ()
 
 
 class Store(ABC):

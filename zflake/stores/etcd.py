@@ -67,12 +67,12 @@ class EtcdStore(TextStore):
         where = parse_url(url, OPTIONS)
         super().__init__(where.shown)
         self._prefix = where.path.rstrip("/") + "/"
-        unchecked, tls, ca = where.flag("unchecked"), where.flag("tls"), where.options.get("ca")
-        if not where.hosts or self._prefix == "/" or (ca is not None and not tls):
+        unchecked, ca = where.flag("unchecked"), where.options.get("ca")
+        if not where.hosts or self._prefix == "/" or (ca is not None and not where.flag("tls")):
             raise ConfigError(f"{self.url}: write {FORM}")
         if ca is not None and not os.access(ca, os.R_OK):
             raise ConfigError(f"{self.url}: can't read the file of ?ca=")
-        self._http = EtcdHttp(where, tls=tls)
+        self._http = EtcdHttp(where)
         never = {"key": self._b64("meta"), "target": "VERSION", "result": "LESS", "version": 0}
         self._identity = EtcdIdentity(self._http, {"compare": [never], "success": [self._write("meta", "")]})
         try:

@@ -26,7 +26,7 @@ Op: TypeAlias = dict[str, Any]
 class EtcdHttp:
     """The endpoints of one cluster.  One is asked until it fails."""
 
-    def __init__(self, where: StoreUrl, *, tls: bool) -> None:
+    def __init__(self, where: StoreUrl) -> None:
         self._shown = where.shown
         self._login = None if where.user is None else (where.user, where.password or "")
         self._turn = 0
@@ -36,7 +36,7 @@ class EtcdHttp:
             Etcd3Client(
                 host=host,
                 port=port or PORT,
-                protocol="https" if tls else "http",
+                protocol="https" if where.flag("tls") else "http",
                 timeout=TIMEOUT_S / min(2, len(where.hosts)),
                 session=_session(where.options.get("ca")),
                 api_path="/v3/",
