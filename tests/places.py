@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import sqlite3
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -19,6 +19,8 @@ from psycopg import sql
 
 from tests.servers import Servers
 
+SERVED: Final = ("redis", "etcd", "postgresql")
+"""The engines that are servers."""
 _numbers: Iterator[int] = itertools.count()
 
 
@@ -68,14 +70,14 @@ class SqlitePlace(Place):
     def everything(self) -> object:
         if not self.path.exists():
             return None
-        with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
             return list(db.iterdump()), *db.execute("PRAGMA user_version").fetchone()
 
     def set_schema(self, schema: int) -> None:
         self._execute(f"PRAGMA user_version = {schema}")
 
     def readers(self) -> tuple[int, int]:
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
+        with closing(sqlite3.connect(self.path)) as db:
             (reader,) = db.execute("PRAGMA user_version").fetchone()
             (schema,) = db.execute("SELECT schema FROM meta").fetchone()
             return schema, reader
@@ -90,12 +92,27 @@ class SqlitePlace(Place):
         self._execute("CREATE TABLE orders (number)")
 
     def _execute(self, text: str, *values: object) -> None:
-        db = sqlite3.connect(self.path, isolation_level=None)
-        db.execute(text, values)
-        db.close()
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute(text, values)
 
 
-class RedisPlace(Place):
+class TextPlace(Place):
+    """A prefix in an engine that keeps meta as a text."""
+
+    @abstractmethod
+    def meta_text(self) -> str | bytes:
+        """The text of meta."""
+
+    def set_schema(self, schema: int) -> None:
+        meta = json.loads(self.meta_text()) | {"zflake": schema, "reader": schema}
+        self.damage_meta(json.dumps(meta))
+
+    def readers(self) -> tuple[int, int]:
+        meta = json.loads(self.meta_text())
+        return meta["zflake"], meta["reader"]
+
+
+class RedisPlace(TextPlace):
     """A prefix in a database of a Redis."""
 
     def __init__(self, url: str, prefix: str) -> None:
@@ -113,15 +130,8 @@ class RedisPlace(Place):
         keys = cast("list[bytes]", sorted(self.client.scan_iter()))
         return {key: look[cast("bytes", self.client.type(key))](key) for key in keys}
 
-    def set_schema(self, schema: int) -> None:
-        meta = json.loads(cast("bytes", self.client.hget(f"{self.prefix}meta", "text")))
-        self.client.hset(
-            f"{self.prefix}meta", "text", json.dumps(meta | {"zflake": schema, "reader": schema})
-        )
-
-    def readers(self) -> tuple[int, int]:
-        meta = json.loads(cast("bytes", self.client.hget(f"{self.prefix}meta", "text")))
-        return meta["zflake"], meta["reader"]
+    def meta_text(self) -> bytes:
+        return cast("bytes", self.client.hget(f"{self.prefix}meta", "text"))
 
     def damage_meta(self, text: str) -> None:
         self.client.hset(f"{self.prefix}meta", "text", text)
@@ -133,14 +143,15 @@ class RedisPlace(Place):
         self.client.set(f"{self.prefix}meta", "of another program")
 
 
-class EtcdPlace(Place):
+class EtcdPlace(TextPlace):
     """A prefix of an etcd."""
 
     def __init__(self, url: str, prefix: str, options: str = "") -> None:
-        """`url` without a prefix and with one host, `prefix` with its slash in front."""
-        self.prefix = prefix
-        self.url = f"{url}{prefix}{options}"
-        self._api = url.replace("etcd://", "http://").split(",")[0] + "/v3"
+        """`url` with one host; `prefix` is added to its path, with a slash in front."""
+        host, slash, path = url.removeprefix("etcd://").partition("/")
+        self.prefix = slash + path + prefix
+        self.url = f"etcd://{host}{self.prefix}{options}"
+        self._api = f"http://{host}/v3"
 
     def ask(self, path: str, **request: Any) -> dict[str, Any]:
         answer = requests.post(f"{self._api}{path}", json=request, timeout=5)
@@ -148,22 +159,16 @@ class EtcdPlace(Place):
         return cast("dict[str, Any]", answer.json())
 
     def everything(self) -> object:
-        answer = self.ask("/kv/range", key=_b64("\0"), range_end=_b64("\0"))
+        answer = self.ask("/kv/range", key=b64("\0"), range_end=b64("\0"))
         return answer["header"]["revision"], answer.get("kvs", ())
 
     def put(self, key: str, value: str | bytes) -> None:
         data = value if isinstance(value, bytes) else value.encode()
-        self.ask("/kv/put", key=_b64(key), value=b64encode(data).decode())
+        self.ask("/kv/put", key=b64(key), value=b64encode(data).decode())
 
-    def set_schema(self, schema: int) -> None:
-        (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
-        meta = json.loads(b64decode(pair["value"]))
-        self.put(f"{self.prefix}/meta", json.dumps(meta | {"zflake": schema, "reader": schema}))
-
-    def readers(self) -> tuple[int, int]:
-        (pair,) = self.ask("/kv/range", key=_b64(f"{self.prefix}/meta"))["kvs"]
-        meta = json.loads(b64decode(pair["value"]))
-        return meta["zflake"], meta["reader"]
+    def meta_text(self) -> bytes:
+        (pair,) = self.ask("/kv/range", key=b64(f"{self.prefix}/meta"))["kvs"]
+        return b64decode(pair["value"])
 
     def damage_meta(self, text: str) -> None:
         self.put(f"{self.prefix}/meta", text)
@@ -192,13 +197,9 @@ class PostgresqlPlace(Place):
                 "SELECT table_schema, table_name FROM information_schema.tables"
                 " WHERE table_schema NOT IN ('pg_catalog', 'information_schema') ORDER BY 1, 2"
             ).fetchall()
-            rows = {
-                table: db.execute(
-                    sql.SQL("SELECT * FROM {} t ORDER BY t::text").format(sql.Identifier(*table))
-                )
-                for table in tables
-            }
-            return schemas, {table: cursor.fetchall() for table, cursor in rows.items()}
+            every = sql.SQL("SELECT * FROM {} t ORDER BY t::text")
+            rows = {t: db.execute(every.format(sql.Identifier(*t))).fetchall() for t in tables}
+            return schemas, rows
 
     def set_schema(self, schema: int) -> None:
         self.execute("UPDATE zflake.meta SET schema = %s, reader = %s", schema, schema)
@@ -218,7 +219,7 @@ class PostgresqlPlace(Place):
         self.execute("CREATE TABLE zflake.orders (number int)")
 
 
-def _b64(text: str) -> str:
+def b64(text: str) -> str:
     return b64encode(text.encode(errors="surrogatepass")).decode()
 
 

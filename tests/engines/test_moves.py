@@ -6,7 +6,7 @@ import itertools
 import json
 import signal
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ import pytest
 
 import zflake
 from tests.conftest import brief
-from tests.places import PLACES, Place
+from tests.places import PLACES, SERVED, Place
 from tests.servers import Servers, free_port
 from tests.system.daemons import Daemon, Daemons, children_of, is_running, status_of, until
 from tests.system.daemons import tool as run_tool
@@ -23,35 +23,34 @@ from zflake.core.layout import DEFAULT
 
 TTL: Final = "24s"
 """A worker renews every third of it, and rides out two."""
-SERVED: Final = ("redis", "etcd", "postgresql")
-
 
 tool = partial(run_tool, within_s=60)
 
 
-def facts_of(url: str) -> dict[str, Any]:
-    done = tool("store", "info", url, "--json")
+def told(*argv: str) -> str:
+    """What `zflake` prints, if it ends well and complains of nothing."""
+    done = tool(*argv)
     assert (done.returncode, done.stderr) == (0, "")
-    (line,) = done.stdout.splitlines()
+    return done.stdout
+
+
+def facts_of(url: str) -> dict[str, Any]:
+    (line,) = told("store", "info", url, "--json").splitlines()
     facts: dict[str, Any] = json.loads(line)
     return facts
 
 
-def held_by(delegator: Daemon, name: str) -> dict[str, Any]:
-    """The lease of that name; empty if no holder of that name has one."""
-    leases = status_of(delegator.address).get("leases", ())
-    found = [lease for lease in leases if lease["name"] == name and lease["worker"]]
-    return dict(found[0]) if found else {}
+def lease_at(delegator: Daemon, above: int = 0) -> dict[str, Any]:
+    """The lease of the worker `constant`, once its generation is above that."""
 
+    def look() -> list[dict[str, Any]]:
+        leases = status_of(delegator.address).get("leases", ())
+        return [
+            each for each in leases if each["name"] == "constant" and each["worker"] and each["gen"] > above
+        ]
 
-def renewed(delegator: Daemon, gen: int) -> dict[str, Any]:
-    """The worker's lease, once its generation is above that."""
-
-    def look() -> dict[str, Any]:
-        lease = held_by(delegator, "constant")
-        return lease if lease and lease["gen"] > gen else {}
-
-    return dict(until(look, "the worker to renew"))
+    (lease,) = until(look, "the worker to renew")
+    return dict(lease)
 
 
 @pytest.mark.long
@@ -64,7 +63,7 @@ def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
     delegator = daemons.delegator("--store", places[0].url, ttl=TTL)
     address = delegator.address
     worker = daemons.worker(to=address, name="constant")
-    first = until(lambda: held_by(delegator, "constant"), "a lease")
+    first = lease_at(delegator)
     with zflake.Client(worker.address, route="direct", timeout=10) as client:
         ids = client.next_ids(10)
         lease = first
@@ -74,15 +73,14 @@ def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
             assert (refused.returncode, refused.stdout) == (1, "")
             assert "in use" in refused.stderr
             assert delegator.terminate() == 0
-            done = tool("store", "copy", source.url, target.url)
-            assert (done.returncode, done.stderr) == (0, "")
+            told("store", "copy", source.url, target.url)
             ids += client.next_ids(10)  # the worker serves meanwhile
             old = daemons.delegator("--store", source.url, "--bind", "tcp://127.0.0.1:*", new=False, ttl=TTL)
             delegator = daemons.delegator(
                 "--store", target.url, name=f"delegator-on-{number}", bind=address, new=False, ttl=TTL
             )
             assert delegator.address == address
-            lease = renewed(delegator, lease["gen"])
+            lease = lease_at(delegator, above=lease["gen"])
             assert lease["machine"] == first["machine"]
             assert status_of(address)["granting_in_ms"] == 0
             assert facts_of(target.url)["floor"] is None
@@ -94,9 +92,7 @@ def test_a_worker_keeps_its_machine_id_while_its_cluster_goes_round_all_engines(
     assert {DEFAULT.decompose(id_).machine for id_ in ids} == {first["machine"]}
     assert worker.said("lost") == 0
     # The last engine knows the minter of the first of them, too.
-    traced = tool("trace", str(ids[0]), "--to", address)
-    assert traced.returncode == 0
-    assert "constant" in traced.stdout
+    assert "constant" in told("trace", str(ids[0]), "--to", address)
 
 
 @pytest.mark.parametrize("engine", brief(PLACES, ["sqlite", "redis"]))
@@ -112,14 +108,11 @@ def test_the_store_commands_speak_of_every_engine(
     assert (live["used"], live["held"], live["is_as_it_was"], live["moved_to"]) == (1, 1, True, None)
     for process in (worker, delegator):
         assert process.terminate() == 0
-    shown = tool("store", "info", place.url)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert "1 ever used, 0 held" in shown.stdout
-    assert "nothing to do" in tool("store", "rewind", place.url).stdout
+    assert "1 ever used, 0 held" in told("store", "info", place.url)
+    assert "nothing to do" in told("store", "rewind", place.url)
     restored = PLACES["sqlite"](tmp_path, servers)
-    done = tool("store", "restore", place.url, restored.url)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "will rest before it grants" in tool("store", "info", restored.url).stdout
+    told("store", "restore", place.url, restored.url)
+    assert "will rest before it grants" in told("store", "info", restored.url)
 
 
 # --- zflake up ---
@@ -128,14 +121,10 @@ def test_the_store_commands_speak_of_every_engine(
 def running_on(url: str) -> list[int]:
     """The processes that were told of that store."""
     pids = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if url.encode() in arguments:
-                pids.append(int(folder.name))
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if url.encode() in command.read_bytes().split(b"\0"):
+                pids.append(int(command.parent.name))
     return pids
 
 

@@ -12,7 +12,7 @@ crash       the process dies in the middle: before the effect, or after it and b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.sim.checker import Checker
@@ -56,13 +56,12 @@ class Disk(MemoryStore):
             self.checker.used(used_us)
         return done if known else [False] * len(swaps)
 
-    def _write(self, writes: Mapping[Key, Thing | None]) -> None:
-        for thing in writes.values():
-            if isinstance(thing, Meta):
-                self.checker.settled(thing)
-            elif isinstance(thing, Record):
-                self.checker.stored(self.by_machine(thing.machine), thing)
-        super()._write(writes)
+    def _write(self, key: Key, thing: Thing | None) -> None:
+        if isinstance(thing, Meta):
+            self.checker.settled(thing)
+        elif isinstance(thing, Record):
+            self.checker.stored(self.by_machine(thing.machine), thing)
+        super()._write(key, thing)
 
 
 class Connection(Disk):

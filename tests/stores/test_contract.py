@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 
+from tests.places import PLACES
 from tests.servers import Servers
+from tests.stores.made import META, leased, made, token, write
 from zflake.core.layout import PRESETS, Layout
-from zflake.core.lease import SCHEMA, Holder, Mark, Meta, Record, Span, Swap, Traced
+from zflake.core.lease import SCHEMA, Holder, Mark, Record, Span, Swap, Traced
+from zflake.delegator.moves import meta_of
 from zflake.errors import StoreError
 from zflake.stores import Store, keyed, open_store, rows
 from zflake.stores.contract import Contents, outdated
 from zflake.stores.memory import MemoryStore
 
-_numbers: Iterator[int] = itertools.count()
-# A further engine is one more line: from a folder of its own and the servers to the URL of an empty store.
-ENGINES: Final[dict[str, Callable[[Path, Servers], str]]] = {
-    "memory": lambda _, __: "memory:",
-    "sqlite": lambda folder, _: f"sqlite:///{folder}/store.db",
-    "redis": lambda _, servers: f"{servers.redis.url}?prefix={next(_numbers)}:",
-    "etcd": lambda _, servers: f"{servers.etcd.url}{next(_numbers)}?unchecked=yes",
-    "postgresql": lambda _, servers: servers.postgres.url_of_new_database(),
-}
+ENGINES: Final = ("memory", *PLACES)
 
-META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
+HOLDER: Final = Holder("worker-1", "host-1", 4711, "tcp://10.0.0.1:7411")
 FURTHEST: Final = (1 << 62) - 1  # the last tick of the longest time field
+
+
+def new_url(engine: str, folder: Path, servers: Servers) -> str:
+    """The URL of an empty store."""
+    return "memory:" if engine == "memory" else PLACES[engine](folder, servers).url
 
 
 class Opened(NamedTuple):
@@ -49,10 +49,9 @@ class Opened(NamedTuple):
 
 @pytest.fixture(params=ENGINES)
 def opened(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Iterator[Opened]:
-    url = ENGINES[request.param](tmp_path, servers)
-    store = open_store(url)
-    yield Opened(url, store)
-    store.close()
+    url = new_url(request.param, tmp_path, servers)
+    with closing(open_store(url)) as store:
+        yield Opened(url, store)
 
 
 @pytest.fixture
@@ -63,35 +62,18 @@ def empty(opened: Opened) -> Store:
 @pytest.fixture
 def beside(opened: Opened) -> Iterator[Store]:
     """Another connection to the same store."""
-    other = opened.beside()
-    yield other
-    other.close()
+    with closing(opened.beside()) as other:
+        yield other
 
 
 @pytest.fixture
 def store(empty: Store) -> Store:
-    empty.initialise(replace(META, incarnation=empty.incarnation()))
-    return empty
+    return made(empty)
 
 
-def meta_of(store: Store) -> Meta | None:
-    """Meta but for its incarnation, which is each store's own."""
-    meta = store.meta()
-    return None if meta is None else replace(meta, incarnation="")
-
-
-def token(number: int) -> bytes:
-    return number.to_bytes(16, "big")
-
-
-def write(store: Store, *records: Record, version: int = 1) -> list[bool]:
-    read = {record.machine: store.by_machine(record.machine) for record in records}
-    swaps = []
-    for record in records:
-        swaps.append(Swap(replace(read[record.machine], gen=record.gen - 1), record, version))
-        if read[record.machine].gen == record.gen - 1:
-            read[record.machine] = record
-    return store.swap(swaps)
+def is_as_made(store: Store) -> bool:
+    """Whether meta is still the one that `made` wrote."""
+    return store.meta() == replace(META, incarnation=store.incarnation())
 
 
 # --- meta ---
@@ -100,7 +82,7 @@ def write(store: Store, *records: Record, version: int = 1) -> list[bool]:
 def test_a_store_that_was_never_initialised_has_no_meta_and_takes_no_write(empty: Store) -> None:
     assert empty.meta() is None
     assert not empty.swap_meta(META, replace(META, version=2))
-    assert write(empty, Record(1, fence=9, gen=1, token=token(1))) == [False]
+    assert write(empty, leased(1, 9)) == [False]
     assert empty.by_machine(1) == Record(1)
 
 
@@ -112,14 +94,15 @@ def test_meta_reads_back_whole(empty: Store, layout: Layout) -> None:
 
 
 def test_initialising_twice_is_refused_and_the_first_stands(store: Store) -> None:
+    contents = Contents([leased(1)], [Span(1, 0, 10, HOLDER)])
     with pytest.raises(StoreError, match="initialised already"):
-        store.initialise(replace(META, store_id="store-2", ttl=1))
-    assert meta_of(store) == META
+        store.initialise(replace(META, store_id="store-2", ttl=1), contents)
+    assert is_as_made(store)
+    assert store.contents() == Contents([], [], 0, [])
 
 
 def test_meta_is_swapped_only_in_place_of_the_one_that_was_meant(store: Store) -> None:
-    first = store.meta()
-    assert first is not None
+    first = meta_of(store)
     second = replace(
         META, version=7, layout=PRESETS["wide"], ttl=60_000, first_machine=3, last_machine=9, floor=5
     )
@@ -134,7 +117,7 @@ def test_meta_is_swapped_only_in_place_of_the_one_that_was_meant(store: Store) -
 
 def test_meta_of_another_store_is_not_swapped_in(store: Store) -> None:
     assert not store.swap_meta(replace(META, store_id="store-2"), replace(META, version=2))
-    assert meta_of(store) == META
+    assert is_as_made(store)
 
 
 # --- records ---
@@ -159,7 +142,7 @@ def test_a_record_reads_back_whole_by_machine_and_by_token(store: Store) -> None
 @pytest.mark.parametrize("gen", [0, 1, 2, 4, 5])
 def test_a_swap_from_another_generation_loses_and_writes_nothing(store: Store, gen: int) -> None:
     now = Record(1, fence=20, gen=2, token=token(2))
-    assert write(store, Record(1, fence=10, gen=1, token=token(1)), now) == [True, True]
+    assert write(store, leased(1), now) == [True, True]
     assert write(store, Record(1, fence=99, gen=gen, token=token(9))) == [False]
     assert store.by_machine(1) == now
     assert store.by_token(token(9)) is None
@@ -175,10 +158,10 @@ def test_a_machine_that_was_never_used_begins_with_generation_one(store: Store, 
 
 @pytest.mark.parametrize("version", [1, 3])
 def test_a_swap_under_another_version_of_meta_loses_and_writes_nothing(store: Store, version: int) -> None:
-    first = Record(1, fence=10, gen=1, token=token(1))
+    first = leased(1)
     assert write(store, first) == [True]
     assert store.swap_meta(META, replace(META, version=2, floor=1000, incarnation=store.incarnation()))
-    for record in (Record(1, fence=20, gen=2, token=token(2)), Record(2, fence=20, gen=1, token=token(2))):
+    for record in (Record(1, fence=20, gen=2, token=token(2)), leased(2, 20)):
         assert write(store, record, version=version) == [False]
         assert store.by_machine(1) == first
         assert store.by_machine(2) == Record(2)
@@ -196,10 +179,10 @@ def test_of_two_writers_from_one_generation_one_wins(store: Store) -> None:
 
 def test_the_swaps_of_one_commit_stand_or_fall_each_for_itself_and_in_order(store: Store) -> None:
     assert store.swap([]) == []
-    first = Record(1, fence=5, gen=1, token=token(1))
+    first = leased(1, 5)
     assert write(store, first) == [True]
     swaps = [
-        Swap(Record(2), second := Record(2, fence=6, gen=1, token=token(2)), 1),
+        Swap(Record(2), second := leased(2, 6), 1),
         Swap(Record(1), Record(1, fence=7, gen=1, token=token(3)), 1),  # stale
         Swap(Record(3), Record(3, fence=8, gen=1, token=token(4)), 7),  # under another meta
         Swap(second, Record(2, fence=9, gen=2, token=token(5)), 1),  # follows upon the first
@@ -215,7 +198,7 @@ def test_the_swaps_of_one_commit_stand_or_fall_each_for_itself_and_in_order(stor
 
 
 def test_a_rotated_token_finds_nothing_and_the_new_one_the_record(store: Store) -> None:
-    write(store, Record(1, fence=10, gen=1, token=token(1)))
+    write(store, leased(1))
     renewed = Record(1, fence=20, gen=2, token=token(2))
     assert write(store, renewed) == [True]
     assert store.by_token(token(1)) is None
@@ -223,7 +206,7 @@ def test_a_rotated_token_finds_nothing_and_the_new_one_the_record(store: Store) 
 
 
 def test_a_released_record_is_found_by_no_token(store: Store) -> None:
-    write(store, Record(1, fence=10, gen=1, token=token(1)), Record(2, fence=10, gen=1, token=token(2)))
+    write(store, leased(1), leased(2))
     assert write(store, Record(1, fence=4, gen=2), Record(2, fence=4, gen=2)) == [True, True]
     assert store.by_token(token(1)) is None
     assert store.by_machine(1) == Record(1, fence=4, gen=2)
@@ -231,10 +214,10 @@ def test_a_released_record_is_found_by_no_token(store: Store) -> None:
 
 
 def test_a_token_stands_on_one_machine_and_a_second_one_loses(store: Store) -> None:
-    mine, other = Record(1, fence=10, gen=1, token=token(1)), Record(2, fence=10, gen=1, token=token(2))
+    mine, other = leased(1), leased(2)
     assert write(store, mine, other) == [True, True]
     thief, renewal = replace(mine, machine=3), replace(other, gen=2, token=token(1))
-    bystander = Record(4, fence=10, gen=1, token=token(4))
+    bystander = leased(4)
     assert write(store, thief, renewal, bystander) == [False, False, True]
     assert store.by_token(token(1)) == mine
     assert store.by_token(token(2)) == store.by_machine(2) == other
@@ -250,7 +233,7 @@ def test_one_acquire_that_came_twice_in_one_commit_gets_one_machine(store: Store
 
 
 def test_a_token_is_granted_once_and_after_it_was_given_up_again(store: Store) -> None:
-    first = Record(1, fence=10, gen=1, token=token(1))
+    first = leased(1)
     write(store, first)
     assert write(store, Record(1, fence=20, gen=2, token=token(1))) == [False]
     assert store.by_token(token(1)) == store.by_machine(1) == first
@@ -264,7 +247,7 @@ def test_a_token_is_granted_once_and_after_it_was_given_up_again(store: Store) -
 
 def test_held_are_those_with_a_token_whose_window_has_not_ended(store: Store) -> None:
     windows = ((3, 10), (7, 11), (2, 99), (4, 99))
-    ended, last_tick, long, released = (Record(m, fence=f, gen=1, token=token(m)) for m, f in windows)
+    ended, last_tick, long, released = (leased(m, f) for m, f in windows)
     write(store, long, ended, released, last_tick)
     write(store, replace(released, gen=2, token=None))
     assert list(store.held(10)) == [long, last_tick]
@@ -274,7 +257,7 @@ def test_held_are_those_with_a_token_whose_window_has_not_ended(store: Store) ->
 
 def test_lowest_are_the_never_used_and_then_by_fence_and_machine(store: Store) -> None:
     fences = {1: 30, 3: 10, 4: 20, 5: 10}
-    used = {m: Record(m, fence=fence, gen=1, token=token(m)) for m, fence in fences.items()}
+    used = {m: leased(m, fence) for m, fence in fences.items()}
     write(store, *used.values())
     order = [Record(0), Record(2), Record(6), used[3], used[5], used[4], used[1]]
     assert list(store.lowest(0, 6, 100)) == order
@@ -293,7 +276,7 @@ def test_lowest_stays_within_its_range_and_ranges_do_not_disturb_each_other(stor
     def machines(first: int, last: int, limit: int = 100) -> list[int]:
         return [record.machine for record in store.lowest(first, last, limit)]
 
-    write(store, *(Record(m, fence=100 - m, gen=1, token=token(m)) for m in range(6)))
+    write(store, *(leased(m, 100 - m) for m in range(6)))
     assert machines(0, 3) == [3, 2, 1, 0]
     assert machines(0, 3, limit=0) == []
     assert machines(0, 7) == [6, 7, 5, 4, 3, 2, 1, 0]
@@ -305,7 +288,7 @@ def test_lowest_stays_within_its_range_and_ranges_do_not_disturb_each_other(stor
     assert machines(8, 7) == []
     assert machines(8, 1) == []
     assert machines(8, 9) == [8, 9]
-    write(store, Record(7, fence=1, gen=1, token=token(7)), Record(6, fence=2, gen=1, token=token(6)))
+    write(store, leased(7, 1), leased(6, 2))
     assert machines(0, 7) == [7, 6, 5, 4, 3, 2, 1, 0]
     assert machines(0, 9, limit=3) == [8, 9, 7]
 
@@ -327,8 +310,6 @@ def test_closing_twice_does_nothing(store: Store) -> None:
 
 
 # --- provenance ---
-
-HOLDER: Final = Holder("worker-1", "host-1", 4711, "tcp://10.0.0.1:7411")
 
 
 def granted(machine: int, gen: int, start: int, end: int, since: int | None = None) -> Record:
@@ -434,7 +415,7 @@ def test_a_span_that_is_renewed_while_it_is_pruned_stays(store: Store) -> None:
 
 def test_what_is_known_to_be_incomplete_is_never_said_to_be_complete_again(empty: Store) -> None:
     span = Span(1, 100, 200, HOLDER)
-    empty.initialise(replace(META, incarnation=empty.incarnation()), Contents(spans=[span], since=500))
+    made(empty, META, Contents(spans=[span], since=500))
     assert empty.prune(before=200, keep=9, limit=9) == 1
     assert empty.trace(1, 150) == Traced(None, 500)
 
@@ -443,14 +424,9 @@ def test_what_is_known_to_be_incomplete_is_never_said_to_be_complete_again(empty
 
 
 def test_meta_is_of_the_incarnation_that_it_was_made_in_or_swapped_to(empty: Store) -> None:
-    here = empty.incarnation()
-    empty.initialise(replace(META, incarnation=here))
-    assert empty.incarnation() == here
+    here = made(empty).incarnation()
     assert empty.swap_meta(META, replace(META, version=2, incarnation=here, floor=9))
-    assert empty.incarnation() == here
-    meta = empty.meta()
-    assert meta is not None
-    assert meta.incarnation == here
+    assert empty.incarnation() == meta_of(empty).incarnation == here
 
 
 def test_what_a_store_holds_fills_another_one(store: Store, tmp_path: Path, servers: Servers) -> None:
@@ -459,22 +435,12 @@ def test_what_a_store_holds_fills_another_one(store: Store, tmp_path: Path, serv
     store.swap([], Mark("here", 12345))
     store.prune(before=200, keep=9, limit=9)
     contents = store.contents()
-    for name, url_of in ENGINES.items():
-        (folder := tmp_path / f"to-{name}").mkdir()
-        other = open_store(url_of(folder, servers))
-        other.initialise(replace(META, floor=50, incarnation=other.incarnation()), contents)
-        assert other.contents() == contents == store.contents()
-        assert other.by_token(token(1001)) == granted(1, 1, 100, 200)
-        assert write(other, granted(7, 3, 400, 500)) == [True]
-        assert other.trace(1, 150).since == 200
-        other.close()
-
-
-def test_a_store_that_is_initialised_is_not_filled(store: Store) -> None:
-    with pytest.raises(StoreError, match="initialised already"):
-        store.initialise(META, Contents([granted(1, 1, 100, 200)]))
-    assert store.by_machine(1) == Record(1)
-    assert spans(store) == []
+    for engine in ENGINES:
+        with closing(made(open_store(new_url(engine, tmp_path, servers)), META, contents)) as other:
+            assert other.contents() == contents == store.contents()
+            assert other.by_token(token(1001)) == granted(1, 1, 100, 200)
+            assert write(other, granted(7, 3, 400, 500)) == [True]
+            assert other.trace(1, 150).since == 200
 
 
 # --- marks ---
@@ -539,17 +505,16 @@ def test_old_marks_are_forgotten(store: Store) -> None:
 
 def test_a_later_schema_that_this_one_can_read_is_used_and_kept(empty: Store) -> None:
     """Old and new delegators run side by side for as long as an upgrade takes."""
-    later = replace(META, schema=SCHEMA + 5, incarnation=empty.incarnation())
-    empty.initialise(later)
-    assert empty.meta() == later
-    assert write(empty, Record(1, fence=10, gen=1, token=token(1))) == [True]
+    later = meta_of(made(empty, replace(META, schema=SCHEMA + 5)))
+    assert later.schema == SCHEMA + 5
+    assert write(empty, leased(1)) == [True]
     assert empty.swap_meta(later, replace(later, version=2, ttl=7))
     assert empty.meta() == replace(later, version=2, ttl=7)
 
 
-@pytest.mark.parametrize("opened", [name for name in ENGINES if name != "memory"], indirect=True)
+@pytest.mark.parametrize("opened", PLACES, indirect=True)
 def test_a_schema_that_asks_for_a_later_zflake_is_refused(empty: Store) -> None:
-    empty.initialise(replace(META, schema=SCHEMA + 5, reader=SCHEMA + 1, incarnation=empty.incarnation()))
+    made(empty, replace(META, schema=SCHEMA + 5, reader=SCHEMA + 1))
     with pytest.raises(
         StoreError, match=f"knows schema {SCHEMA + 1}; this one knows {SCHEMA}: upgrade zflake"
     ):
@@ -566,9 +531,7 @@ def test_no_mark_is_written_where_there_is_no_meta(empty: Store) -> None:
 
 @pytest.mark.parametrize("opened", ["redis", "postgresql"], indirect=True)
 def test_a_swap_under_a_meta_of_another_incarnation_loses(store: Store) -> None:
-    meta = store.meta()
-    assert meta is not None
-    assert store.swap_meta(meta, replace(meta, version=2, incarnation="another"))
+    assert store.swap_meta(META, replace(META, version=2, incarnation="another"))
     swap = Swap(Record(1), granted(1, 1, 100, 200), 2)
     assert store.swap([swap], Mark("here", 5)) == [False]
     assert store.by_machine(1) == Record(1)
@@ -613,14 +576,12 @@ def test_of_two_who_prune_none_takes_back_what_the_other_says(store: Store, besi
 def test_meta_is_not_swapped_while_a_commit_relies_on_it(store: Store, beside: Store) -> None:
     assert isinstance(store, rows.RowStore)
     assert isinstance(beside, rows.RowStore)
-    meta = store.meta()
-    assert meta is not None
     beside._run("SET lock_timeout = '100ms'")
     with store._transaction():
-        assert store._current_version() == meta.version
+        assert store._current_version() == META.version
         with pytest.raises(StoreError, match="lock"):
-            beside.swap_meta(meta, replace(meta, version=2))
-    assert beside.swap_meta(meta, replace(meta, version=2))
+            beside.swap_meta(META, replace(META, version=2))
+    assert beside.swap_meta(META, replace(META, version=2))
 
 
 @pytest.mark.parametrize("opened", ["sqlite"], indirect=True)

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+from contextlib import closing
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
 from tests.conftest import until
 from tests.servers import Servers
-from zflake.core.layout import PRESETS
-from zflake.core.lease import Mark, Meta, Record, Swap
+from tests.stores.made import META, is_as_it_was, leased, made, write
+from zflake.core.lease import Mark
+from zflake.delegator.moves import meta_of
 from zflake.errors import StoreError
-from zflake.stores import Store, open_store
+from zflake.stores import open_store
 from zflake.stores.etcd import EtcdStore
 from zflake.stores.etcd_http import EtcdHttp
 from zflake.stores.postgresql import PostgresqlStore
 
-META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
-
-
-def made(store: Store) -> Store:
-    store.initialise(replace(META, incarnation=store.incarnation()))
-    return store
-
-
-def is_as_it_was(store: Store) -> bool:
-    meta = store.meta()
-    return meta is not None and store.incarnation() == meta.incarnation
-
 
 @pytest.fixture
 def etcd(servers: Servers) -> EtcdStore:
-    store = open_store(f"{servers.etcd.url}-own?unchecked=yes")
-    assert isinstance(store, EtcdStore)
+    store = EtcdStore(f"{servers.etcd.url}-own?unchecked=yes")
     store._ask("/kv/deleterange", {"key": "AA==", "range_end": "AA=="})  # all that other tests left
     return store
 
@@ -48,12 +37,10 @@ def test_a_revision_that_went_back_is_another_life(etcd: EtcdStore) -> None:
     assert is_as_it_was(etcd)
     etcd._identity.revision += 1000  # it has seen more than there is now
     assert not is_as_it_was(etcd)
-    assert etcd.swap([Swap(Record(1), Record(1, fence=9, gen=1, token=b"t" * 16), 1)]) == [False]
-    meta = etcd.meta()
-    assert meta is not None
-    assert etcd.swap_meta(meta, replace(meta, version=2, incarnation=etcd.incarnation()))
+    assert write(etcd, leased(1)) == [False]
+    assert etcd.swap_meta(META, replace(META, version=2, incarnation=etcd.incarnation()))
     assert is_as_it_was(etcd)
-    assert etcd.swap([Swap(Record(1), Record(1, fence=9, gen=1, token=b"t" * 16), 2)]) == [True]
+    assert write(etcd, leased(1), version=2) == [True]
 
 
 def test_that_is_noticed_though_the_cluster_fails_just_then(
@@ -79,14 +66,13 @@ def test_somebody_elses_change_of_meta_ends_no_alarm(etcd: EtcdStore, servers: S
     made(etcd)
     etcd._identity.revision += 1000
     assert not is_as_it_was(etcd)
-    other = open_store(f"{servers.etcd.url}-own?unchecked=yes")
-    meta = other.meta()
-    assert meta is not None
-    assert other.swap_meta(meta, replace(meta, version=2, ttl=5))
-    assert not is_as_it_was(etcd)
-    assert other.swap_meta(replace(meta, version=2), replace(meta, version=3, incarnation=etcd.incarnation()))
+    with closing(open_store(f"{servers.etcd.url}-own?unchecked=yes")) as other:
+        meta = meta_of(other)
+        assert other.swap_meta(meta, replace(meta, version=2, ttl=5))
+        assert not is_as_it_was(etcd)
+        known = replace(meta, version=3, incarnation=etcd.incarnation())
+        assert other.swap_meta(replace(meta, version=2), known)
     assert is_as_it_was(etcd)
-    other.close()
 
 
 def test_more_revisions_than_the_log_explains_are_another_life(
@@ -95,9 +81,8 @@ def test_more_revisions_than_the_log_explains_are_another_life(
     made(etcd)
     for now_us in range(1, 30):
         etcd.swap([], Mark("here", now_us))
-    again = open_store(f"{servers.etcd.url}-own?unchecked=yes")
-    assert is_as_it_was(again)
-    again.close()
+    with closing(open_store(f"{servers.etcd.url}-own?unchecked=yes")) as again:
+        assert is_as_it_was(again)
     ask = EtcdHttp.ask_node
 
     def restored(self: EtcdHttp, path: str, request: Any) -> Any:
@@ -107,9 +92,8 @@ def test_more_revisions_than_the_log_explains_are_another_life(
         return answer
 
     monkeypatch.setattr(EtcdHttp, "ask_node", restored)
-    again = open_store(f"{servers.etcd.url}-own?unchecked=yes")
-    assert not is_as_it_was(again)
-    again.close()
+    with closing(open_store(f"{servers.etcd.url}-own?unchecked=yes")) as again:
+        assert not is_as_it_was(again)
 
 
 def test_one_who_may_not_ask_for_the_servers_state_goes_without(
@@ -123,13 +107,12 @@ def test_one_who_may_not_ask_for_the_servers_state_goes_without(
         return ask(self, path, request)
 
     monkeypatch.setattr(EtcdHttp, "ask_once", deny)
-    store = made(open_store(f"{servers.etcd.url}-denied"))
-    assert "to root only: not checked" in caplog.text
-    assert is_as_it_was(store)
-    store.close()
-    again = open_store(f"{servers.etcd.url}-denied")
-    assert is_as_it_was(again)
-    again.close()
+    url = f"{servers.etcd.url}-denied"
+    with closing(made(open_store(url))) as store:
+        assert "to root only: not checked" in caplog.text
+        assert is_as_it_was(store)
+    with closing(open_store(url)) as again:
+        assert is_as_it_was(again)
 
 
 # --- PostgreSQL ---
@@ -137,14 +120,12 @@ def test_one_who_may_not_ask_for_the_servers_state_goes_without(
 
 def test_who_dies_in_a_transaction_keeps_no_lock_for_long(servers: Servers) -> None:
     url = servers.postgres.url_of_new_database()
-    dead, living = open_store(url), open_store(url)
-    assert isinstance(dead, PostgresqlStore)
-    meta = made(dead).meta()
-    assert meta is not None
+    dead, living = made(PostgresqlStore(url)), open_store(url)
+    meta = meta_of(dead)
+    later = replace(meta, version=2)
     with contextlib.ExitStack() as stack:
         stack.enter_context(dead._transaction())
         dead._run("SELECT 1 FROM meta FOR SHARE")
-        later = replace(meta, version=2)
 
         def swapped() -> bool:
             with contextlib.suppress(StoreError):

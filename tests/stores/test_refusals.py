@@ -9,62 +9,58 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-import psycopg
 import pytest
-import redis
 import requests
 
 from tests.conftest import brief
-from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, etcd_host
-from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, not_tested
-from zflake.core.layout import PRESETS
-from zflake.core.lease import OLDEST, SCHEMA, Holder, Mark, Meta, Record, Swap
+from tests.places import PLACES, SERVED, EtcdPlace, Place, PostgresqlPlace, RedisPlace, etcd_host
+from tests.servers import Etcd, Postgres, Redis, Servers, find_etcd, not_tested, up
+from tests.stores.made import META, leased, made, token, write
+from tests.system.daemons import tool
+from zflake.core.lease import OLDEST, SCHEMA, Mark, Meta, Record, Swap
+from zflake.delegator.moves import meta_of
 from zflake.errors import ConfigError, StoreError, ZflakeError
 from zflake.stores import open_store
 from zflake.stores.contract import Contents
+from zflake.stores.etcd import LOSES_COMMITS
 
 SECRET: Final = "hush4711"
 HARD: Final = f"{SECRET}@:/?#%41 é"
 """A password that means something in a URL."""
-META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
+QUOTED: Final = quote(HARD, safe="")
 LATE: Final = 1 << 40
-HASTY: Final = "import zflake.delegator.start as setup; setup.LISTEN_S = 0.3"
+HASTY: Final = "import zflake.delegator.clock as clock; clock.LISTEN_S = 0.3"
 """Has a delegator not wait for others to show themselves for as long as it would."""
-SERVED: Final = ("redis", "etcd", "postgresql")
-LOSING: Final = ("3.5.0", "3.5.1", "3.5.2")
-
-
-def run(*argv: str, prelude: str = "", module: str = "zflake.cli.delegator") -> tuple[int, str]:
-    """A command's exit code and what it said on stderr; the prelude is Python that goes before it."""
-    program = f"{prelude}\nfrom {module} import main\nmain()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *argv], check=False, capture_output=True, text=True, timeout=40
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
 
 
 def refused(url: str, *words: str, flags: Sequence[str] = (), code: int = 1, prelude: str = "") -> str:
-    """What a delegator says that ends at once on that store: one line, with these words."""
-    returned, said = run("--store", url, "--bind", "tcp://127.0.0.1:*", *flags, prelude=prelude)
-    (line,) = said.splitlines()
+    """What a delegator says that ends at once on that store: one line, with these words.
+
+    The prelude is Python that goes before it.
+    """
+    program = f"{prelude}\nfrom zflake.cli.delegator import main\nmain()"
+    command = [sys.executable, "-c", program, "--store", url, "--bind", "tcp://127.0.0.1:*", *flags]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=40)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
     assert line.startswith("zflake-delegator: ")
     for word in words:
         assert word in line
     assert SECRET not in line
-    assert returned == code, line
+    assert done.returncode == code, line
     return line
 
 
 def says(url: str, *words: str, kind: type[ZflakeError] = ZflakeError) -> str:
-    """The same without a process: what is raised for a URL."""
-    with pytest.raises(kind) as caught:
-        open_store(url).close()
+    """The same without a process: what is raised when the store is opened, and its meta read."""
+    with pytest.raises(kind) as caught, closing(open_store(url)) as store:
+        store.meta()
     text = str(caught.value)
     assert len(text.splitlines()) == 1
     for word in words:
@@ -75,34 +71,23 @@ def says(url: str, *words: str, kind: type[ZflakeError] = ZflakeError) -> str:
 
 def works(url: str) -> None:
     """A store at that URL takes a meta and a commit, and gives them back to the next one that opens it."""
-    store = open_store(url)
-    store.initialise(replace(META, incarnation=store.incarnation()))
-    record = Record(1, fence=LATE, gen=1, token=b"t" * 16, holder=Holder("w"))
-    assert store.swap([Swap(Record(1), record, 1)]) == [True]
-    store.close()
-    again = open_store(url)
-    assert again.by_token(b"t" * 16) == record
-    assert SECRET not in again.url
-    again.close()
+    with closing(made(open_store(url))) as store:
+        assert write(store, leased(1, LATE)) == [True]
+    with closing(open_store(url)) as again:
+        assert again.by_token(token(1)) == leased(1, LATE)
+        assert SECRET not in again.url
 
 
-def meta_at(url: str) -> Meta | None:
-    store = open_store(url)
-    try:
-        return store.meta()
-    finally:
-        store.close()
+def can_be_looked_at(url: str) -> bool:
+    with closing(open_store(url, read_only=True)) as store:
+        return store.meta() is not None
 
 
 def fill(place: Place, meta: Meta = META) -> None:
     """Make a store there, with two leases and a mark."""
-    store = open_store(place.url)
-    records = [
-        Record(n, fence=LATE, gen=1, token=bytes([n]) * 16, holder=Holder(f"w{n}", "h", n)) for n in (1, 2)
-    ]
-    contents = Contents(records, marks=[Mark("127.0.0.1:7410", time.time_ns() // 1000)])
-    store.initialise(replace(meta, incarnation=store.incarnation()), contents)
-    store.close()
+    marks = [Mark("127.0.0.1:7410", time.time_ns() // 1000)]
+    contents = Contents([leased(1, LATE), leased(2, LATE)], marks=marks)
+    made(open_store(place.url), meta, contents).close()
 
 
 @pytest.fixture(params=brief(PLACES, ["sqlite", "redis"]))
@@ -116,12 +101,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     server = Postgres(tmp_path_factory.mktemp("guarded"))
     access = server.data / "pg_hba.conf"
     access.write_text(f"host all guarded 127.0.0.1/32 scram-sha-256\n{access.read_text()}")
-    server.start()
-    with psycopg.connect(server.url, autocommit=True) as db:
-        db.execute("CREATE ROLE guarded LOGIN PASSWORD '" + HARD + "'")
-        db.execute("CREATE DATABASE guarded OWNER guarded")
-    yield server
-    server.kill()
+    with up(server):
+        place = PostgresqlPlace(server.url)
+        place.execute(f"CREATE ROLE guarded LOGIN PASSWORD '{HARD}'")
+        place.execute("CREATE DATABASE guarded OWNER guarded")
+        yield server
 
 
 # --- URLs that can't be read ---
@@ -252,29 +236,21 @@ def test_an_address_of_ip_version_6_is_understood(scheme: str) -> None:
 @pytest.fixture
 def guarded_redis(tmp_path: Path) -> Iterator[Redis]:
     """A Redis that wants the password `HARD`."""
-    server = Redis(tmp_path / "guarded")
-    server.start()
-    with redis.Redis(port=server.port) as client:
-        client.config_set("requirepass", HARD)
-    yield server
-    server.kill()
+    with up(Redis(tmp_path / "guarded")) as server:
+        RedisPlace(server.url, "").client.config_set("requirepass", HARD)
+        yield server
 
 
 @pytest.fixture
 def guarded_etcd(tmp_path: Path) -> Iterator[Etcd]:
     """An etcd that wants the password `HARD` of root."""
-    server = Etcd(tmp_path / "guarded")
-    server.start()
-    for path, request in (
-        ("user/add", {"name": "root", "password": HARD}),
-        ("role/add", {"name": "root"}),
-        ("user/grant", {"user": "root", "role": "root"}),
-        ("enable", {}),
-    ):
-        answer = requests.post(f"http://127.0.0.1:{server.port}/v3/auth/{path}", json=request, timeout=5)
-        answer.raise_for_status()
-    yield server
-    server.kill()
+    with up(Etcd(tmp_path / "guarded")) as server:
+        place = EtcdPlace(server.url, "")
+        place.ask("/auth/user/add", name="root", password=HARD)
+        place.ask("/auth/role/add", name="root")
+        place.ask("/auth/user/grant", user="root", role="root")
+        place.ask("/auth/enable")
+        yield server
 
 
 WRONG: Final = f"wrong-{SECRET}"
@@ -284,27 +260,25 @@ def test_redis_takes_its_password_and_no_other(guarded_redis: Redis) -> None:
     where = f"127.0.0.1:{guarded_redis.port}/0"
     refused(f"redis://:{WRONG}@{where}", f"redis://{where} refuses the password")
     refused(f"redis://{where}", f"redis://{where}", "password")
-    says(f"redis://nobody:{quote(HARD, safe='')}@{where}", "refuses the password", kind=StoreError)
-    works(f"redis://:{quote(HARD, safe='')}@{where}")
-    works(f"redis://default:{quote(HARD, safe='')}@{where}?prefix=named:")
+    says(f"redis://nobody:{QUOTED}@{where}", "refuses the password", kind=StoreError)
+    works(f"redis://:{QUOTED}@{where}")
+    works(f"redis://default:{QUOTED}@{where}?prefix=named:")
 
 
 def test_etcd_takes_its_password_and_no_other(guarded_etcd: Etcd) -> None:
     where = f"127.0.0.1:{guarded_etcd.port}/zflake"
     refused(f"etcd://root:{WRONG}@{where}", f"etcd://{where} refuses the password of root")
     refused(f"etcd://{where}?unchecked=yes", f"etcd://{where}", "password")
-    says(f"etcd://nobody:{quote(HARD, safe='')}@{where}", "refuses the password", kind=StoreError)
-    works(f"etcd://root:{quote(HARD, safe='')}@{where}?unchecked=yes")
+    says(f"etcd://nobody:{QUOTED}@{where}", "refuses the password", kind=StoreError)
+    works(f"etcd://root:{QUOTED}@{where}?unchecked=yes")
 
 
 def test_etcd_is_shown_the_password_again_when_it_forgets_who_is_there(guarded_etcd: Etcd) -> None:
     where = f"127.0.0.1:{guarded_etcd.port}/zflake?unchecked=yes"
-    store = open_store(f"etcd://root:{quote(HARD, safe='')}@{where}")
-    store.initialise(replace(META, incarnation=store.incarnation()))
-    guarded_etcd.kill()
-    guarded_etcd.start()  # its tokens are gone
-    assert store.meta() is not None
-    store.close()
+    with closing(made(open_store(f"etcd://root:{QUOTED}@{where}"))) as store:
+        guarded_etcd.kill()
+        guarded_etcd.start()  # its tokens are gone
+        assert store.meta() is not None
 
 
 def test_postgresql_takes_its_password_and_no_other(postgres: Postgres) -> None:
@@ -313,13 +287,12 @@ def test_postgresql_takes_its_password_and_no_other(postgres: Postgres) -> None:
         f"postgresql://guarded:{WRONG}@{where}", f"postgresql://{where}", "password authentication failed"
     )
     refused(f"postgresql://guarded@{where}", f"postgresql://{where}", "password")
-    works(f"postgresql://guarded:{quote(HARD, safe='')}@{where}")
+    works(f"postgresql://guarded:{QUOTED}@{where}")
 
 
 def test_a_postgresql_that_lets_nobody_make_tables_says_so(postgres: Postgres) -> None:
-    with psycopg.connect(postgres.url, autocommit=True) as db:
-        db.execute("CREATE DATABASE closed")
-    url = f"postgresql://guarded:{quote(HARD, safe='')}@127.0.0.1:{postgres.port}/closed"
+    PostgresqlPlace(postgres.url).execute("CREATE DATABASE closed")
+    url = f"postgresql://guarded:{QUOTED}@127.0.0.1:{postgres.port}/closed"
     says(url, "permission denied", kind=StoreError)
 
 
@@ -332,26 +305,18 @@ def test_a_postgresql_without_that_database_says_so(servers: Servers) -> None:
 
 
 def test_no_password_is_told_by_the_tool(guarded_redis: Redis, tmp_path: Path) -> None:
-    url = f"redis://:{quote(HARD, safe='')}@127.0.0.1:{guarded_redis.port}/0"
+    url = f"redis://:{QUOTED}@127.0.0.1:{guarded_redis.port}/0"
     file = f"sqlite:///{tmp_path}/store.db"
     for argv in (["info", url], ["rewind", url], ["copy", url, file], ["restore", url, file]):
-        code, said = run("store", *argv, module="zflake.cli.tool")
-        assert code == 1
-        assert said.count("\n") == 1
-        assert "holds no cluster" in said
-        assert SECRET not in said
+        done = tool("store", *argv)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "holds no cluster" in done.stderr
+        assert SECRET not in done.stderr
     works(url)
-    done = subprocess.run(
-        [sys.executable, "-m", "zflake", "store", "info", url], check=True, capture_output=True, text=True
-    )
-    assert SECRET not in done.stdout + done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "zflake", "store", "restore", url, file],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert SECRET not in done.stdout + done.stderr
+    for argv in (["info", url], ["restore", url, file]):
+        done = tool("store", *argv)
+        assert done.returncode == 0
+        assert SECRET not in done.stdout + done.stderr
 
 
 # --- what is there is not a store, or not this one ---
@@ -390,10 +355,7 @@ def test_junk_in_meta_is_left_as_it_was(place: Place, text: str) -> None:
     fill(place)
     place.damage_meta(text)
     before = place.everything()
-    with pytest.raises(StoreError) as caught:
-        meta_at(place.url)
-    assert len(str(caught.value).splitlines()) == 1
-    assert place.shown in str(caught.value)
+    says(place.url, place.shown, kind=StoreError)
     assert place.everything() == before
 
 
@@ -414,71 +376,54 @@ def test_what_another_program_put_there_is_left_as_it_was(place: Place) -> None:
     untouched(place, "nothing was changed", "name another")
 
 
-def put_bytes(place: EtcdPlace) -> None:
-    place.put(f"{place.prefix}/meta", b"\xff\xfe")
+def in_etcd(key: str, value: str | bytes) -> Callable[[Any], object]:
+    return lambda place: place.put(f"{place.prefix}/{key}", value)
 
 
-FOREIGN_ETCD: Final[dict[str, Callable[[EtcdPlace], None]]] = {
-    "bytes": put_bytes,
-    "bytes-for-a-key": lambda place: place.put(f"{place.prefix}/machine/\ud800x", "x"),
-    "machines-without-meta": lambda place: place.put(f"{place.prefix}/machine/{1:020}", "x"),
-    "an-empty-value": lambda place: place.put(f"{place.prefix}/meta", ""),
-    "no-zflake": lambda place: place.put(f"{place.prefix}/meta", '{"version": 1}'),
+def in_redis(command: str, key: str, *values: Any) -> Callable[[Any], object]:
+    return lambda place: place.client.execute_command(command, place.prefix + key, *values)
+
+
+def in_postgresql(columns: str, *tables: str) -> Callable[[Any], object]:
+    creation = [f"CREATE TABLE zflake.{table} ({columns})" for table in tables]
+    return lambda place: place.execute(";".join(["CREATE SCHEMA zflake", *creation]))
+
+
+TABLES: Final = ("meta", "machine", "span", "mark")
+FOREIGN: Final[dict[tuple[str, str], Callable[[Any], object]]] = {
+    ("etcd", "bytes"): in_etcd("meta", b"\xff\xfe"),
+    ("etcd", "bytes-for-a-key"): in_etcd("machine/\ud800x", "x"),
+    ("etcd", "machines-without-meta"): in_etcd(f"machine/{1:020}", "x"),
+    ("etcd", "an-empty-value"): in_etcd("meta", ""),
+    ("etcd", "no-zflake"): in_etcd("meta", '{"version": 1}'),
+    ("redis", "meta-of-another-type"): in_redis("RPUSH", "meta", "x"),
+    ("redis", "a-hash-without-the-text"): in_redis("HSET", "meta", "version", "1"),
+    ("redis", "bytes"): in_redis("HSET", "meta", "text", b"\xff\xfe"),
+    ("redis", "machines-without-meta"): in_redis("HSET", "machines", "1", "x"),
+    ("redis", "tokens-of-another-type"): in_redis("SET", "tokens", "x"),
+    ("redis", "marks-of-another-type"): in_redis("SET", "marks", "x"),
+    ("postgresql", "other-tables"): in_postgresql("number int", "orders"),
+    ("postgresql", "tables-of-the-same-names"): in_postgresql("number int", *TABLES),
+    ("postgresql", "almost-the-same-columns"): in_postgresql("store_id text", *TABLES),
+    ("postgresql", "some-of-the-tables"): in_postgresql("store_id text", "meta"),
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN_ETCD)
-def test_foreign_keys_in_etcd_are_left_as_they_were(kind: str, servers: Servers, tmp_path: Path) -> None:
-    place = PLACES["etcd"](tmp_path, servers)
-    assert isinstance(place, EtcdPlace)
-    FOREIGN_ETCD[kind](place)
-    before = place.everything()
-    says(place.url, "not zflake's", "nothing was changed", kind=StoreError)
-    assert place.everything() == before
-
-
-FOREIGN_REDIS: Final[dict[str, Callable[[Any, str], object]]] = {
-    "meta-of-another-type": lambda client, prefix: client.rpush(f"{prefix}meta", "x"),
-    "a-hash-without-the-text": lambda client, prefix: client.hset(f"{prefix}meta", "version", "1"),
-    "bytes": lambda client, prefix: client.hset(f"{prefix}meta", "text", b"\xff\xfe"),
-    "machines-without-meta": lambda client, prefix: client.hset(f"{prefix}machines", "1", "x"),
-    "tokens-of-another-type": lambda client, prefix: client.set(f"{prefix}tokens", "x"),
-    "marks-of-another-type": lambda client, prefix: client.set(f"{prefix}marks", "x"),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN_REDIS)
-def test_foreign_keys_in_redis_are_left_as_they_were(kind: str, servers: Servers, tmp_path: Path) -> None:
-    place = PLACES["redis"](tmp_path, servers)
-    assert isinstance(place, RedisPlace)
-    FOREIGN_REDIS[kind](place.client, place.prefix)
-    before = place.everything()
-    says(place.url, "not zflake's", "name another", kind=StoreError)
-    assert place.everything() == before
-
-
-FOREIGN_POSTGRESQL: Final[dict[str, tuple[str, ...]]] = {
-    "other-tables": ("CREATE TABLE zflake.orders (number int)",),
-    "tables-of-the-same-names": tuple(
-        f"CREATE TABLE zflake.{table} (number int)" for table in ("meta", "machine", "span", "mark")
-    ),
-    "almost-the-same-columns": tuple(
-        f"CREATE TABLE zflake.{table} (store_id text)" for table in ("meta", "machine", "span", "mark")
-    ),
-    "some-of-the-tables": ("CREATE TABLE zflake.meta (store_id text)",),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN_POSTGRESQL)
-def test_a_foreign_schema_in_postgresql_is_left_as_it_was(
-    kind: str, servers: Servers, tmp_path: Path
+@pytest.mark.parametrize(("engine", "kind"), FOREIGN)
+def test_what_is_not_a_whole_store_is_left_as_it_was(
+    engine: str, kind: str, servers: Servers, tmp_path: Path
 ) -> None:
+    place = PLACES[engine](tmp_path, servers)
+    FOREIGN[engine, kind](place)
+    before = place.everything()
+    says(place.url, "not zflake's", "nothing was changed", "name another", kind=StoreError)
+    assert place.everything() == before
+
+
+def test_a_store_has_room_beside_a_foreign_schema_in_postgresql(servers: Servers, tmp_path: Path) -> None:
     place = PLACES["postgresql"](tmp_path, servers)
-    assert isinstance(place, PostgresqlPlace)
-    place.execute("CREATE SCHEMA zflake")
-    for statement in FOREIGN_POSTGRESQL[kind]:
-        place.execute(statement)
-    untouched(place, "not zflake's", "name another ?schema=")
+    place.put_foreign()
+    says(place.url, "name another ?schema=")
     works(f"{place.url}?schema=Another%20one")
 
 
@@ -501,60 +446,34 @@ def test_stores_whose_names_begin_alike_do_not_see_each_other(servers: Servers) 
     stores = [open_store(url) for url in urls]
     for number, store in enumerate(stores):
         assert store.meta() is None, store.url
-        meta = replace(META, store_id=f"store-{number}", incarnation=store.incarnation())
-        store.initialise(meta, Contents([Record(number, fence=LATE, gen=1, token=bytes([number]) * 16)]))
+        made(store, replace(META, store_id=f"store-{number}"), Contents([leased(number)]))
     for number, store in enumerate(stores):
-        meta_now = store.meta()
-        assert meta_now is not None
-        assert meta_now.store_id == f"store-{number}"
-        assert [record.machine for record in store.held(0)] == [number]
-        later = Swap(store.by_machine(number), Record(number, LATE + 1, 2, b"u" * 16), 1)
+        assert meta_of(store).store_id == f"store-{number}"
+        assert store.held(0) == [leased(number)]
+        later = Swap(leased(number), Record(number, LATE, 2, token(99)), 1)
         assert store.swap([later], Mark(f"d{number}", 1)) == [True]
         assert [mark.delegator for mark in store.marks()] == [f"d{number}"]
         store.close()
-    for url, number in zip(urls, range(len(urls)), strict=True):
-        again = open_store(url)
-        assert [record.fence for record in again.contents().records] == [LATE + 1]
-        assert again.by_token(bytes([number]) * 16) is None
-        again.close()
+    for number, url in enumerate(urls):
+        with closing(open_store(url)) as again:
+            assert [record.fence for record in again.contents().records] == [LATE]
+            assert again.by_token(token(number)) is None
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        pytest.param("/slash", "/slash/", id="etcd"),
-        pytest.param("?unchecked=yes", "?prefix=zflake:&unchecked=yes", id="redis"),
-        pytest.param("", "?schema=zflake", id="postgresql"),
-    ],
-)
-def test_one_store_has_several_names(
-    one: str, other: str, servers: Servers, request: pytest.FixtureRequest
-) -> None:
-    scheme = request.node.callspec.id
-    base = {
-        "etcd": lambda: etcd_host(servers),
-        "redis": lambda: servers.redis.url.replace("/0", "/7"),
-        "postgresql": servers.postgres.url_of_new_database,
-    }[scheme]()
-    suffix = "?unchecked=yes" if scheme == "etcd" else ""
-    store = open_store(base + one + suffix)
-    store.initialise(replace(META, incarnation=store.incarnation()))
-    store.close()
-    again = open_store(base + other + suffix)
-    assert again.meta() is not None
-    again.close()
+@pytest.mark.parametrize("engine", SERVED)
+def test_one_store_has_several_names(engine: str, servers: Servers) -> None:
+    if engine == "etcd":
+        names = [f"{etcd_host(servers)}/slash{end}?unchecked=yes" for end in ("", "/")]
+    elif engine == "redis":
+        names = [servers.redis.url.replace("/0", "/7") + option for option in ("", "?prefix=zflake:")]
+    else:
+        database = servers.postgres.url_of_new_database()
+        names = [database, f"{database}?schema=zflake"]
+    made(open_store(names[0])).close()
+    assert can_be_looked_at(names[1])
 
 
 # --- servers that would lose what they promised ---
-
-
-@contextlib.contextmanager
-def up(server: Redis | Etcd) -> Iterator[str]:
-    server.start()
-    try:
-        yield server.url
-    finally:
-        server.kill()
 
 
 @pytest.mark.parametrize(
@@ -570,8 +489,8 @@ def up(server: Redis | Etcd) -> Iterator[str]:
 def test_a_redis_that_may_forget_is_refused_with_the_setting_to_change(
     name: str, value: str, words: str, tmp_path: Path
 ) -> None:
-    with up(Redis(tmp_path / "redis", f"--{name}", value)) as url:
-        place = RedisPlace(url, "zflake:")
+    with up(Redis(tmp_path / "redis", f"--{name}", value)) as server:
+        place = RedisPlace(server.url, "zflake:")
         untouched(place, "can lose what it has promised", words, "?unchecked=yes")
         assert place.everything() == {}
         works(f"{place.url}&unchecked=yes")
@@ -581,8 +500,8 @@ def test_a_redis_that_may_forget_is_refused_with_the_setting_to_change(
 
 
 def test_a_redis_that_does_not_tell_its_settings_is_refused(tmp_path: Path) -> None:
-    with up(Redis(tmp_path / "redis", "--rename-command", "CONFIG", "")) as url:
-        place = RedisPlace(url, "zflake:")
+    with up(Redis(tmp_path / "redis", "--rename-command", "CONFIG", "")) as server:
+        place = RedisPlace(server.url, "zflake:")
         untouched(place, "does not tell its settings", "appendfsync always", "?unchecked=yes")
         works(f"{place.url}&unchecked=yes")
 
@@ -590,8 +509,8 @@ def test_a_redis_that_does_not_tell_its_settings_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("unchecked", ["", "&unchecked=yes"])
 def test_a_replica_of_redis_is_refused(tmp_path: Path, unchecked: str) -> None:
     master, replica = Redis(tmp_path / "master"), Redis(tmp_path / "replica")
-    with up(master), up(replica) as url:
-        place = RedisPlace(url, "zflake:")
+    with up(master), up(replica):
+        place = RedisPlace(replica.url, "zflake:")
         place.client.replicaof("127.0.0.1", str(master.port))
         before = place.everything()
         says(place.url, "is a slave", "name the master", kind=StoreError)
@@ -632,22 +551,19 @@ def test_a_store_that_may_forget_can_be_looked_at(setting: str, tmp_path: Path, 
         if setting == "fsync":
             url = postgres.url_of_new_database()
         else:
-            url = stack.enter_context(up(Redis(tmp_path / "redis", "--maxmemory-policy", "allkeys-lru")))
+            server = Redis(tmp_path / "redis", "--maxmemory-policy", "allkeys-lru")
+            url = stack.enter_context(up(server)).url
         works(f"{url}?unchecked=yes")
-        store = open_store(url, read_only=True)
-        assert store.meta() is not None
-        store.close()
+        assert can_be_looked_at(url)
 
 
 def test_an_etcd_that_loses_commits_is_refused(tmp_path: Path) -> None:
-    with up(Etcd(tmp_path / "etcd", program=find_etcd(*LOSING))) as url:
-        place = EtcdPlace(url.removesuffix("/zflake"), "/zflake")
+    with up(Etcd(tmp_path / "etcd", program=find_etcd(*LOSES_COMMITS))) as server:
+        place = EtcdPlace(server.url, "")
         untouched(place, "loses commits", "take another version", "?unchecked=yes")
-        works(f"{url}?unchecked=yes")
+        works(f"{place.url}?unchecked=yes")
         untouched(place, "loses commits")
-        store = open_store(url, read_only=True)
-        assert store.meta() is not None
-        store.close()
+        assert can_be_looked_at(place.url)
 
 
 @pytest.mark.parametrize("unchecked", brief(["", "?unchecked=yes"], ["?unchecked=yes"]))
@@ -655,11 +571,9 @@ def test_an_etcd_that_is_full_is_refused(tmp_path: Path, unchecked: str) -> None
     flags = ("--quota-backend-bytes", str(1 << 20))
     if not unchecked:
         Etcd.need_durable()
-    with up(Etcd(tmp_path / "etcd", flags=flags)) as url:
-        place = EtcdPlace(url.removesuffix("/zflake"), "/zflake", unchecked)
-        for number in range(64):
-            try:
+    with up(Etcd(tmp_path / "etcd", flags=flags)) as server:
+        place = EtcdPlace(server.url, "", unchecked)
+        with contextlib.suppress(requests.HTTPError):
+            for number in range(64):
                 place.put(f"/other/{number}", "x" * 100_000)
-            except requests.HTTPError:
-                break
         untouched(place, "NOSPACE", "disarm")

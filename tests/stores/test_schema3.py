@@ -12,6 +12,8 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +24,9 @@ import redis
 
 from tests.places import PLACES, EtcdPlace, Place, PostgresqlPlace, RedisPlace, SqlitePlace
 from tests.servers import Servers
+from tests.stores.made import is_as_it_was, write
 from zflake.core.lease import READER, SCHEMA, Holder, Mark, Record, Span, Swap, Traced
+from zflake.delegator.moves import meta_of
 from zflake.errors import StoreError
 from zflake.stores import open_store, sqlite
 from zflake.stores.contract import Contents
@@ -91,10 +95,8 @@ def test_a_store_of_schema_3_that_is_only_looked_at_says_what_to_do_and_stays_as
 
 def is_converted(url: str) -> bool:
     """Whether the store holds what all of these held, in this schema."""
-    store = open_store(url)
-    try:
-        meta = store.meta()
-        assert meta is not None
+    with closing(open_store(url)) as store:
+        meta = meta_of(store)
         facts = [meta.store_id, meta.ttl, meta.first_machine, meta.last_machine, meta.floor]
         assert [*facts, meta.version > 42, meta.moved] == [*WRITTEN["meta"][:5], True, WRITTEN["meta"][6]]
         assert (meta.schema, meta.reader) == (SCHEMA, READER)
@@ -102,9 +104,7 @@ def is_converted(url: str) -> bool:
         assert [record.machine for record in store.held(10_000)] == [1, 2, 1023]
         assert [record.machine for record in store.lowest(0, 9, 99)] == [0, 3, 4, 6, 7, 8, 9, 5, 1, 2]
         assert [store.by_token(record.token) for record in store.held(0) if record.token] == store.held(0)
-        return meta.incarnation == store.incarnation()
-    finally:
-        store.close()
+        return is_as_it_was(store)
 
 
 def test_a_store_of_schema_3_is_brought_to_this_one_with_all_that_it_holds(place: Place) -> None:
@@ -114,16 +114,15 @@ def test_a_store_of_schema_3_is_brought_to_this_one_with_all_that_it_holds(place
     is_converted(place.url)
     assert place.everything() == before
     store = open_store(place.url)
-    meta = store.meta()
-    assert meta is not None
-    current = replace(meta, version=meta.version + 1, incarnation=store.incarnation())
-    assert store.swap_meta(meta, current)
+    meta = meta_of(store)
+    version = meta.version + 1
+    assert store.swap_meta(meta, replace(meta, version=version, incarnation=store.incarnation()))
     # Leases go on, spans are cut and pruned, in rows of both forms alike.
     old = store.by_machine(1)
     renewed = replace(old, gen=old.gen + 1, token=b"n" * 16, start=old.fence, fence=old.fence + 9)
-    assert store.swap([Swap(old, renewed, current.version)], Mark("new", 1)) == [True]
+    assert store.swap([Swap(old, renewed, version)], Mark("new", 1)) == [True]
     released = replace(renewed, gen=renewed.gen + 1, token=None, fence=5_500)
-    assert store.swap([Swap(renewed, released, current.version)]) == [True]
+    assert write(store, released, version=version) == [True]
     assert store.trace(1, 5_499).span == Span(1, 5_000, 5_500, old.holder)
     assert store.trace(1, 5_500).span is None
     assert store.prune(3_000, 99, 99) == 1
@@ -219,40 +218,22 @@ def test_a_conversion_of_a_file_that_is_cut_off_anywhere_leaves_it_as_it_was(tmp
 def test_delegators_that_start_together_convert_a_store_once_and_lose_no_write(place: Place) -> None:
     """Each uses the store as soon as it is there, while others are in the midst of it."""
     wall_of = threading.Barrier(4)
-    failures: list[BaseException] = []
 
     def start(number: int) -> None:
-        try:
-            wall_of.wait()
-            store = open_store(place.url)
-            meta = store.meta()
-            assert meta is not None
+        wall_of.wait()
+        with closing(open_store(place.url)) as store:
+            meta = meta_of(store)
             if meta.incarnation != store.incarnation():
-                store.swap_meta(
-                    meta, replace(meta, version=meta.version + 1, incarnation=store.incarnation())
-                )
-            meta = store.meta()
-            assert meta is not None
-            record = Record(100 + number, 10_000, 1, bytes([number]) * 16)
-            assert store.swap([Swap(Record(100 + number), record, meta.version)]) == [True]
-            for turn in range(20):
-                old = store.by_machine(100 + number)
-                record = replace(
-                    old, gen=old.gen + 1, fence=old.fence + 1, token=bytes([100 + number, turn]) * 8
-                )
-                assert store.swap([Swap(old, record, meta.version)]) == [True]
-            store.close()
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
+                current = replace(meta, version=meta.version + 1, incarnation=store.incarnation())
+                store.swap_meta(meta, current)
+            version = meta_of(store).version
+            for turn in range(1, 22):
+                record = Record(100 + number, 10_000 + turn, turn, bytes([100 + number, turn]) * 8)
+                assert write(store, record, version=version) == [True]
 
-    threads = [threading.Thread(target=start, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    store = open_store(place.url)
-    fences = {record.machine: record.fence for record in store.contents().records}
-    assert [fences.pop(100 + number) for number in range(4)] == [10_020] * 4
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(start, range(4)))
+    with closing(open_store(place.url)) as store:
+        fences = {record.machine: record.fence for record in store.contents().records}
+    assert [fences.pop(100 + number) for number in range(4)] == [10_021] * 4
     assert fences == {record.machine: record.fence for record in expected().records}
-    store.close()

@@ -11,8 +11,8 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,28 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zflake.core.layout import PRESETS
-from zflake.core.lease import SCHEMA, Meta, Record, Swap
+from tests.stores.made import META, leased, token, write
+from zflake.core.lease import Record, Swap
+from zflake.delegator.moves import meta_of
 from zflake.errors import ConfigError, StoreError
-from zflake.stores import open_store
-from zflake.stores.contract import Store
+from zflake.stores import Store, open_store
 from zflake.stores.memory import MemoryStore
 from zflake.stores.sqlite import APPLICATION_ID, SqliteStore, path_of
 
-META: Final = Meta("store-1", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
 NOBODY: Final = 65534
-
-
-def token(number: int) -> bytes:
-    return number.to_bytes(16, "big")
-
-
-def write(store: Store, *records: Record) -> list[bool]:
-    return store.swap([Swap(replace(store.by_machine(r.machine), gen=r.gen - 1), r, 1) for r in records])
-
-
-def first(machine: int, fence: int = 10) -> Record:
-    return Record(machine, fence, gen=1, token=token(machine))
 
 
 @pytest.fixture
@@ -52,10 +39,9 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(path: Path) -> Iterator[SqliteStore]:
-    store = SqliteStore(path)
-    store.initialise(META)
-    yield store
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        store.initialise(META)
+        yield store
 
 
 def refusal(path: Path) -> str:
@@ -76,10 +62,9 @@ def goes_on(store: Store) -> None:
 
 def filled(path: Path, machines: int = 400) -> bytes:
     """Make a store at `path`, close it, and give the bytes of its file."""
-    store = SqliteStore(path)
-    store.initialise(META)
-    assert all(write(store, *(first(machine, 10_000 + machine) for machine in range(machines))))
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        store.initialise(META)
+        assert all(write(store, *(leased(machine, 10_000 + machine) for machine in range(machines))))
     assert not path.with_name("store.db-wal").exists()
     return path.read_bytes()
 
@@ -88,16 +73,11 @@ def filled(path: Path, machines: int = 400) -> bytes:
 def child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
     """A process that runs `code` and, unless it has ended by then, is killed at the end."""
     source = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom zflake.core.lease import Meta, Record, Swap\n"
-        "from zflake.core.layout import PRESETS\nfrom zflake.stores.sqlite import SqliteStore\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.stores.made import META, leased, write\n"
+        "from zflake.core.lease import Record\nfrom zflake.stores.sqlite import SqliteStore\n"
     ) + code
     command = [sys.executable, "-c", source, *map(str, args)]
-    with subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as process:
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -136,13 +116,12 @@ def test_every_commit_is_synced_to_a_write_ahead_log(store: SqliteStore, path: P
 SWAPPER: Final = """
 store = SqliteStore(Path(sys.argv[1]))
 if store.meta() is None:
-    store.initialise(Meta("store-1", PRESETS["snowcloud"], 30_000, 0, 1023))
+    store.initialise(META)
 while True:
     for machine in range(7):
-        old = store.by_machine(machine)
-        gen = old.gen + 1
+        gen = store.by_machine(machine).gen + 1
         new = Record(machine, fence=gen * 10 + machine, gen=gen, token=os.urandom(16))
-        if store.swap([Swap(old, new, 1)]) == [True]:
+        if write(store, new) == [True]:
             print(machine, gen, new.fence, new.token.hex(), flush=True)
 """
 
@@ -158,36 +137,32 @@ def test_what_was_answered_is_in_the_file_after_every_kill(path: Path) -> None:
         for answer in answers:
             machine, gen, fence, drawn = answer.split()
             answered[int(machine)] = Record(int(machine), int(fence), int(gen), bytes.fromhex(drawn))
-    store = SqliteStore(path)
-    try:
-        assert answered
+    assert answered
+    with closing(SqliteStore(path)) as store:
         # The last swap of all may have been made and not printed.
         ahead = [r for r in answered.values() if store.by_machine(r.machine) != r]
         assert len(ahead) <= 1
         assert all(store.by_machine(record.machine).gen == record.gen + 1 for record in ahead)
-    finally:
-        store.close()
 
 
 def test_a_forked_child_takes_nothing_from_its_parent(path: Path) -> None:
     forks = """
 def main():
     store = SqliteStore(Path(sys.argv[1]))
-    store.initialise(Meta("store-1", PRESETS["snowcloud"], 30_000, 0, 1023))
+    store.initialise(META)
     child = os.fork()
     if child == 0:
         store.close()
         sys.exit(0)
     os.waitpid(child, 0)
-    print(store.swap([Swap(Record(1), Record(1, fence=10, gen=1), 1)]), flush=True)
+    print(write(store, leased(1)), flush=True)
     os.kill(os.getpid(), 9)
 main()
 """
     with child(forks, path) as process:
         assert lines(process) == ["[True]"]
-    store = SqliteStore(path)
-    assert store.by_machine(1) == Record(1, fence=10, gen=1)
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        assert store.by_machine(1) == leased(1)
 
 
 # --- one process a file ---
@@ -196,8 +171,8 @@ OPENER: Final = """
 try:
     store = SqliteStore(Path(sys.argv[1]))
     if "used" in sys.argv:
-        store.initialise(Meta("store-1", PRESETS["snowcloud"], 30_000, 0, 1023))
-        assert store.swap([Swap(Record(1), Record(1, fence=10, gen=1), 1)]) == [True]
+        store.initialise(META)
+        assert write(store, leased(1)) == [True]
 except Exception as error:
     print(type(error).__name__, error, flush=True)
 else:
@@ -223,15 +198,8 @@ def test_the_lock_goes_with_its_holder_however_that_ends(path: Path) -> None:
         assert lines(process, 1) == ["open"]
         assert f"(pid {process.pid})" in refusal(path)
         process.kill()
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                store = SqliteStore(path)
-            except StoreError:
-                assert time.monotonic() < deadline
-            else:
-                break
-    store.close()
+        process.wait()
+        SqliteStore(path).close()
 
 
 def test_the_same_file_by_another_path_is_refused(store: SqliteStore, path: Path, tmp_path: Path) -> None:
@@ -264,33 +232,15 @@ def test_a_lock_file_that_is_a_symbolic_link_is_not_followed(path: Path, tmp_pat
     assert not path.exists()
 
 
-def test_a_file_that_was_moved_or_replaced_takes_no_more_writes(store: SqliteStore, path: Path) -> None:
-    goes_on(store)
-    kept = store.by_machine(1000)
-    moved = path.rename(path.with_name("moved.db"))
-    for replacement in (None, b""):
-        if replacement is not None:
-            path.write_bytes(replacement)
-        with pytest.raises(StoreError, match="moved or replaced while in use; put it back"):
-            write(store, first(1))
-        with pytest.raises(StoreError, match="moved or replaced"):
-            store.swap_meta(META, replace(META, version=2))
-    moved.replace(path)
-    assert store.by_machine(1000) == kept
-    assert store.by_machine(1) == Record(1)
-    goes_on(store)
-
-
 def test_a_change_of_folder_does_not_lead_the_store_astray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    store = open_store("sqlite:///store.db")
-    store.initialise(META)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    goes_on(store)
-    store.close()
+    with closing(open_store("sqlite:///store.db")) as store:
+        store.initialise(META)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        goes_on(store)
     assert (tmp_path / "store.db").exists()
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -305,14 +255,14 @@ def test_closing_twice_closes_nothing_of_anybody_else(store: SqliteStore) -> Non
     with pytest.raises(StoreError):
         store.meta()
     with pytest.raises(StoreError):
-        write(store, first(1))
+        write(store, leased(1))
 
 
 # --- files that are refused, and stay as they were ---
 
 
 def other_program(path: Path, *statements: str) -> None:
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for statement in statements:
             db.execute(statement)
 
@@ -351,9 +301,8 @@ def test_a_damaged_file_is_refused_and_left_as_it_was(path: Path, kind: str) -> 
     assert message.endswith("nothing was changed; restore a copy, or name a new file")
     assert path.read_bytes() == damaged
     path.write_bytes(sound)  # the refusal holds on to nothing
-    store = SqliteStore(path)
-    assert store.by_machine(399) == first(399, 10_399)
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        assert store.by_machine(399) == leased(399, 10_399)
 
 
 def test_a_page_that_was_flipped_is_noticed_whichever_it_is(path: Path) -> None:
@@ -383,16 +332,6 @@ def test_the_file_of_another_program_is_refused_and_left_as_it_was(
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("schema", "advice"), [(SCHEMA + 1, "upgrade zflake"), (1, "name a new file")])
-def test_another_schema_is_refused_and_left_as_it_was(path: Path, schema: int, advice: str) -> None:
-    filled(path)
-    other_program(path, f"PRAGMA user_version = {schema}")
-    before = path.read_bytes()
-    assert f"has schema {schema}, which " in refusal(path)
-    assert refusal(path).endswith(advice)
-    assert path.read_bytes() == before
-
-
 @pytest.mark.parametrize("missing", ["TABLE meta", "TABLE machine", "INDEX machine_by_fence"])
 def test_a_file_that_lacks_a_table_is_refused_and_left_as_it_was(path: Path, missing: str) -> None:
     filled(path, machines=3)
@@ -418,41 +357,44 @@ SqliteStore(Path(sys.argv[1]))
     with child(cut, path) as process:
         assert lines(process) == ["ready"]
     assert path.exists()
-    store = SqliteStore(path)
-    assert store.meta() is None
-    store.initialise(META)
-    goes_on(store)
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        assert store.meta() is None
+        store.initialise(META)
+        goes_on(store)
 
 
 def test_an_empty_file_becomes_a_store_that_was_never_initialised(path: Path) -> None:
     path.touch()
-    store = SqliteStore(path)
-    assert store.meta() is None
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        assert store.meta() is None
 
 
-def test_a_missing_folder_is_named_and_not_made(tmp_path: Path) -> None:
-    message = refusal(tmp_path / "missing" / "store.db")
-    assert f"there is no folder {tmp_path / 'missing'}; make it first" in message
-    assert "four slashes" in message
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    assert refusal(tmp_path / "folder").endswith("is a folder; name a file in it")
-    assert [found.name for found in tmp_path.iterdir()] == ["folder"]
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert "Not a directory" in refusal(tmp_path / "file" / "store.db")
-
-
-def test_a_name_too_long_is_refused(tmp_path: Path) -> None:
-    assert "too long" in refusal(tmp_path / ("x" * 300))
-    assert "too long" in refusal(tmp_path / ("x" * 300) / "store.db")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "missing/store.db",
+            "/missing; make it first (an absolute path takes four slashes: sqlite:////path)",
+        ),
+        ("folder", "is a folder; name a file in it"),
+        (".", "is a folder; name a file in it"),
+        ("..", "is a folder; name a file in it"),
+        ("/", "is a folder; name a file in it"),
+        ("file/store.db", "Not a directory"),
+        ("x" * 300, "too long"),
+        (f"{'x' * 300}/store.db", "too long"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_path_that_can_be_no_file_is_refused_and_nothing_is_made(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner" / "folder").mkdir(parents=True)
+    (tmp_path / "inner" / "file").touch()
+    monkeypatch.chdir(tmp_path / "inner")
+    before = set(tmp_path.rglob("*"))
+    assert words in refusal(Path(name))
+    assert set(tmp_path.rglob("*")) == before
 
 
 @contextlib.contextmanager
@@ -477,23 +419,16 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_read_only_file_is_refused_at_the_opening_and_left_as_it_was(open_folder: Path) -> None:
+@pytest.mark.parametrize(("mode", "may"), [(0o444, "write"), (0, "read and write")])
+def test_a_file_that_may_not_be_used_is_refused_at_the_opening_and_left_as_it_was(
+    open_folder: Path, mode: int, may: str
+) -> None:
     path = open_folder / "store.db"
     before = filled(path, machines=3)
     (open_folder / "store.db.lock").unlink()
-    path.chmod(0o444)
+    path.chmod(mode)
     with without_privilege(open_folder):
-        assert refusal(path).endswith("; let this user write the file and its folder")
-    assert path.read_bytes() == before
-
-
-def test_a_file_that_may_not_be_read_is_refused(open_folder: Path) -> None:
-    path = open_folder / "store.db"
-    before = filled(path, machines=3)
-    (open_folder / "store.db.lock").unlink()
-    path.chmod(0)
-    with without_privilege(open_folder):
-        assert refusal(path).endswith("; let this user read and write the file and its folder")
+        assert refusal(path).endswith(f"; let this user {may} the file and its folder")
     path.chmod(0o600)
     assert path.read_bytes() == before
 
@@ -550,24 +485,14 @@ def test_no_name_means_anything_but_its_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        store = open_store(f"sqlite:///{name}")
-        if store.meta() is None:
-            store.initialise(META)
-        goes_on(store)
-        store.close()
+        with closing(open_store(f"sqlite:///{name}")) as store:
+            if store.meta() is None:
+                store.initialise(META)
+            goes_on(store)
     assert store.url == f"sqlite:///{name}"
     assert {found.name for found in tmp_path.iterdir()} == {name, f"{name}.lock"}
-    store = SqliteStore(tmp_path / name)
-    assert store.by_machine(1000).gen == 2
-    store.close()
-
-
-@pytest.mark.parametrize("path", [".", "..", "/"])
-def test_a_path_of_dots_is_a_folder(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "inner").mkdir()
-    monkeypatch.chdir(tmp_path / "inner")
-    assert "is a folder; name a file in it" in refusal(Path(path))
-    assert [found.name for found in tmp_path.rglob("*")] == ["inner"]
+    with closing(SqliteStore(tmp_path / name)) as store:
+        assert store.by_machine(1000).gen == 2
 
 
 # --- failures in use ---
@@ -580,19 +505,12 @@ def stands_untouched(store: SqliteStore) -> None:
     goes_on(store)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        replace(first(2), fence=1 << 63),
-        replace(first(2), machine=1 << 64),
-    ],
-    ids=["fence", "machine"],
-)
+@pytest.mark.parametrize("bad", [leased(2, 1 << 63), replace(leased(2), machine=1 << 64)])
 def test_a_record_that_does_not_fit_is_a_store_error_and_nothing_is_written(
     store: SqliteStore, bad: Record
 ) -> None:
     with pytest.raises(StoreError):
-        write(store, first(1), bad, first(3))
+        write(store, leased(1), bad, leased(3))
     stands_untouched(store)
 
 
@@ -613,11 +531,11 @@ def test_a_number_that_does_not_fit_is_a_store_error(store: SqliteStore) -> None
 def test_a_commit_that_is_interrupted_halfway_writes_nothing(store: SqliteStore) -> None:
     class Interrupted(list[Swap]):
         def __iter__(self) -> Iterator[Swap]:
-            yield Swap(Record(1), first(1), 1)
+            yield Swap(Record(1), leased(1), 1)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.swap(Interrupted([Swap(Record(1), first(1), 1)]))
+        store.swap(Interrupted([Swap(Record(1), leased(1), 1)]))
     stands_untouched(store)
 
 
@@ -626,7 +544,7 @@ def test_a_full_database_is_a_store_error_and_work_goes_on_when_there_is_room(st
     room = pragma(store, "max_page_count")
     store._db.execute(f"PRAGMA max_page_count = {pragma(store, 'page_count')}")
     with pytest.raises(StoreError, match="full; make room on the disk"):
-        write(store, *(first(machine) for machine in range(1, 500)))
+        write(store, *(leased(machine) for machine in range(1, 500)))
     store._db.execute(f"PRAGMA max_page_count = {room}")
     stands_untouched(store)
 
@@ -647,7 +565,7 @@ def test_a_log_that_can_not_grow_is_a_store_error_and_work_goes_on_when_it_can(
 ) -> None:
     goes_on(store)
     with file_size_limit(path.with_name("store.db-wal").stat().st_size), pytest.raises(StoreError) as caught:
-        write(store, first(1), first(2), first(3))
+        write(store, leased(1), leased(2), leased(3))
     assert "look at the disk" in str(caught.value)
     stands_untouched(store)
     store.close()
@@ -659,9 +577,8 @@ def test_a_log_that_can_not_grow_is_a_store_error_and_work_goes_on_when_it_can(
 def test_a_disk_full_at_the_opening_is_a_store_error_and_holds_on_to_nothing(path: Path, size: int) -> None:
     with file_size_limit(size):
         refusal(path)
-    store = SqliteStore(path)
-    assert store.meta() is None
-    store.close()
+    with closing(SqliteStore(path)) as store:
+        assert store.meta() is None
 
 
 # --- speed and sameness ---
@@ -675,7 +592,7 @@ def test_lowest_takes_no_more_steps_with_more_machines(tmp_path: Path, used: flo
         store.initialise(META)
         fences = [*range(int(machines * used))]
         random.Random(2).shuffle(fences)
-        write(store, *(first(machine, fence) for machine, fence in enumerate(fences)))
+        write(store, *(leased(machine, fence) for machine, fence in enumerate(fences)))
         store.lowest(shift, machines - 1, 64)  # the first one after the opening may look for its way
         count = 0
 
@@ -722,8 +639,7 @@ def test_the_file_answers_as_the_reference_does(operations: list[tuple[Any, ...]
         store.initialise(META)
         store._db.execute("PRAGMA synchronous = OFF")
         for name, *args in operations:
-            meta = reference.meta()
-            assert meta is not None
+            meta = meta_of(reference)
             match name:
                 case "swap":
                     swaps, outcomes = [], []

@@ -5,13 +5,14 @@ No delegator may use the store meanwhile.  Each function says in a sentence what
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
+from contextlib import closing, suppress
 from dataclasses import replace
 
 from zflake import clock
 from zflake.core import loss
-from zflake.core.layout import Layout, iso, iso_us
+from zflake.core.layout import iso, iso_us
 from zflake.core.lease import Meta, Swap
 from zflake.core.timeline import LEAD_US, tick_of
 from zflake.delegator.clock import listen
@@ -54,11 +55,9 @@ def restore(backup: str, url: str) -> str:
 
     Raises `StoreError` if `backup` can't be read or `url` is a cluster's store already.
     """
-    source = open_store(backup, read_only=True)
-    try:
+    with closing(open_store(backup, read_only=True)) as source:
         meta, contents = meta_of(source), source.contents()
-        target = open_store(url)
-        try:
+        with closing(open_store(url)) as target:
             if target.meta() is not None:
                 raise StoreError(
                     f"{target.url} is a cluster's store already: move it away first, or name another one"
@@ -66,14 +65,10 @@ def restore(backup: str, url: str) -> str:
             # No store has an empty incarnation: a delegator that starts on it knows that it was restored.  A
             # cluster that was copied away since lives on there, and is waited for like all that a backup lacks.
             target.initialise(replace(meta, incarnation="", moved=""), contents)
-        finally:
-            target.close()
-    finally:
-        source.close()
-    rest = loss.rest_until(meta.layout, 0, meta.ttl) - 1
+    rest_ms = meta.layout.ticks_to_ms(loss.rest_until(meta.layout, 0, meta.ttl) - 1)
     return (
-        f"restored {target.url} from {source.url}: {len(list(contents.records))} machine IDs. A delegator that starts on it "
-        f"grants nothing for the first {_seconds(meta.layout, rest)} s"
+        f"restored {target.url} from {source.url}: {len(contents.records)} machine IDs. A delegator that starts on it "
+        f"grants nothing for the first {math.ceil(rest_ms / 1000)} s"
     )
 
 
@@ -86,15 +81,12 @@ def copy(url: str, to: str) -> str:
     Raises `StoreError` if a delegator still uses `url`, or `to` is a cluster's store already.
     """
     _must_be_there(url)
-    source = open_store(url)
-    try:
+    with closing(open_store(url)) as source:
         found = meta_of(source)
-        if listen(source, "") is not None:
-            raise _in_use(source)
+        _must_be_idle(source)
         if found.moved != name_of(to):  # else it was begun before, and broken off
             check_moved(source, found)
-        target = open_store(to)
-        try:
+        with closing(open_store(to)) as target:
             if target.meta() is not None:
                 check_moved(source, found)
                 raise StoreError(f"{target.url} is a cluster's store already: name a new one")
@@ -112,12 +104,8 @@ def copy(url: str, to: str) -> str:
                             f"{source.url} was written to meanwhile, and stays marked as moved"
                         ) from None
                     raise
-        finally:
-            target.close()
-    finally:
-        source.close()
     return (
-        f"moved {len(list(contents.records))} machine IDs from {source.url} to {target.url}: start the delegators on "
+        f"moved {len(contents.records)} machine IDs from {source.url} to {target.url}: start the delegators on "
         "that now; the old store refuses them"
     )
 
@@ -128,8 +116,7 @@ def rewind_url(url: str) -> str:
     Raises `StoreError` if the store can't be used, or a delegator uses it.
     """
     _must_be_there(url)
-    store = open_store(url)
-    try:
+    with closing(open_store(url)) as store:
         meta = meta_of(store)
         wall_us = clock.wall_us()
         mark_us = max((mark.timeline_us for mark in store.marks()), default=0)
@@ -138,16 +125,13 @@ def rewind_url(url: str) -> str:
                 f"nothing to do: the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock"
                 + _floor_of(meta, wall_us)
             )
-        if listen(store, "") is not None:
-            raise _in_use(store)
+        _must_be_idle(store)
         ended = rewind(store, meta, wall_us)
-        report = (
+        return (
             f"set the time of {store.url} back from {iso_us(mark_us)} to {iso_us(wall_us)}; "
             f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
+            + _floor_of(meta, wall_us)
         )
-        return report + _floor_of(meta, wall_us)
-    finally:
-        store.close()
 
 
 def meta_of(store: Store) -> Meta:
@@ -160,33 +144,27 @@ def meta_of(store: Store) -> Meta:
 
 def _must_be_there(url: str) -> None:
     """Raise `StoreError` if there is no store: to open it without a look first may make it."""
-    store = open_store(url, read_only=True)
-    try:
+    with closing(open_store(url, read_only=True)) as store:
         meta_of(store)
-    finally:
-        store.close()
 
 
-def _in_use(store: Store) -> StoreError:
-    return StoreError(f"{store.url} is in use: its marks move. Stop all delegators first")
+def _must_be_idle(store: Store) -> None:
+    """Raise `StoreError` if a delegator uses the store."""
+    if listen(store, "") is not None:
+        raise StoreError(f"{store.url} is in use: its marks move. Stop all delegators first")
 
 
 def _holds(target: Store, meta: Meta) -> bool:
     """Whether a copy that failed is there all the same: a write without an answer may have happened."""
-    with contextlib.suppress(StoreError):
-        found = target.meta()
-        return found is not None and found.store_id == meta.store_id
+    with suppress(StoreError):
+        return meta_of(target).store_id == meta.store_id
     return False
 
 
 def _floor_of(meta: Meta, wall_us: int) -> str:
-    if meta.floor <= (wall_us - meta.layout.epoch_us) // meta.layout.tick_us:
+    if meta.floor <= tick_of(meta.layout, wall_us):
         return ""
     return (
         f". Nothing is granted before {iso(meta.layout.time_of(meta.floor))} all the same: that floor was set when the"
         " store may have forgotten leases, and stays. If it was set by a wrong clock, begin with a new store"
     )
-
-
-def _seconds(layout: Layout, ticks: int) -> int:
-    return -(-layout.ticks_to_ms(ticks) // 1000)

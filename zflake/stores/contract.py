@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from zflake.core.lease import OLDEST, SCHEMA, Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import LayoutError, StoreError
@@ -46,20 +46,6 @@ def check_current(url: str, schema: int) -> None:
         )
 
 
-def foreign(url: str, advice: str) -> StoreError:
-    """The error for a place that holds what zflake does not write; `advice` is what to do."""
-    return StoreError(f"{url} holds something that is not zflake's; nothing was changed: {advice}")
-
-
-@contextlib.contextmanager
-def reading(url: str, advice: str) -> Iterator[None]:
-    """Raise `foreign` if the text that was read can't be understood."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, LayoutError) as error:
-        raise foreign(url, advice) from error
-
-
 def outdated(ends: Sequence[int], count: int, before: int, keep: int) -> int:
     """How many of the spans that end first to forget; `ends` are their ends, ascending.
 
@@ -84,25 +70,45 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 class Contents:
     """All that a store holds, beside its meta."""
 
-    records: Iterable[Record] = ()
+    records: Sequence[Record] = ()
     """One for each machine ID that was ever used."""
-    spans: Iterable[Span] = ()
+    spans: Sequence[Span] = ()
     since: int = 0
     """The tick from which on the spans are complete."""
-    marks: Iterable[Mark] = ()
+    marks: Sequence[Mark] = ()
 
 
 class Store(ABC):
     """Records by machine ID and by token, and one `Meta` for the whole."""
 
-    url: str
-    """Names the store to people."""
+    advice: ClassVar[str] = "name another"
+    """What to do about a place that holds something else than a store."""
     exclusive: bool = True
     """Whether no other process can use it meanwhile."""
     half_filled: bool = False
     """Whether a copy into this store was broken off: it has no meta, and what it has is not all."""
     had_data: bool = False
     """Whether something beside the data shows that there was a store here before."""
+
+    def __init__(self, url: str) -> None:
+        """`url` names the store to people."""
+        self.url = url
+        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
+        self._unused_from: dict[int, int] = {}
+
+    def _foreign(self) -> StoreError:
+        """The error for a place that holds what zflake does not write."""
+        return StoreError(
+            f"{self.url} holds something that is not zflake's; nothing was changed: {self.advice}"
+        )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise `_foreign` if what was read can't be understood."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, LayoutError) as error:
+            raise self._foreign() from error
 
     @abstractmethod
     def meta(self) -> Meta | None:
@@ -149,13 +155,25 @@ class Store(ABC):
         """The record with this token."""
         return self.by_tokens([token])[0]
 
-    @abstractmethod
     def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
         """Up to `limit` records of the machines `first` to `last` with the lowest fences, ascending.
 
         Never-used machines have the lowest of all.  The time this takes must not grow with the number of
         machines.
         """
+        begin = self._unused_from.get(first, first)
+        unused = self._unused(begin, last, limit)
+        if limit > 0:
+            self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
+        return [*map(Record, unused), *self._lowest_used(first, last, limit - len(unused))]
+
+    @abstractmethod
+    def _unused(self, first: int, last: int, limit: int) -> list[int]:
+        """Up to `limit` of the machines `first` to `last` that were never used, ascending."""
+
+    @abstractmethod
+    def _lowest_used(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        """As `lowest`, of the machines that were used."""
 
     @abstractmethod
     def held(self, now: int) -> Sequence[Record]:

@@ -13,41 +13,37 @@ import contextlib
 import logging
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from zflake.core.lease import Meta
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import batched, reading
+from zflake.stores.contract import batched
 from zflake.stores.etcd_http import EtcdHttp, Op
 from zflake.stores.etcd_identity import EtcdIdentity
-from zflake.stores.keyed import Found, Items, Key, Stamp, Step, Thing
+from zflake.stores.keyed import META, Items, Key, Step
 from zflake.stores.text import (
     TextStore,
+    beginning,
     key_from_text,
     key_to_text,
     meta_from_text,
-    text_conditions,
-    text_writes,
     value_from_text,
+    value_to_text,
 )
 from zflake.stores.url import parse_url
 
-TXN_STEPS: Final = 60
-"""Steps in a transaction: etcd takes 128 operations, nested ones counted with their parents."""
 READS: Final = 100
 """Keys that are read in a transaction."""
 RANGE_KEYS: Final = 1000
 """Pairs in an answer."""
 OPTIONS: Final = ("unchecked", "tls", "ca")
 FORM: Final = "etcd://[user:password@]host1[:port],host2,host3/prefix, and ?tls=yes&ca=FILE if it has TLS"
-ADVICE: Final = "name another prefix"
 QUOTA: Final = 2 * 1024**3
 """Bytes that a member stores at most if it does not say: etcd's default."""
 FULL: Final = 0.8
 """Part of the quota from which on a warning is given."""
 LOSES_COMMITS: Final = ("3.5.0", "3.5.1", "3.5.2")
-_LAST: Final = "\U0010ffff"
 
 _log = logging.getLogger("zflake.store")
 
@@ -61,23 +57,24 @@ class EtcdStore(TextStore):
     Raises `ConfigError` for a URL that can't be read, `StoreError` if the cluster can't be used.
     """
 
+    advice = "name another prefix"
     exclusive = False
-    batch = TXN_STEPS
+    batch = 60
+    """etcd takes 128 operations in a transaction, nested ones counted with their parents."""
     page = RANGE_KEYS
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)
-        super().__init__(where.shown, ADVICE)
+        super().__init__(where.shown)
         self._prefix = where.path.rstrip("/") + "/"
-        unchecked, tls, ca = where.flag("unchecked"), where.flag("tls"), where.options.get("ca")
-        if not where.hosts or self._prefix == "/" or (ca is not None and not tls):
+        unchecked, ca = where.flag("unchecked"), where.options.get("ca")
+        if not where.hosts or self._prefix == "/" or (ca is not None and not where.flag("tls")):
             raise ConfigError(f"{self.url}: write {FORM}")
         if ca is not None and not os.access(ca, os.R_OK):
             raise ConfigError(f"{self.url}: can't read the file of ?ca=")
-        login = None if where.user is None else (where.user, where.password or "")
-        self._http = EtcdHttp(self.url, where.hosts, login=login, tls=tls, ca=ca)
+        self._http = EtcdHttp(where)
         never = {"key": self._b64("meta"), "target": "VERSION", "result": "LESS", "version": 0}
-        self._identity = EtcdIdentity(self._http, {"compare": [never], "success": [self._put("meta", "")]})
+        self._identity = EtcdIdentity(self._http, {"compare": [never], "success": [self._write("meta", "")]})
         try:
             if not read_only:
                 self._check_server(unchecked=unchecked)
@@ -90,7 +87,7 @@ class EtcdStore(TextStore):
         written = 0
         if meta is None or self._identity.is_suspect:
             meta = None
-            for pair in self._range("meta", "meta\0"):
+            for pair in self._range(META, ("meta", "")):
                 written = int(pair["mod_revision"])
                 with self._errors():
                     meta = meta_from_text(_text(pair["value"]), self.url)
@@ -107,22 +104,19 @@ class EtcdStore(TextStore):
         for some in batched(names, READS):
             ops = [{"request_range": {"key": self._b64(name)}} for name in some]
             for response in self._ask("/kv/txn", {"success": ops})["responses"]:
-                for pair in response["response_range"].get("kvs", ()):
-                    found[self._name(pair)] = _text(pair.get("value", ""))
+                found.update(map(self._pair, response["response_range"].get("kvs", ())))
         return [found.get(name) for name in names]
 
     def _keys(self, low: Key, high: Key, *, limit: int = 0, last: bool = False) -> list[Key]:
         order = {"sort_order": "DESCEND", "sort_target": "KEY"} if last else {}
-        pairs = self._range(
-            key_to_text(low), key_to_text(high), limit=1 if last else limit, keys_only=True, **order
-        )
+        pairs = self._range(low, high, limit=1 if last else limit, keys_only=True, **order)
         with self._errors():
             return [key_from_text(self._name(pair)) for pair in pairs]
 
     def _items(self, low: Key, high: Key) -> list[tuple[Key, Any]]:
         with self._errors():
-            pairs = self._range(key_to_text(low), key_to_text(high))
-            items = [(key_from_text(self._name(pair)), _text(pair.get("value", ""))) for pair in pairs]
+            pairs = map(self._pair, self._range(low, high))
+            items = [(key_from_text(name), text) for name, text in pairs]
             return [(key, value_from_text(key, text, self.url)) for key, text in items]
 
     def _count(self, low: Key, high: Key) -> int:
@@ -134,60 +128,59 @@ class EtcdStore(TextStore):
             meta = self.meta()
             if meta is None or self.incarnation(meta) != meta.incarnation:
                 return None if self._commit(first) is None else [False] * len(steps)
-        writes = self._writes(first.writes)
-        inner = [
-            {
-                "request_txn": {
-                    "compare": self._compares(step.conditions),
-                    "success": self._writes(step.writes),
-                }
-            }
-            for step in steps
-        ]
-        request = {"compare": self._compares(first.conditions), "success": [*writes, *inner]}
-        answer = self._ask("/kv/txn", request, write=True)
+        txn = self._txn(first)
+        writes = len(txn["success"])
+        txn["success"] += [{"request_txn": self._txn(step)} for step in steps]
+        answer = self._ask("/kv/txn", txn, write=True)
         if not answer.get("succeeded"):
             self._identity.doubt()  # the own mark may have gone back with everything else
             return None
-        responses = answer.get("responses", ())[len(writes) :]
+        responses = answer.get("responses", ())[writes:]
         return [bool(response["response_txn"].get("succeeded")) for response in responses]
 
-    def _compares(self, conditions: Mapping[Key, Stamp | Found]) -> list[Op]:
+    def _txn(self, step: Step) -> Op:
         compares: list[Op] = []
-        for name, wanted in text_conditions(conditions):
-            key = self._b64(name)
-            if isinstance(wanted, Found):
-                result = "EQUAL" if wanted is Found.NOTHING else "GREATER"
-                compares.append({"key": key, "target": "VERSION", "result": result, "version": 0})
-            else:
-                for result, bound in zip(("GREATER", "LESS"), _bounds(wanted), strict=True):
-                    compares.append({"key": key, "target": "VALUE", "result": result, "value": bound})
-        return compares
-
-    def _writes(self, writes: Mapping[Key, Thing | None]) -> list[Op]:
-        return [
-            {"request_delete_range": {"key": self._b64(name)}} if text is None else self._put(name, text)
-            for name, text in text_writes(writes)
+        for key, wanted in step.conditions.items():
+            compares += self._compares(key_to_text(key), beginning(key, wanted))
+        writes = [
+            self._write(key_to_text(key), value_to_text(key, thing)) for key, thing in step.writes.items()
         ]
+        return {"compare": compares, "success": writes}
+
+    def _compares(self, name: str, text: str | None) -> list[Op]:
+        key = self._b64(name)
+        if not text:  # there is a value, or none
+            result = "EQUAL" if text is None else "GREATER"
+            return [{"key": key, "target": "VERSION", "result": result, "version": 0}]
+        return [
+            {"key": key, "target": "VALUE", "result": result, "value": bound}
+            for result, bound in zip(("GREATER", "LESS"), _bounds(text), strict=True)
+        ]
+
+    def _write(self, name: str, text: str | None) -> Op:
+        key = self._b64(name)
+        if text is None:
+            return {"request_delete_range": {"key": key}}
+        return {"request_put": {"key": key, "value": _b64(text)}}
 
     # --- etcd's API ---
 
     def _b64(self, name: str) -> str:
         return _b64(self._prefix + name)
 
-    def _put(self, name: str, text: str) -> Op:
-        return {"request_put": {"key": self._b64(name), "value": _b64(text)}}
-
     def _name(self, pair: Op) -> str:
         return _text(pair["key"]).removeprefix(self._prefix)
 
-    def _range(self, low: str, high: str, *, limit: int = 0, **request: Any) -> list[Op]:
+    def _pair(self, pair: Op) -> tuple[str, str]:
+        return self._name(pair), _text(pair.get("value", ""))
+
+    def _range(self, low: Key, high: Key, *, limit: int = 0, **request: Any) -> list[Op]:
         """The pairs from `low` to below `high`, in as many answers as it takes."""
         pairs: list[Op] = []
         more = True
-        request["range_end"] = self._b64(high)
+        request["range_end"] = self._b64(key_to_text(high))
         while more and (not limit or len(pairs) < limit):
-            request["key"] = self._b64(f"{self._name(pairs[-1])}\0" if pairs else low)
+            request["key"] = self._b64(f"{self._name(pairs[-1])}\0" if pairs else key_to_text(low))
             request["limit"] = min(RANGE_KEYS, limit - len(pairs)) if limit else RANGE_KEYS
             answer = self._ask("/kv/range", request)
             pairs += answer.get("kvs", ())
@@ -200,7 +193,7 @@ class EtcdStore(TextStore):
         return answer
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return reading(self.url, ADVICE)
+        return self._reading()
 
     # --- what is there ---
 
@@ -228,7 +221,9 @@ class EtcdStore(TextStore):
             )
 
     def _has_strangers(self) -> bool:
-        return bool(self._range("", "mark/", limit=1) or self._range("mark0", _LAST, limit=1))
+        return bool(
+            self._range((), ("mark", ""), limit=1) or self._range(("mark0",), ("\U0010ffff",), limit=1)
+        )
 
     def _old_items(self) -> Items:
         for kind in ("machine", "span"):

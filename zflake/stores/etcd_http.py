@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 from zflake.errors import ConfigError, StoreError
+from zflake.stores.url import StoreUrl
 
 try:
     import requests
@@ -19,25 +19,16 @@ except ImportError as error:
 TIMEOUT_S: Final = 2.0
 """Seconds to wait for an answer; half as long if there are other endpoints to ask."""
 PORT: Final = 2379
-DENIED: Final = "permission denied"
 
 Op: TypeAlias = dict[str, Any]
 
 
 class EtcdHttp:
-    """The endpoints of one cluster, which `shown` names to people.  One is asked until it fails."""
+    """The endpoints of one cluster.  One is asked until it fails."""
 
-    def __init__(
-        self,
-        shown: str,
-        hosts: Sequence[tuple[str, int | None]],
-        *,
-        login: tuple[str, str] | None,
-        tls: bool,
-        ca: str | None,
-    ) -> None:
-        self._shown = shown
-        self._login = login
+    def __init__(self, where: StoreUrl) -> None:
+        self._shown = where.shown
+        self._login = None if where.user is None else (where.user, where.password or "")
         self._turn = 0
         self.failures = 0
         """How often an endpoint failed."""
@@ -45,12 +36,12 @@ class EtcdHttp:
             Etcd3Client(
                 host=host,
                 port=port or PORT,
-                protocol="https" if tls else "http",
-                timeout=TIMEOUT_S / min(2, len(hosts)),
-                session=_session(ca),
+                protocol="https" if where.flag("tls") else "http",
+                timeout=TIMEOUT_S / min(2, len(where.hosts)),
+                session=_session(where.options.get("ca")),
                 api_path="/v3/",
             )
-            for host, port in hosts
+            for host, port in where.hosts
         ]
 
     def ask(self, path: str, request: Op, *, write: bool = False) -> Op:
@@ -70,7 +61,7 @@ class EtcdHttp:
         try:
             return self.ask(path, request)
         except StoreError as error:
-            if DENIED in str(error):
+            if "permission denied" in str(error):
                 return {}
             raise
 

@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -62,22 +61,6 @@ class Step(NamedTuple):
     """Each key with its new value; None removes the key."""
 
 
-_STAMPS: Final[Mapping[str | int | Token, Callable[[Any], Stamp]]] = {
-    "meta": attrgetter("version"),
-    "machine": attrgetter("gen"),
-    "mark": attrgetter("timeline_us"),
-}
-
-
-def stamp_of(key: Key, thing: Thing) -> Stamp:
-    """The stamp of a value: of most kinds, the value itself."""
-    stamp = _STAMPS.get(key[0])
-    if stamp is None:
-        assert isinstance(thing, int | str)
-        return thing
-    return stamp(thing)
-
-
 class KeyedStore(Store):
     """A store whose engine compares and writes keys."""
 
@@ -86,9 +69,8 @@ class KeyedStore(Store):
     page: int = 256
     """Keys that a walk reads at a time."""
 
-    def __init__(self) -> None:
-        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
-        self._unused_from: dict[int, int] = {}
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
         # This delegator's mark, as it was last written.
         self._own_mark: Mark | None = None
 
@@ -153,8 +135,7 @@ class KeyedStore(Store):
             mine = {**fresh, FILLING: filling}
             done = (
                 self._commit(Step(fresh, {**head, FILLING: filling})) is not None
-                and self._fill(mine, [(key, None) for key in left if key != FILLING])
-                and self._fill(mine, items)
+                and self._fill(mine, [*((key, None) for key in left if key != FILLING), *items])
                 and self._commit(Step(mine, end)) is not None
             )
         if not done:
@@ -167,7 +148,8 @@ class KeyedStore(Store):
     def contents(self) -> Contents:
         records = [thing for _, thing in self._items(("machine",), ("machine~",))]
         spans = [thing for _, thing in self._items(("span",), ("span~",))]
-        return Contents(records, spans, self._since(), self._marks())
+        (since,) = self._get([SINCE])
+        return Contents(records, spans, since or 0, self._marks())
 
     # --- records ---
 
@@ -182,18 +164,14 @@ class KeyedStore(Store):
         found = {record.token: record for record in self.by_machines(machines)} if machines else {}
         return [found.get(token) for token in tokens]
 
-    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
-        unused: list[Record] = []
-        begin = self._unused_from.get(first, first)
-        while len(unused) < limit and begin <= last:
-            stop = min(begin + self.page, last + 1)
-            used = {key[1] for key in self._keys(("machine", begin), ("machine", stop))}
-            found = (Record(n) for n in range(begin, stop) if n not in used)
-            unused += islice(found, limit - len(unused))
-            begin = stop
-        if limit > 0:
-            self._unused_from[first] = unused[0].machine if unused else begin
-        return [*unused, *self._lowest_used(first, last, limit - len(unused))]
+    def _unused(self, first: int, last: int, limit: int) -> list[int]:
+        unused: list[int] = []
+        while len(unused) < limit and first <= last:
+            stop = min(first + self.page, last + 1)
+            used = {key[1] for key in self._keys(("machine", first), ("machine", stop))}
+            unused += [machine for machine in range(first, stop) if machine not in used]
+            first = stop
+        return unused[:limit]
 
     def _lowest_used(self, first: int, last: int, limit: int) -> list[Record]:
         records: list[Record] = []
@@ -262,17 +240,16 @@ class KeyedStore(Store):
             META: swap.version,
             ("machine", machine): old.gen or Found.NOTHING,
         }
-        if new.token is not None:
-            conditions["token", new.token] = Found.NOTHING
         # A key that stays is written after it was to go.
         writes: dict[Key, Thing | None] = dict.fromkeys(key for key, _ in items_of(old)) if old.gen else {}
         writes.update(items_of(new))
         if new.token is None:
             writes.update(self._cut(old, new.fence))
-            return Step(conditions, writes)
-        if old.gen and old.span_start == new.span_start:
-            writes["end", old.fence, machine, old.span_start] = None
-        writes.update(items_of_span(Span(machine, new.span_start, new.fence, new.holder)))
+        else:
+            conditions["token", new.token] = Found.NOTHING
+            if old.gen and old.span_start == new.span_start:
+                writes["end", old.fence, machine, old.span_start] = None
+            writes.update(items_of_span(Span(machine, new.span_start, new.fence, new.holder)))
         return Step(conditions, writes)
 
     def _cut(self, old: Record, fence: int) -> dict[Key, Thing | None]:
@@ -330,10 +307,6 @@ class KeyedStore(Store):
             steps = [Step({key: Found.ANYTHING}, {key: None, ("span", *key[2:]): None}) for key in some]
             pruned += sum(self._commit(later, steps) or ())
         return pruned
-
-    def _since(self) -> int:
-        (since,) = self._get([SINCE])
-        return since or 0
 
 
 def items_of(record: Record) -> list[tuple[Key, Thing]]:

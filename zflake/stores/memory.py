@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from zflake.core.lease import Meta
-from zflake.stores.keyed import Found, Key, KeyedStore, Stamp, Step, Thing, stamp_of
+from zflake.core.lease import Mark, Meta, Record
+from zflake.stores.keyed import Found, Key, KeyedStore, Stamp, Step, Thing
 
 
 class MemoryStore(KeyedStore):
     """Values in a dict; everything is lost with the process."""
 
-    url = "memory:"
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("memory:")
         self._things: dict[Key, Thing] = {}
         self._order: list[Key] = []
 
@@ -37,34 +35,34 @@ class MemoryStore(KeyedStore):
         return self._order[begin : min(end, begin + limit) if limit else end]
 
     def _commit(self, first: Step, steps: Sequence[Step] = ()) -> list[bool] | None:
-        if not self._holds(first.conditions):
-            return None
-        self._write(first.writes)
-        outcomes = []
-        for step in steps:
-            holds = self._holds(step.conditions)
-            if holds:
-                self._write(step.writes)
-            outcomes.append(holds)
-        return outcomes
+        return [self._try(step) for step in steps] if self._try(first) else None
 
-    def _holds(self, conditions: Mapping[Key, Stamp | Found]) -> bool:
-        for key, wanted in conditions.items():
-            thing = self._things.get(key)
-            if thing is None:
-                if wanted is not Found.NOTHING:
-                    return False
-            elif wanted is not Found.ANYTHING and stamp_of(key, thing) != wanted:
-                return False
-        return True
+    def _try(self, step: Step) -> bool:
+        holds = all(self._holds(key, wanted) for key, wanted in step.conditions.items())
+        if holds:
+            for key, thing in step.writes.items():
+                self._write(key, thing)
+        return holds
 
-    def _write(self, writes: Mapping[Key, Thing | None]) -> None:
-        things, order = self._things, self._order
-        for key, thing in writes.items():
-            if thing is None:
-                if things.pop(key, None) is not None:
-                    del order[bisect_left(order, key)]
-            else:
-                if key not in things:
-                    insort(order, key)
-                things[key] = thing
+    def _holds(self, key: Key, wanted: Stamp | Found) -> bool:
+        thing = self._things.get(key)
+        if thing is None or isinstance(wanted, Found):
+            return (wanted is Found.NOTHING) == (thing is None)
+        return _stamp_of(thing) == wanted
+
+    def _write(self, key: Key, thing: Thing | None) -> None:
+        if thing is None:
+            if self._things.pop(key, None) is not None:
+                del self._order[bisect_left(self._order, key)]
+            return
+        if key not in self._things:
+            insort(self._order, key)
+        self._things[key] = thing
+
+
+def _stamp_of(thing: Thing) -> object:
+    """The part of a value that a condition compares: of most kinds, the value itself."""
+    match thing:
+        case Meta(version=stamp) | Record(gen=stamp) | Mark(timeline_us=stamp):
+            return stamp
+    return thing

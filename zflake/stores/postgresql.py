@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode
 
 from zflake.core.lease import READER, SCHEMA, Meta, Record, Swap
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import batched, check_schema, foreign, reading
+from zflake.stores.contract import batched, check_schema
 from zflake.stores.rows import COLUMNS, RECORD, TABLES, RowStore, Values, record_of
 from zflake.stores.text import holder_from_text, holder_to_text
 from zflake.stores.url import parse_url
@@ -32,7 +32,6 @@ except ImportError as error:
 
 TIMEOUT_S: Final = 2
 """Seconds to wait for a connection, a statement, and the next statement of a transaction."""
-ADVICE: Final = "name another ?schema="
 ROWS_AT_ONCE: Final = 1000
 """Rows in a round trip."""
 FORM: Final = "postgresql://[user[:password]@]host[:port]/database[?schema=zflake&sslmode=...]"
@@ -46,7 +45,6 @@ SETTINGS: Final = {
     "tcp_keepalives_interval": 1,
     "tcp_keepalives_count": 3,
 }
-TAKEN: Final = {"connect_timeout", "options"}
 MIN_VERSION: Final = 120_000
 
 T = TypeVar("T")
@@ -101,7 +99,7 @@ class PostgresqlStore(RowStore):
     """
 
     exclusive = False
-    advice = ADVICE
+    advice = "name another ?schema="
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url)
@@ -116,31 +114,26 @@ class PostgresqlStore(RowStore):
             raise ConfigError(f"{self.url}: an option that PostgreSQL does not know; write {FORM}") from error
         if not named.get("dbname"):
             raise ConfigError(f"{self.url}: write {FORM}")
-        if taken := TAKEN.intersection(others):
+        if taken := {"connect_timeout", "options"}.intersection(others):
             raise ConfigError(f"{self.url}: zflake sets {', '.join(sorted(taken))} by itself")
-        self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
+        self._connection: Connection | None = None
         self._server = ""
         try:
             with self._errors():
-                has_tables = self._check_data(self._db)
-                if not has_tables and not read_only:
-                    self._create(self._db)
-                self._has_tables = has_tables or not read_only
-                if has_tables and not read_only:
-                    self._convert()
+                prepare = self._convert if self._check_data() else self._create
+                if not read_only:
+                    prepare()
             self.meta()
         except BaseException:
             self.close()
             raise
 
     def meta(self) -> Meta | None:
-        if not self._has_tables:
-            return None
         try:
             return super().meta()
         except StoreError as error:
             if isinstance(error.__cause__, errors.UndefinedTable):
-                return None  # they were dropped since
+                return None  # it was only looked at, or the tables were dropped since
             raise
 
     def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
@@ -195,14 +188,14 @@ class PostgresqlStore(RowStore):
     # --- the connection ---
 
     @property
-    def _db(self) -> psycopg.Connection[tuple[Any, ...]]:
+    def _db(self) -> Connection:
         """The connection; a new one if there is none (any more)."""
         if self._connection is None:
             self._connection = self._connect()
         return self._connection
 
-    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
-        db: psycopg.Connection[tuple[Any, ...]] = Connection.connect(
+    def _connect(self) -> Connection:
+        db = Connection.connect(
             self._where,
             autocommit=True,
             connect_timeout=TIMEOUT_S,
@@ -225,7 +218,7 @@ class PostgresqlStore(RowStore):
             raise
         return db
 
-    def _check_server(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
+    def _check_server(self, db: Connection) -> None:
         if db.info.server_version < MIN_VERSION:
             raise StoreError(f"{self.url} is PostgreSQL {db.info.server_version // 10_000}; 12 is the oldest")
         (standby,) = db.execute("SELECT pg_is_in_recovery()").fetchone() or (True,)
@@ -233,34 +226,35 @@ class PostgresqlStore(RowStore):
             raise StoreError(f"{self.url} is a standby: name the primary")
         if self._unchecked:
             return
-        wrong = []
-        for name in ("fsync", "full_page_writes", "synchronous_commit"):
-            (value,) = db.execute(sql.SQL("SHOW {}").format(sql.Identifier(name))).fetchone() or ("",)
-            if value != "on":
-                wrong.append(name)
+        wrong = db.execute(
+            "SELECT name FROM pg_settings WHERE setting <> 'on'"
+            " AND name IN ('fsync', 'full_page_writes', 'synchronous_commit') ORDER BY name"
+        ).fetchall()
         if wrong:
+            names = ", ".join(name for (name,) in wrong)
             raise StoreError(
-                f"{self.url} can lose what it has promised, and with that give IDs twice: turn {', '.join(wrong)} on;"
+                f"{self.url} can lose what it has promised, and with that give IDs twice: turn {names} on;"
                 " or take the risk with ?unchecked=yes in the URL"
             )
 
-    def _check_data(self, db: psycopg.Connection[tuple[Any, ...]]) -> bool:
+    def _check_data(self) -> bool:
         """Whether the tables are there; `StoreError` if something else is in their place."""
-        rows = db.execute(
+        rows = self._db.execute(
             "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = %s",
             (self._schema,),
         ).fetchall()
         if not rows:
             return False
         if not _NEEDED.issubset(rows):
-            raise foreign(self.url, ADVICE)
+            raise self._foreign()
         return True
 
-    def _create(self, db: psycopg.Connection[tuple[Any, ...]]) -> None:
+    def _create(self) -> None:
+        db = self._db
         with db.transaction():
             # Two delegators may be the first at once.
             db.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"zflake {self._schema}",))
-            if not self._check_data(db):
+            if not self._check_data():
                 db.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(self._schema)))
                 db.execute(_TABLES)
 
@@ -274,7 +268,7 @@ class PostgresqlStore(RowStore):
         if row is None or row[0] >= SCHEMA:
             return
         schema, reader = row
-        check_schema(self.url, schema, reader, ADVICE)
+        check_schema(self.url, schema, reader, self.advice)
         raised = "UPDATE meta SET {column} = :new, version = version + 1 WHERE {column} < :new"
         self._run(raised.format(column="reader"), {"new": READER})
         for table, key in _KEYS.items():
@@ -308,18 +302,16 @@ class PostgresqlStore(RowStore):
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        with reading(self.url, ADVICE):
+        with self._reading():
             try:
                 yield
-            except psycopg.Error as error:
+            except (psycopg.Error, OSError) as error:
                 if self._connection is not None and self._connection.broken:
                     self._connection = None
                 reason = " ".join(str(error).split())
                 if self._connection is None and isinstance(error, psycopg.OperationalError):
                     raise StoreError(f"can't reach {self.url}: {reason}") from error
                 raise StoreError(f"{self.url}: {reason}") from error
-            except OSError as error:
-                raise StoreError(f"{self.url}: {error}") from error
 
 
 @cache

@@ -6,8 +6,8 @@
 --
 -- ARGV[1]: nothing, to be told which life of the data this is; or the steps as JSON, each of them
 --   [[[key, text], ...], [[key, text], ...]]
--- first the conditions: the key's value begins with the text, or is not there if that is false; then the writes:
--- put the text under the key, or remove the key if it is false.
+-- first the conditions: the key's value begins with the text, or is not there if that is null; then the writes:
+-- put the text under the key, or remove the key if it is null.
 --
 -- If the first step's conditions don't hold, nothing is written.  The steps behind it are written only if the
 -- meta says that it is of this life.  Gives 1 or 0 for each step.
@@ -46,7 +46,8 @@ end
 local function holds(conditions)
   for _, condition in ipairs(conditions) do
     local value, text = get(condition[1]), condition[2]
-    if text and not (value and string.sub(value, 1, #text) == text) or not text and value then
+    local wanted = text ~= cjson.null
+    if wanted and not (value and string.sub(value, 1, #text) == text) or not wanted and value then
       return false
     end
   end
@@ -56,7 +57,7 @@ end
 local function write(key, text)
   if key == 'meta' then
     redis.call('HSET', KEYS[1], 'text', text)
-  elseif text then
+  elseif text ~= cjson.null then
     redis.call('HSET', KEYS[2], key, text)
     redis.call('ZADD', KEYS[3], 0, key)
   else

@@ -15,17 +15,16 @@ from typing import Any, Final
 
 from zflake.core.lease import Meta, Span
 from zflake.errors import ConfigError, StoreError
-from zflake.stores.contract import reading
-from zflake.stores.keyed import META, SINCE, Found, Items, Key, Step, items_of, items_of_span
+from zflake.stores.keyed import META, SINCE, Items, Key, Step, items_of, items_of_span
 from zflake.stores.text import (
     TextStore,
+    beginning,
     holder_from_text,
     key_from_text,
     key_to_text,
     mark_from_text,
     record_from_text,
-    text_conditions,
-    text_writes,
+    value_to_text,
 )
 from zflake.stores.url import parse_url
 
@@ -39,12 +38,10 @@ except ImportError as error:
 TIMEOUT_S: Final = 2.0
 """Seconds to wait for a connection, and for an answer."""
 PORT: Final = 6379
-ADVICE: Final = "name another ?prefix="
 OPTIONS: Final = ("prefix", "unchecked", "ca")
 FORM: Final = "redis://[user:password@]host[:port][/db][?prefix=zflake:], or rediss:// and ?ca=FILE for TLS"
 NEEDED: Final = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 SCRIPT: Final = files("zflake.stores").joinpath("redis.lua").read_text("utf-8")
-_BEGINNINGS: Final[dict[Any, str | bool]] = {Found.NOTHING: False, Found.ANYTHING: ""}
 LAYOUT_3: Final = ("machines", "tokens", "fences", "ends", "marks", "since")
 """Keys of schema 3, beside the meta and one `spans:MACHINE` for each machine."""
 
@@ -60,11 +57,12 @@ class RedisStore(TextStore):
     Raises `ConfigError` for a URL that can't be read, `StoreError` if the server can't be used.
     """
 
+    advice = "name another ?prefix="
     exclusive = False
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         where = parse_url(url, OPTIONS)
-        super().__init__(where.name, ADVICE)
+        super().__init__(where.name)
         self._prefix = where.options.get("prefix", "zflake:")
         self._meta_key, self._values_key, self._order_key = (
             self._prefix + name for name in ("meta", "values", "order")
@@ -74,12 +72,12 @@ class RedisStore(TextStore):
         if len(where.hosts) != 1 or not db.isdecimal() or ("ca" in where.options and not tls):
             raise ConfigError(f"{self.url}: write {FORM}")
         ((host, port),) = where.hosts
-        secured: dict[str, Any] = {"ssl_ca_certs": where.options.get("ca")} if tls else {}
-        pool = redis.ConnectionPool(
-            redis.SSLConnection if tls else redis.Connection,
+        self._redis: Any = redis.Redis(
             host=host,
             port=port or PORT,
             db=int(db),
+            ssl=tls,
+            ssl_ca_certs=where.options.get("ca"),
             username=where.user,
             password=where.password,
             decode_responses=True,
@@ -87,9 +85,7 @@ class RedisStore(TextStore):
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),  # an unknown outcome is for the caller to resolve
-            **secured,
         )
-        self._redis: Any = redis.Redis(connection_pool=pool)
         try:
             with self._errors():
                 self._script = self._redis.register_script(SCRIPT)
@@ -105,7 +101,7 @@ class RedisStore(TextStore):
 
     def close(self) -> None:
         with contextlib.suppress(redis.RedisError):
-            self._redis.connection_pool.disconnect()
+            self._redis.close()
 
     # --- keys ---
 
@@ -133,8 +129,8 @@ class RedisStore(TextStore):
     def _commit(self, first: Step, steps: Sequence[Step] = ()) -> list[bool] | None:
         request = [
             (
-                [(key, _BEGINNINGS.get(wanted, wanted)) for key, wanted in text_conditions(step.conditions)],
-                [(key, False if text is None else text) for key, text in text_writes(step.writes)],
+                [(key_to_text(key), beginning(key, wanted)) for key, wanted in step.conditions.items()],
+                [(key_to_text(key), value_to_text(key, thing)) for key, thing in step.writes.items()],
             )
             for step in (first, *steps)
         ]
@@ -182,22 +178,20 @@ class RedisStore(TextStore):
                     )
             for delegator, text in self._redis.hgetall(self._prefix + "marks").items():
                 yield ("mark", delegator), mark_from_text(delegator, text)
-            if (
-                since := self._redis.get(self._prefix + "since")
-            ) is not None:  # else it was taken over before
+            since = self._redis.get(self._prefix + "since")
+            if since is not None:  # else it was taken over before
                 yield SINCE, int(since)
 
     def _drop_old(self) -> None:
         with self._errors():
-            machines = self._redis.hkeys(self._prefix + "machines")
             # The machines go last, since they say which spans there are.
-            for machine in machines:
+            for machine in self._redis.hkeys(self._prefix + "machines"):
                 self._redis.delete(f"{self._prefix}spans:{machine}")
             self._redis.delete(*(self._prefix + name for name in LAYOUT_3))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        with reading(self.url, ADVICE):
+        with self._reading():
             try:
                 yield
             except redis.AuthenticationError as error:
@@ -206,11 +200,9 @@ class RedisStore(TextStore):
                 raise StoreError(f"{self.url} does not answer within {TIMEOUT_S:g} s") from error
             except redis.ConnectionError as error:
                 raise StoreError(f"can't reach {self.url}: {error}; is it running?") from error
-            except redis.ResponseError as error:
+            except (redis.RedisError, OSError) as error:
                 if "WRONGTYPE" in str(error):
                     raise ValueError(str(error)) from error
-                raise StoreError(f"{self.url}: {error}") from error
-            except (redis.RedisError, OSError) as error:
                 raise StoreError(f"{self.url}: {error}") from error
 
 

@@ -11,7 +11,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple
-from typing import Any, ClassVar, Final, TypeVar
+from operator import itemgetter
+from typing import Any, Final, TypeVar
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
@@ -124,14 +125,6 @@ _RAISE_SINCE: Final = "UPDATE meta SET since = :stop WHERE since < :stop"
 class RowStore(Store):
     """A store whose engine takes SQL."""
 
-    advice: ClassVar[str]
-    """Advice about a place that holds something else than a store."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
-        self._unused_from: dict[int, int] = {}
-
     # --- what an engine gives ---
 
     @abstractmethod
@@ -142,9 +135,9 @@ class RowStore(Store):
     def _run_many(self, text: str, rows: Iterable[Values]) -> None:
         """Run a statement for each of many rows."""
 
-    @abstractmethod
     def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
         """`make` of each of many rows."""
+        return self._rows(make, text)
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[None]:
@@ -222,13 +215,11 @@ class RowStore(Store):
         found = {record.token: record for record in self._records_by("token", tokens)}
         return [found.get(token) for token in tokens]
 
-    def lowest(self, first: int, last: int, limit: int) -> Sequence[Record]:
-        begin = self._unused_from.get(first, first)
-        unused = self._rows(_only, _UNUSED, first=begin, last=last, limit=limit)
-        if limit > 0:
-            self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
-        used = self._rows(record_of, _LOWEST, first=first, last=last, limit=limit - len(unused))
-        return [*map(Record, unused), *used]
+    def _unused(self, first: int, last: int, limit: int) -> list[int]:
+        return self._rows(itemgetter(0), _UNUSED, first=first, last=last, limit=limit)
+
+    def _lowest_used(self, first: int, last: int, limit: int) -> Sequence[Record]:
+        return self._rows(record_of, _LOWEST, first=first, last=last, limit=limit)
 
     def held(self, now: int) -> Sequence[Record]:
         held = f"SELECT {RECORD} FROM machine WHERE fence > :now AND token IS NOT NULL ORDER BY machine"
@@ -254,7 +245,7 @@ class RowStore(Store):
     # --- marks ---
 
     def marks(self) -> Sequence[Mark]:
-        return self._rows(_mark, f"SELECT {MARK} FROM mark ORDER BY delegator")
+        return self._rows(lambda row: Mark(*row), f"SELECT {MARK} FROM mark ORDER BY delegator")
 
     def forget_marks(self, before_us: int) -> None:
         with self._transaction():
@@ -267,16 +258,12 @@ class RowStore(Store):
     # --- provenance ---
 
     def trace(self, machine: int, tick: int) -> Traced:
-        below = self._rows(
-            _span,
-            f"SELECT {SPAN} FROM span WHERE machine = :machine AND start <= :tick ORDER BY start DESC LIMIT 1",
-            machine=machine,
-            tick=tick,
-        )
-        return traced(below[0] if below else None, tick, self._since())
+        begun = f"SELECT {SPAN} FROM span WHERE machine = :machine AND start <= :tick"
+        latest = self._rows(_span, f"{begun} ORDER BY start DESC LIMIT 1", machine=machine, tick=tick)
+        return traced(latest[0] if latest else None, tick, self._since())
 
     def prune(self, before: int, keep: int, limit: int) -> int:
-        (count,) = self._rows(_only, "SELECT count(*) FROM span")
+        (count,) = self._rows(itemgetter(0), "SELECT count(*) FROM span")
         oldest = self._rows(_span, f"SELECT {SPAN} FROM span ORDER BY stop LIMIT :limit", limit=limit)
         forgotten = oldest[: outdated([span.end for span in oldest], count, before, keep)]
         if forgotten:
@@ -289,7 +276,7 @@ class RowStore(Store):
     # --- inside ---
 
     def _since(self) -> int:
-        return max(self._rows(_only, "SELECT since FROM meta"), default=0)
+        return max(self._rows(itemgetter(0), "SELECT since FROM meta"), default=0)
 
     def _rows(self, make: Callable[[Any], T], text: str, **values: Any) -> list[T]:
         """`make` of each row."""
@@ -297,9 +284,13 @@ class RowStore(Store):
             return [make(row) for row in self._run(text, values)]
 
 
+def _named(thing: Meta | Record, columns: str) -> dict[str, Any]:
+    """The fields of these names."""
+    return {column: getattr(thing, column) for column in columns.split(", ")}
+
+
 def _meta_values(meta: Meta) -> dict[str, Any]:
-    columns = {column: getattr(meta, column) for column in META_COLUMNS.split(", ")}
-    return columns | {"layout": json.dumps(meta.layout.to_map())}
+    return _named(meta, META_COLUMNS) | {"layout": json.dumps(meta.layout.to_map())}
 
 
 def _mark_values(mark: Mark) -> dict[str, Any]:
@@ -307,16 +298,7 @@ def _mark_values(mark: Mark) -> dict[str, Any]:
 
 
 def _record_values(record: Record) -> dict[str, Any]:
-    return {
-        "machine": record.machine,
-        "fence": record.fence,
-        "gen": record.gen,
-        "token": record.token,
-        "start": record.start,
-        "tenancy_start": record.tenancy_start,
-        "span_start": record.span_start,
-        "holder": holder_to_text(record.holder),
-    }
+    return _named(record, RECORD) | {"holder": holder_to_text(record.holder)}
 
 
 def _span_values(span: Span) -> dict[str, Any]:
@@ -334,11 +316,3 @@ def record_of(row: Sequence[Any]) -> Record:
 def _span(row: Sequence[Any]) -> Span:
     machine, start, stop, holder = row
     return Span(machine, start, stop, holder_from_text(holder))
-
-
-def _mark(row: Sequence[Any]) -> Mark:
-    return Mark(*row)
-
-
-def _only(row: Sequence[Any]) -> Any:
-    return row[0]

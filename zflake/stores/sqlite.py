@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from zflake.core.lease import READER, SCHEMA, Holder, Meta, Record
 from zflake.errors import ConfigError, StoreError
@@ -21,9 +21,6 @@ from zflake.stores.rows import MARK, META_COLUMNS, RECORD, TABLES, RowStore, Val
 from zflake.stores.sqlite_file import DatabaseFile, Progress
 from zflake.stores.text import holder_to_text
 
-T = TypeVar("T")
-
-ADVICE: Final = "name a new file"
 APPLICATION_ID: Final = 0x7A666C6B  # "zflk", in the header of the file
 
 _TABLES: Final = (
@@ -36,6 +33,7 @@ CREATE TABLE life (
 INSERT INTO life VALUES (1, 0);
 """
 )
+_CREATE: Final = f"{_TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {READER};"
 _TABLES_3: Final = ("meta", "machine", "span", "mark", "life")
 # These bring schema 3 to this one: `holder()` makes the JSON object into what four columns are now.  The commits stay as many as they were:
 # they are still to be compared with the marker.
@@ -96,18 +94,21 @@ class SqliteStore(RowStore):
     schema, or is in use by another process.  Such a file is left as it was.
     """
 
-    advice = ADVICE
+    advice = "name a new file"
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(f"sqlite:///{path}")
         self._file = DatabaseFile(path, self.url)
         with ExitStack() as held, self._errors():
             self._file.check_kind()
-            if read_only:
-                self._db = self._look_at(held)
-            else:
+            if not read_only:
                 self._file.lock(held)
-                self._db = self._open(held)
+            marker = self._file.read_marker()  # before SQLite lays an old log over a main file put here since
+            self._db = self._look_at(held) if read_only else self._open(held)
+            self._file.opened()
+            self._recall(marker)
+            if not read_only and marker is not None and self._incarnation == marker.incarnation:
+                self._file.begin_marker(held, self._incarnation, self._commits)
             self._held = held.pop_all()
 
     def incarnation(self, meta: Meta | None = None) -> str:  # noqa: ARG002
@@ -145,9 +146,6 @@ class SqliteStore(RowStore):
     def _run_many(self, text: str, rows: Iterable[Values]) -> None:
         self._db.executemany(text, rows)
 
-    def _stream(self, text: str, make: Callable[[Any], T]) -> list[T]:
-        return self._rows(make, text)
-
     def _records_by(self, column: str, values: Sequence[Any]) -> list[Record]:
         text = f"SELECT {RECORD} FROM machine WHERE {column} = :value"
         with self._errors():
@@ -170,11 +168,10 @@ class SqliteStore(RowStore):
     # --- opening ---
 
     def _open(self, held: ExitStack) -> sqlite3.Connection:
-        marker = self._file.read_marker()  # before SQLite lays an old log over a main file put here since
         db = sqlite3.connect(self._file.path, isolation_level=None, timeout=0, check_same_thread=False)
         held.callback(db.close)
         if not (schema := self._recognise(db)):
-            _create(db)
+            _run_all(db, _CREATE)
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"{self.url}: no write-ahead log on this file system; take a local disk")
@@ -192,27 +189,20 @@ class SqliteStore(RowStore):
         db.execute("ROLLBACK")
         if schema and schema < SCHEMA:
             _convert(db)
-        self._file.opened()
-        self._recall(db, marker)
-        if marker is not None and self._incarnation == marker.incarnation:
-            self._file.begin_marker(held, self._incarnation, self._commits)
         return db
 
     def _look_at(self, held: ExitStack) -> sqlite3.Connection:
-        marker = self._file.read_marker()
         db = sqlite3.connect(f"{self._file.uri}?mode=ro", uri=True, isolation_level=None)
         held.callback(db.close)
         if not (schema := self._recognise(db)):
             raise StoreError(f"{self.url} is empty")
         check_current(self.url, schema)
-        self._file.opened()
-        self._recall(db, marker)
         return db
 
-    def _recall(self, db: sqlite3.Connection, marker: Progress | None) -> None:
+    def _recall(self, marker: Progress | None) -> None:
         """Judge by the marker whether the file is what it was."""
-        (self._commits,) = db.execute("SELECT commits FROM life").fetchone()
-        (incarnation,) = db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
+        (self._commits,) = self._db.execute("SELECT commits FROM life").fetchone()
+        (incarnation,) = self._db.execute("SELECT incarnation FROM meta").fetchone() or (None,)
         self._met: str | None = incarnation  # what meta says
         self.had_data = marker is not None and marker.commits > 0
         if marker is not None and marker.incarnation == incarnation and marker.commits <= self._commits:
@@ -237,7 +227,7 @@ class SqliteStore(RowStore):
             )
         schema: int
         (schema,) = db.execute("PRAGMA user_version").fetchone()
-        check_schema(self.url, schema, schema, ADVICE)
+        check_schema(self.url, schema, schema, self.advice)
         (check,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if check == "ok" and tables < _TABLES.count("CREATE"):
             check = "tables are missing"
@@ -278,19 +268,15 @@ class SqliteStore(RowStore):
             self._file.write_marker(self._incarnation, self._commits)
 
 
-def _create(db: sqlite3.Connection) -> None:
-    db.execute("BEGIN EXCLUSIVE")
-    for statement in _TABLES.split(";"):
-        db.execute(statement)
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute(f"PRAGMA user_version = {READER}")
-    db.execute("COMMIT")
-
-
 def _convert(db: sqlite3.Connection) -> None:
-    """Bring a file of schema 3 to this one, in one transaction."""
+    """Bring a file of schema 3 to this one."""
     db.create_function("holder", 4, lambda *parts: holder_to_text(Holder(*parts)))
-    db.execute("BEGIN IMMEDIATE")
-    for statement in _CONVERT.split(";"):
+    _run_all(db, _CONVERT)
+
+
+def _run_all(db: sqlite3.Connection, statements: str) -> None:
+    """Run the statements in one transaction."""
+    db.execute("BEGIN EXCLUSIVE")
+    for statement in statements.split(";"):
         db.execute(statement)
     db.execute("COMMIT")

@@ -1,6 +1,6 @@
 """Keys and values as text, for engines that keep texts, and what Redis and etcd share because of that.
 
-A number in a key is decimal and zero-padded to `WIDTH`, so that its order is the text's.  A value begins with its
+A number in a key is decimal and zero-padded to 20 digits, so that its order is the text's.  A value begins with its
 stamp, which the engine compares as text.
 """
 
@@ -17,11 +17,9 @@ from typing import Any, Final
 from zflake.core.layout import Layout
 from zflake.core.lease import READER, SCHEMA, Holder, Mark, Meta, Record, Span
 from zflake.errors import StoreError
-from zflake.stores.contract import check_schema, foreign
+from zflake.stores.contract import check_schema
 from zflake.stores.keyed import FILLING, META, STORE, Found, Items, Key, KeyedStore, Stamp, Step, Thing
 
-WIDTH: Final = 20
-"""Digits of a number in a key."""
 TRIES: Final = 8
 """Attempts at a conversion that others overtake."""
 _FIELDS: Final = tuple(field.name for field in fields(Holder))
@@ -29,7 +27,7 @@ _FIELDS: Final = tuple(field.name for field in fields(Holder))
 
 def pad(number: int) -> str:
     """A number whose order as text is its own."""
-    return f"{number:0{WIDTH}d}"
+    return f"{number:020d}"
 
 
 # --- values ---
@@ -146,9 +144,9 @@ _WRITERS: Final[Mapping[Any, Callable[[Any], str]]] = {
 }
 
 
-def value_to_text(key: Key, thing: Thing) -> str:
-    """The text to keep under a key."""
-    return _WRITERS.get(key[0], str)(thing)
+def value_to_text(key: Key, thing: Thing | None) -> str | None:
+    """The text to keep under a key; None if there is to be none."""
+    return None if thing is None else _WRITERS.get(key[0], str)(thing)
 
 
 def value_from_text(key: Key, text: str, url: str) -> Thing:
@@ -168,16 +166,15 @@ def value_from_text(key: Key, text: str, url: str) -> Thing:
     return text
 
 
-def stamp_to_text(key: Key, stamp: Stamp) -> str:
-    """The beginning of a value with that stamp, and of no other."""
-    if isinstance(stamp, str):
-        return f"{stamp}\n" if key == STORE else stamp
-    match key[0]:
-        case "meta":
-            return f'{{"version": {stamp}, '
-        case "machine":
-            return f"{stamp} "
-    return pad(stamp)
+def beginning(key: Key, wanted: Stamp | Found) -> str | None:
+    """The beginning of each text that meets a condition, and of no other; None if there must be no text."""
+    if isinstance(wanted, Found):
+        return None if wanted is Found.NOTHING else ""
+    if isinstance(wanted, str):
+        return f"{wanted}\n" if key == STORE else wanted
+    if key == META:
+        return f'{{"version": {wanted}, '
+    return f"{wanted} " if key[0] == "machine" else pad(wanted)
 
 
 # --- what Redis and etcd share ---
@@ -185,11 +182,6 @@ def stamp_to_text(key: Key, stamp: Stamp) -> str:
 
 class TextStore(KeyedStore):
     """A store whose engine keeps texts, and can hold what an older zflake wrote."""
-
-    def __init__(self, url: str, advice: str) -> None:
-        super().__init__()
-        self.url = url
-        self._advice = advice
 
     @abstractmethod
     def _texts(self, keys: Sequence[Key]) -> list[str | None]:
@@ -228,7 +220,7 @@ class TextStore(KeyedStore):
         self.half_filled = filling is not None
         with self._errors():
             if not self.half_filled and self._has_strangers():
-                raise foreign(self.url, self._advice)
+                raise self._foreign()
         self.had_data = bool(self.marks())
 
     def _convert(self) -> None:
@@ -254,19 +246,3 @@ class TextStore(KeyedStore):
         raise StoreError(
             f"{self.url}: others keep changing it while it is brought to schema {SCHEMA}; start again"
         )
-
-
-def text_conditions(conditions: Mapping[Key, Stamp | Found]) -> list[tuple[str, str | Found]]:
-    """Each key as text, with the beginning that its value must have, or what else is asked."""
-    return [
-        (key_to_text(key), wanted if isinstance(wanted, Found) else stamp_to_text(key, wanted))
-        for key, wanted in conditions.items()
-    ]
-
-
-def text_writes(writes: Mapping[Key, Thing | None]) -> list[tuple[str, str | None]]:
-    """Each key as text, with the text to keep under it; None removes it."""
-    return [
-        (key_to_text(key), None if thing is None else value_to_text(key, thing))
-        for key, thing in writes.items()
-    ]
