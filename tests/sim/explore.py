@@ -468,8 +468,8 @@ class Explorer:
         lessee = Lessee.__new__(Lessee)
         vars(lessee).update(self._template)
         lessee.state = holder.standing
-        lessee._token, lessee._gen, lessee._next = holder.token, holder.gen, holder.next
-        lessee._send_at_us = 0
+        lessee.token, lessee._gen, lessee._next = holder.token, holder.gen, holder.next
+        lessee.send_at_us = 0
         lessee._draw_token = lambda: bytes([holder.number + 1, holder.draws]) + bytes(14)
         if holder.machine >= 0:
             mint = lessee.mint = Mint(LAYOUT, holder.machine)
@@ -491,7 +491,7 @@ class Explorer:
             0 if mint is None else mint._end,
             -1 if mint is None else mint._tick,
             0 if mint is None else mint._sequence,
-            lessee._token,
+            lessee.token,
             lessee._gen,
             lessee._next,
         )

@@ -339,16 +339,16 @@ MUTANTS: Final = (
         "3.1 (4)",
         LESSEE,
         "if answer.token != self._next:",
-        "if answer.token == self._token:",
+        "if answer.token == self.token:",
     ),
     _mutant(
         "unexpected grant released",
         "3.1 (4)",
         LESSEE,
-        "                self.dropped += 1\n                return False\n            self._accept",
+        "                return False\n            self._accept",
         "                self._stray = answer\n                return False\n            self._accept",
-        "        self._send_at_us = local_us + self.retry_us\n",
-        "        self._send_at_us = local_us + self.retry_us\n"
+        "        self.send_at_us = local_us + self.retry_us\n",
+        "        self.send_at_us = local_us + self.retry_us\n"
         '        if stray := vars(self).pop("_stray", None):\n'
         "            return Release(stray.machine, stray.token, None, None)\n",
     ),
@@ -378,8 +378,7 @@ MUTANTS: Final = (
         "released holder takes a grant",
         "3.1 (4)",
         LESSEE,
-        "if self.state is State.RELEASED:\n            self.dropped += isinstance(answer, Grant)\n"
-        "            return False\n",
+        "if self.state is State.RELEASED:\n            return False\n",
         "self.state = self.state\n",
     ),
     _mutant(
@@ -395,8 +394,8 @@ MUTANTS: Final = (
         "release forgets what is pending",
         "3",
         LESSEE,
-        "Release(self.mint.machine, self._token, self._next, self.mint.close())",
-        "Release(self.mint.machine, self._token, None, self.mint.close())",
+        "Release(self.mint.machine, self.token, self._next, self.mint.close())",
+        "Release(self.mint.machine, self.token, None, self.mint.close())",
     ),
     _mutant(
         "fork inherits",
