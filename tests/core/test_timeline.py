@@ -32,7 +32,7 @@ def follower(*exchanges: tuple[int, int]) -> Estimator:
 
 def lag(estimator: Estimator, local_us: int) -> int:
     """How far its now lies behind TRUE_US + local."""
-    return TRUE_US + local_us - estimator.timeline_us(local_us)
+    return TRUE_US + local_us - estimator.at(local_us)
 
 
 # --- the estimate ---
@@ -88,10 +88,10 @@ def test_without_an_exchange_there_is_no_time() -> None:
     estimator = Estimator()
     assert not estimator.known
     with pytest.raises(AssertionError):
-        estimator.timeline_us(0)
+        estimator.at(0)
     estimator.exchange(TRUE_US, 0, step=False)
     assert estimator.known
-    assert estimator.timeline_us(5) == TRUE_US + 5
+    assert estimator.at(5) == TRUE_US + 5
 
 
 def test_the_memory_of_exchanges_is_bounded_by_the_horizon() -> None:
@@ -132,7 +132,7 @@ def test_a_slew_read_often_is_as_fast_as_one_read_once() -> None:
     away = HORIZON_US + 1
     estimator.exchange(TRUE_US + away - 100 * MS, away, step=False)
     for passed in range(0, 10 * MS, 3):  # each too short for a whole microsecond of correction
-        estimator.timeline_us(away + passed)
+        estimator.at(away + passed)
     assert lag(estimator, away + 10 * MS) == 10 * MS // SLEW
 
 
@@ -148,9 +148,9 @@ def test_a_slew_begins_with_the_exchange_that_calls_for_it_and_not_before() -> N
     # A long quiet stretch before is no credit: spent at once, it would set now back by a tenth of it.
     estimator = follower((0, 0))
     away = 3_600_000 * MS
-    before = estimator.timeline_us(away)
+    before = estimator.at(away)
     estimator.exchange(TRUE_US + away - 60_000 * MS, away, step=False)
-    assert estimator.timeline_us(away) == before
+    assert estimator.at(away) == before
 
 
 def test_a_second_slew_gets_no_credit_from_the_first() -> None:
@@ -159,9 +159,9 @@ def test_a_second_slew_gets_no_credit_from_the_first() -> None:
     estimator.exchange(TRUE_US + first - MS, first, step=False)
     assert lag(estimator, first + 100 * MS) == MS
     second = first + 100_000 * MS
-    before = estimator.timeline_us(second)
+    before = estimator.at(second)
     estimator.exchange(TRUE_US + second - 500 * MS, second, step=False)
-    assert estimator.timeline_us(second) == before
+    assert estimator.at(second) == before
 
 
 def test_a_step_forward_stands_though_nobody_read_the_time_before_the_fall() -> None:
@@ -226,7 +226,7 @@ def test_now_never_goes_back_without_leave_and_moves_at_nine_tenths_at_least(
         estimator.exchange(TRUE_US + local + error, local, step=False)
         for wait in [0, *reads]:
             local += wait
-            now = estimator.timeline_us(local)
+            now = estimator.at(local)
             if shown is not None:
                 assert now - shown >= (local - shown_at) * (SLEW - 1) // SLEW
             shown, shown_at = now, local

@@ -278,8 +278,8 @@ class Worker(Process):
         clone.address = f"tcp://10.0.1.{number % 250}:{1 + number}"
         self.checker.cloned(self.number, number)
         clone.lease = copy.copy(self.lease)
-        clone.lease.clock = HolderClock(host.local_us)
-        clone.lease.clock._estimator = _copied(self.lease.clock._estimator)
+        clone.lease.clock = _copied(self.lease.clock)
+        clone.lease.clock._local_us = host.local_us
         lessee = clone.lease.lessee = copy.copy(self.lease.lessee)
         assert isinstance(lessee, WatchedLessee)
         lessee.worker = clone

@@ -163,7 +163,7 @@ class Estimator:
         elif steady:
             self._slewed_at_us = received_us
 
-    def timeline_us(self, local_us: int) -> int:
+    def at(self, local_us: int) -> int:
         """The timeline's now when the local clock shows `local_us`; only after a first `exchange`."""
         offset_us = self._offset_us
         assert offset_us is not None
