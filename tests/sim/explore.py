@@ -474,7 +474,7 @@ class Explorer:
         if holder.machine >= 0:
             mint = lessee.mint = Mint(LAYOUT, holder.machine)
             mint._windows = deque(holder.windows)
-            mint._end, mint._tick, mint._sequence = holder.end, holder.tick, holder.sequence
+            mint.end, mint._tick, mint._sequence = holder.end, holder.tick, holder.sequence
         return lessee
 
     def _sleep(self, lessee: Lessee, before: int) -> int:
@@ -488,7 +488,7 @@ class Explorer:
             lessee.state,
             -1 if mint is None else mint.machine,
             () if mint is None else tuple(mint._windows),
-            0 if mint is None else mint._end,
+            0 if mint is None else mint.end,
             -1 if mint is None else mint._tick,
             0 if mint is None else mint._sequence,
             lessee.token,
