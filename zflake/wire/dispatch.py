@@ -14,13 +14,10 @@ from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 from zflake.errors import ProtocolError
 from zflake.wire import fields
 from zflake.wire.cluster import check_heartbeat, check_ready
-from zflake.wire.codec import BadRequest, decode_request, encode_error, encode_result
+from zflake.wire.codec import MAX_SHOWN, BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.ids import check_next
 from zflake.wire.leases import check_acquire, check_release, check_renew, check_trace
 from zflake.wire.methods import Code, Method
-
-MAX_SHOWN: Final = 60
-"""Characters of an unknown method's name that the answer repeats."""
 
 A = TypeVar("A")
 """A daemon's reply address: the dispatcher hands it to the handler unchanged."""
