@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from threading import Lock
 from time import monotonic_ns
-from types import TracebackType
 from typing import Final, NoReturn, Self
 
 from zflake import clock
@@ -40,7 +39,6 @@ NAP_US: Final = 20_000
 """Microseconds of the longest wait that is simply slept; during a longer one there may be news."""
 
 _NEVER: Final = (0, 0)
-_NOTHING: Final[tuple[int, ...]] = ()
 
 
 class _Generator:
@@ -48,7 +46,7 @@ class _Generator:
 
     # What `next_id` reads: a page's time to look around again, and the IDs until then.
     _until: Page | tuple[int, int] = _NEVER
-    _ids: Iterator[int] = iter(_NOTHING)
+    _ids: Iterator[int] = iter(())
 
     def __init__(self) -> None:
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -90,9 +88,7 @@ class _Generator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

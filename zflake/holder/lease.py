@@ -145,9 +145,7 @@ class LeaseConversation:
             self._complain(local_us, "%s does not answer", self.endpoint)
             self._go_on()
         self._follow(local_us)
-        if self._pending is not None:
-            return None
-        if local_us < self._hold_until_us:
+        if self._pending is not None or local_us < self._hold_until_us:
             return None
         if self._release is not None:
             return self._ask(self._release, local_us)
