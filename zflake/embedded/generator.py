@@ -10,6 +10,7 @@ of `Ticks` only (ticks.py has the rules), and in the chain of sessions, which is
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
@@ -163,12 +164,17 @@ class LeasedGenerator(_Generator):
         texts = [endpoints] if isinstance(endpoints, str) else list(_iterable(endpoints))
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ConfigError("a generator takes a delegator's endpoint, or a list of at least one")
-        self._endpoints = [parse_endpoint(text) for text in dict.fromkeys(texts)]
+        me = weakref.ref(self)
         self._timeout_ns = int(_seconds(timeout, "a timeout") * 1e9)
-        self._idle_us = None if idle is None else int(_seconds(idle, "an idle time") * 1e6)
-        self._name = check_name(name)
-        self._insists_on = None if layout is None else _layout(layout)
-        self._layout = self._insists_on
+        self._layout = None if layout is None else _layout(layout)
+        self._new_session = functools.partial(
+            Session,
+            [parse_endpoint(text) for text in dict.fromkeys(texts)],
+            name=check_name(name),
+            layout=self._layout,
+            idle_us=None if idle is None else int(_seconds(idle, "an idle time") * 1e6),
+            wanted=lambda: me() is not None,
+        )
         # Not always the newest: a reader follows the chain from here to its end.
         self._session = self._new_session()
 
@@ -253,16 +259,6 @@ class LeasedGenerator(_Generator):
             session = session.following[0]
         self._session = session
         return session
-
-    def _new_session(self) -> Session:
-        me = weakref.ref(self)
-        return Session(
-            self._endpoints,
-            name=self._name,
-            layout=self._insists_on,
-            idle_us=self._idle_us,
-            wanted=lambda: me() is not None,
-        )
 
 
 class StaticGenerator(_Generator):
