@@ -113,7 +113,7 @@ class Lessee:
         return Renew(self.mint.machine, self.token, self._gen, self._next, self.mint.end, self._store_id)
 
     def receive(self, answer: Answer, local_us: int, now: int) -> bool:
-        """Take an answer of the delegator's in; `now` is the timeline's tick.
+        """Take an answer of the delegator's in; `now` is the timeline's tick, which matters for a grant only.
 
         True if it settled the outstanding request.  A refusal must be the answer to the newest request
         sent; a grant is known by its token, whichever repeat it answers.

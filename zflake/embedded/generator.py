@@ -93,8 +93,9 @@ class _Generator:
         self.close()
 
     def close(self) -> None:
-        """Mint nothing any more."""
-        raise NotImplementedError
+        """Mint nothing any more; calls after this raise `Closed`."""
+        self._closed = True
+        self._until = _NEVER
 
     def _take(self, count: int) -> list[int]:
         """At least one and at most `count` IDs, of one tick, after a wait if that is needed."""
@@ -195,8 +196,7 @@ class LeasedGenerator(_Generator):
 
     def close(self) -> None:
         """Give the lease back, which waits for the delegator for 2 s at most; calls after this raise `Closed`."""
-        self._closed = True
-        self._until = _NEVER
+        super().close()
         session = self._follow()
         if not session.inherited:
             session.stop()
@@ -300,8 +300,7 @@ class StaticGenerator(_Generator):
 
     def close(self) -> None:
         """Mint nothing any more; calls after this raise `Closed`."""
-        self._closed = True
-        self._until = _NEVER
+        super().close()
         self._ticks.close()
 
     def _take(self, count: int) -> list[int]:

@@ -268,8 +268,7 @@ class LeaseConversation:
             self._end_release(answer, local_us)
             return
         before = self.mint
-        layout = answer.layout if isinstance(answer, Grant) else before.layout if before else None
-        now = -1 if layout is None else self.clock.tick(layout)
+        now = self.clock.tick(answer.layout) if isinstance(answer, Grant) else -1
         self.lessee.receive(answer, local_us, now)
         if isinstance(answer, Refusal):
             self._refused(answer, before, local_us)
