@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from zflake.core.lease import (
     Renew,
     Token,
 )
-from zflake.core.lessee import LAPSED_US, MAX_HINT_US, RETRY_US, TRANSITIONS, Event, Lessee, State
+from zflake.core.lessee import LAPSED_US, MAX_HINT_US, RETRY_US, Lessee, State
 from zflake.core.mint import Mint
 from zflake.errors import ProtocolError
 
@@ -38,25 +39,21 @@ NO_ANSWERS = [
 ]
 
 
-class Tokens:
-    """Tokens in the order in which they are drawn: 1, 2, 3."""
-
-    def __init__(self) -> None:
-        self.drawn = 0
-
-    def __call__(self) -> Token:
-        self.drawn += 1
-        return token(self.drawn)
-
-
 def token(n: int) -> Token:
     return n.to_bytes(16, "big")
 
 
-def new(
-    *, jitter: float = 0.5, layout: Layout | None = None, draw: Callable[[], Token] | None = None
-) -> Lessee:
-    return Lessee(ME, draw_token=draw or Tokens(), jitter=lambda: jitter, layout=layout)
+def new(*, jitter: float = 0.5, layout: Layout | None = None) -> Lessee:
+    """A lessee that draws the tokens 1, 2, 3."""
+    drawn = count(1)
+    return Lessee(ME, draw_token=lambda: token(next(drawn)), jitter=lambda: jitter, layout=layout)
+
+
+def acquiring(*, jitter: float = 0.5, layout: Layout | None = None) -> Lessee:
+    """A lessee that has asked for a machine ID at local time 0."""
+    lessee = new(jitter=jitter, layout=layout)
+    assert lessee.poll(0) == Acquire(token(1), ME)
+    return lessee
 
 
 def grant(
@@ -78,10 +75,16 @@ def mint_of(lessee: Lessee) -> Mint:
 
 def held(*, jitter: float = 0.5) -> Lessee:
     """Machine 5 with the window [1000, 1000 + TTL), granted at local time 0 and tick 1000."""
-    lessee = new(jitter=jitter)
-    assert lessee.poll(0) == Acquire(token(1), ME)
+    lessee = acquiring(jitter=jitter)
     assert lessee.receive(grant(1), 0, 1000)
     assert lessee.state is State.HELD
+    return lessee
+
+
+def renewing() -> Lessee:
+    """The same, after it has asked for the next window."""
+    lessee = held()
+    assert lessee.poll(lessee.send_at_us) == Renew(5, token(1), 1, token(2), 1000 + TTL)
     return lessee
 
 
@@ -93,29 +96,11 @@ def lapsed() -> Lessee:
 
 
 LOST = Refusal(Refused.LOST, "moved on")
+NEXT = grant(2, 1000 + TTL, 2000 + TTL)
+"""The window that a held lessee is granted next."""
 
 
-# --- the table ---
-
-
-def test_the_table_of_states_is_the_one_that_is_drawn() -> None:
-    s, e = State, Event
-    assert TRANSITIONS == {
-        s.ACQUIRING: {e.GRANT: s.HELD, e.LOST: s.ACQUIRING, e.CLOSE: s.RELEASED},
-        s.HELD: {e.GRANT: s.HELD, e.LAPSE: s.LAPSED, e.LOST: s.ACQUIRING, e.CLOSE: s.RELEASED},
-        s.LAPSED: {e.GRANT: s.HELD, e.LAPSE: s.LAPSED, e.LOST: s.ACQUIRING, e.CLOSE: s.RELEASED},
-        s.RELEASED: {},
-    }
-
-
-def test_what_the_table_lacks_is_an_error() -> None:
-    lessee = new()
-    with pytest.raises(KeyError):
-        lessee._move(Event.LAPSE)
-    lessee.close()
-    for event in Event:
-        with pytest.raises(KeyError):
-            lessee._move(event)
+# --- the state ---
 
 
 def test_a_lessee_starts_by_acquiring_at_once() -> None:
@@ -150,25 +135,17 @@ def test_following_the_timeline_moves_nothing_without_a_lease() -> None:
 # --- one token for one thing wanted ---
 
 
-def test_a_token_is_kept_through_every_retry_until_a_grant() -> None:
-    lessee, local = new(), 0
-    for answer in [None, *NO_ANSWERS]:
-        local = lessee.send_at_us
-        assert lessee.poll(local) == Acquire(token(1), ME)
-        if answer is not None:
-            assert not lessee.receive(answer, local, 0)
-        assert lessee.state is State.ACQUIRING
-    assert lessee.receive(grant(1), local, 1000)
-
-
-def test_a_renewal_keeps_its_token_through_every_retry_until_a_grant() -> None:
-    lessee = held()
-    for answer in [None, *NO_ANSWERS]:
-        local = lessee.send_at_us
-        assert lessee.poll(local) == Renew(5, token(1), 1, token(2), 1000 + TTL)
-        if answer is not None:
-            assert not lessee.receive(answer, local, 1500)
-    assert lessee.receive(grant(2, 1000 + TTL, 2000 + TTL), local, 1500)
+@pytest.mark.parametrize(("begin", "granted"), [(new, grant(1)), (held, NEXT)], ids=["acquire", "renewal"])
+def test_a_request_keeps_its_token_through_every_retry_until_a_grant(
+    begin: Callable[[], Lessee], granted: Grant
+) -> None:
+    lessee = begin()
+    state, request = lessee.state, lessee.poll(lessee.send_at_us)
+    for answer in NO_ANSWERS:
+        assert not lessee.receive(answer, lessee.send_at_us, 1500)
+        assert lessee.poll(lessee.send_at_us) == request
+        assert lessee.state is state
+    assert lessee.receive(granted, lessee.send_at_us, 1500)
 
 
 def test_a_token_is_rotated_after_every_grant() -> None:
@@ -199,8 +176,7 @@ def test_nothing_is_due_before_its_time() -> None:
 
 @pytest.mark.parametrize("ttl_ms", [1_000, 3_000, 30_000])
 def test_a_short_ttl_is_retried_sooner_so_that_a_lost_reply_does_not_lapse_it(ttl_ms: int) -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     lessee.receive(grant(1, 1000, 1000 + ttl_ms, ttl=ttl_ms), 0, 1000)
     local = lessee.send_at_us
     lessee.poll(local)
@@ -233,8 +209,7 @@ def test_jitter_spreads_the_renewals_of_holders_that_started_together() -> None:
 
 def test_a_third_of_the_ttl_is_counted_in_the_layouts_ticks() -> None:
     sonyflake = PRESETS["sonyflake"]
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     lessee.receive(grant(1, 1000, 4000, layout=sonyflake, ttl=3000), 0, 1000)  # 3,000 ticks of 10 ms
     assert lessee.send_at_us == 10_000_000
 
@@ -286,16 +261,14 @@ def test_whom_the_timeline_leaves_behind_renews_at_once() -> None:
 
 
 def test_who_lapses_with_a_request_under_way_does_not_hurry_it() -> None:
-    lessee = held()
-    lessee.poll(lessee.send_at_us)
+    lessee = renewing()
     due = lessee.send_at_us
     lessee.observe(1000 + 10 * TTL, 50)
     assert lessee.send_at_us == due
 
 
 def test_a_refusal_without_a_hint_leaves_the_retry_as_it_was() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     lessee.receive(Refusal(Refused.UNAVAILABLE, ""), 300, 0)
     assert lessee.send_at_us == RETRY_US
 
@@ -304,49 +277,45 @@ def test_a_refusal_without_a_hint_leaves_the_retry_as_it_was() -> None:
 
 
 def test_a_grant_with_another_token_is_dropped() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     assert not lessee.receive(grant(9), 0, 1000)
-    assert (lessee.state, lessee.mint, lessee.dropped) == (State.ACQUIRING, None, 1)
+    assert (lessee.state, lessee.mint) == (State.ACQUIRING, None)
+    assert lessee.poll(lessee.send_at_us) == Acquire(token(1), ME), "and not released"
     assert lessee.receive(grant(1), 0, 1000)
 
 
 def test_a_grant_that_was_never_asked_for_is_dropped() -> None:
     lessee = new()
     assert not lessee.receive(grant(1), 0, 1000)
-    assert (lessee.mint, lessee.dropped) == (None, 1)
+    assert lessee.mint is None
 
 
 def test_the_answer_to_a_repeat_of_what_was_granted_already_is_dropped() -> None:
     lessee = held()
     due = lessee.send_at_us
     assert not lessee.receive(grant(1), 500, 1000)
-    assert lessee.dropped == 1
     assert lessee.send_at_us == due
     assert mint_of(lessee).end == 1000 + TTL
 
 
 def test_an_old_grant_is_dropped_while_a_renewal_is_under_way() -> None:
-    lessee = held()
-    lessee.poll(lessee.send_at_us)
+    lessee = renewing()
     assert not lessee.receive(grant(1), lessee.send_at_us, 1000)
-    assert lessee.receive(grant(2, 1000 + TTL, 2000 + TTL), lessee.send_at_us, 1500)
+    assert lessee.receive(NEXT, lessee.send_at_us, 1500)
 
 
 def test_a_grant_answers_whichever_repeat_it_is_the_answer_to() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     lessee.poll(RETRY_US)
     assert lessee.receive(grant(1), RETRY_US, 1000)
 
 
 def test_a_grant_that_comes_after_a_loss_is_dropped() -> None:
-    lessee = held()
-    lessee.poll(lessee.send_at_us)
+    lessee = renewing()
     lessee.receive(LOST, 0, 1500)
     assert lessee.poll(0) == Acquire(token(3), ME)
-    assert not lessee.receive(grant(2, 1000 + TTL, 2000 + TTL), 0, 1500)
-    assert (lessee.dropped, lessee.mint) == (1, None)
+    assert not lessee.receive(NEXT, 0, 1500)
+    assert lessee.mint is None
 
 
 def test_a_release_that_was_confirmed_moves_nothing() -> None:
@@ -374,8 +343,7 @@ def test_a_lost_lease_closes_the_old_mint_and_acquires_afresh_at_once() -> None:
 
 
 def test_lost_says_nothing_to_a_lessee_that_holds_nothing() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     assert not lessee.receive(LOST, 0, 0)
     assert lessee.poll(lessee.send_at_us) == Acquire(token(1), ME)
 
@@ -394,8 +362,7 @@ def test_only_lost_ends_a_tenancy(answer: Refusal) -> None:
 
 
 def test_a_window_that_comes_after_its_end_is_no_reason_to_acquire() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     assert lessee.receive(grant(1), 0, 1000 + TTL)
     assert lessee.state is State.LAPSED
     assert lessee.poll(lessee.send_at_us) == Renew(5, token(1), 1, token(2), 1000 + TTL)
@@ -407,23 +374,20 @@ def test_a_window_that_comes_after_its_end_is_no_reason_to_acquire() -> None:
 @given(st.floats(0, 1, exclude_max=True))
 @settings(deadline=None, max_examples=50)
 def test_after_a_late_window_it_backs_off_by_half_a_second_to_one_and_a_half(jitter: float) -> None:
-    lessee = new(jitter=jitter)
-    lessee.poll(0)
+    lessee = acquiring(jitter=jitter)
     lessee.receive(grant(1), 0, 1000 + TTL)
     assert RETRY_US // 2 <= lessee.send_at_us <= RETRY_US * 3 // 2
 
 
 def test_the_last_tick_of_a_window_is_not_after_its_end() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     lessee.receive(grant(1), 0, 999 + TTL)
     assert lessee.state is State.HELD
     assert lessee.send_at_us == TTL_US // 3
 
 
 def test_a_window_that_has_not_begun_is_waited_for() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     assert lessee.receive(grant(1), 0, 900)
     states = [lessee.state]
     assert mint_of(lessee).opens(900) == 1000
@@ -436,7 +400,7 @@ def test_a_renewal_appends_its_window_to_the_same_mint() -> None:
     lessee = held()
     mint = mint_of(lessee)
     lessee.poll(lessee.send_at_us)
-    lessee.receive(grant(2, 1000 + TTL, 2000 + TTL), 0, 1500)
+    lessee.receive(NEXT, 0, 1500)
     assert mint_of(lessee) is mint
     assert mint.covers(1000)
     assert mint.covers(1999 + TTL)
@@ -470,8 +434,7 @@ def test_a_renewal_that_no_sound_delegator_gives_ends_the_tenancy(bad: Grant) ->
 
 
 def test_a_machine_that_the_layout_lacks_is_refused() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     with pytest.raises(ProtocolError):
         lessee.receive(grant(1, machine=LAYOUT.machines), 50, 1000)
     assert (lessee.state, lessee.mint) == (State.ACQUIRING, None)
@@ -479,22 +442,19 @@ def test_a_machine_that_the_layout_lacks_is_refused() -> None:
 
 def test_a_layout_that_the_owner_insists_on_is_checked_against_the_grant() -> None:
     for insisted in (PRESETS["twitter"], LAYOUT.with_epoch(1), replace(LAYOUT, tick_ms=2)):
-        lessee = new(layout=insisted)
-        lessee.poll(0)
+        lessee = acquiring(layout=insisted)
         with pytest.raises(ProtocolError):
             lessee.receive(grant(1), 0, 1000)
         assert (lessee.state, lessee.mint) == (State.ACQUIRING, None)
 
 
 def test_a_layout_of_another_name_that_reads_ids_alike_is_no_mismatch() -> None:
-    lessee = new(layout=parse("time:42,machine:10,sequence:12").with_epoch(LAYOUT.epoch_ms))
-    lessee.poll(0)
+    lessee = acquiring(layout=parse("time:42,machine:10,sequence:12").with_epoch(LAYOUT.epoch_ms))
     assert lessee.receive(grant(1), 0, 1000)
 
 
 def test_without_a_layout_of_its_own_a_lessee_takes_the_grants() -> None:
-    lessee = new()
-    lessee.poll(0)
+    lessee = acquiring()
     lessee.receive(grant(1, layout=PRESETS["sonyflake"]), 0, 1000)
     assert mint_of(lessee).layout == PRESETS["sonyflake"]
 
@@ -514,15 +474,13 @@ def test_closing_releases_with_the_last_tick_minted_in() -> None:
 
 
 def test_closing_while_a_renewal_is_unsettled_names_its_token() -> None:
-    lessee = held()
-    lessee.poll(lessee.send_at_us)
+    lessee = renewing()
     assert lessee.close() == Release(5, token(1), token(2), None)
 
 
 def test_closing_after_a_settled_renewal_shows_the_newest_token() -> None:
-    lessee = held()
-    lessee.poll(lessee.send_at_us)
-    lessee.receive(grant(2, 1000 + TTL, 2000 + TTL), 0, 1500)
+    lessee = renewing()
+    lessee.receive(NEXT, 0, 1500)
     assert lessee.close() == Release(5, token(2), None, None)
 
 
@@ -534,11 +492,9 @@ def test_closing_while_lapsed_still_releases() -> None:
 def test_closing_without_a_lease_releases_nothing() -> None:
     fresh = new()
     assert fresh.close() is None
-    asked = new()
-    asked.poll(0)
+    asked = acquiring()
     assert asked.close() is None
-    lost = held()
-    lost.poll(lost.send_at_us)
+    lost = renewing()
     lost.receive(LOST, 0, 1500)
     assert lost.close() is None
     for lessee in (fresh, asked, lost):
@@ -552,15 +508,11 @@ def test_closing_twice_releases_once() -> None:
 
 
 def test_a_closed_lessee_sends_nothing_and_drops_what_comes() -> None:
-    asked, renewing = new(), held()
-    asked.poll(0)
-    renewing.poll(renewing.send_at_us)
-    for lessee, late in ((asked, grant(1)), (renewing, grant(2, 1000 + TTL, 2000 + TTL))):
+    for lessee, late in ((acquiring(), grant(1)), (renewing(), NEXT)):
         lessee.close()
         mint = lessee.mint
         assert not lessee.receive(late, 0, 1500)
         assert not lessee.receive(LOST, 0, 1500)
-        assert lessee.dropped == 1
         assert (lessee.state, lessee.mint) == (State.RELEASED, mint)
         assert mint is None or mint.take(1500, 1) is None
         assert lessee.poll(10**12) is None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
+from itertools import count, pairwise
 from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from zflake.core.layout import Field, Layout
 from zflake.core.lease import (
@@ -29,8 +29,8 @@ from zflake.core.lease import (
     Swap,
     Token,
 )
+from zflake.core.lessee import Lessee
 from zflake.core.lessor import OFFER, POOL, acquire, release, renew
-from zflake.core.mint import Mint
 from zflake.stores.memory import MemoryStore
 
 T = TypeVar("T")
@@ -87,20 +87,15 @@ def of(kind: type[T], decision: object) -> T:
     return decision
 
 
-# --- a executor: decide, try, read again ---
+# --- a delegator's desk: decide, try, read again ---
 
 
 class Desk:
-    """A delegator's loop around the rules, which checks every write and every answer against a model.
+    """A delegator's loop around the rules, with a store of its own."""
 
-    `spans` holds the windows granted on each machine, in order, as truncated by releases.
-    """
-
-    def __init__(self, meta: Meta) -> None:
+    def __init__(self, meta: Meta = META) -> None:
         self.store = MemoryStore()
         self.store.initialise(meta)
-        self.spans: dict[int, list[tuple[int, int]]] = {}
-        self.pick: Callable[[int], int] = first
 
     @property
     def meta(self) -> Meta:
@@ -112,21 +107,15 @@ class Desk:
         """The answer to `request`; `meanwhile` happens between the first decision and its swap."""
         for _ in range(10):  # each round that fails lost a race, and `meanwhile` runs once
             before = self.snapshot()
-            meta = self.meta
             decision = self.decide(request, now)
             assert self.snapshot() == before, "a decision wrote something"
             if not isinstance(decision, Swap):
-                self._check_answer(meta, request, decision, now)
                 return decision
-            assert decision.version == meta.version
             if meanwhile is not None:
                 meanwhile()
                 meanwhile = None
-            old = self.store.by_machine(decision.new.machine)
-            if self.store.swap([decision]) == [True]:
-                self._check_write(meta, request, old, decision.new, now)
-                if isinstance(request, Release):
-                    return Released(decision.new.machine, decision.new.fence)
+            if self.store.swap([decision]) == [True] and isinstance(request, Release):
+                return Released(decision.new.machine, decision.new.fence)
         raise AssertionError("decided again and again, and nothing settles it")
 
     def decide(self, request: Request, now: int) -> Answer | Swap:
@@ -134,7 +123,7 @@ class Desk:
         if isinstance(request, Acquire):
             lowest = store.lowest(meta.first_machine, meta.last_machine, OFFER)
             repeat = store.by_token(request.next)
-            return acquire(meta, now, request, repeat=repeat, lowest=lowest, pick=self.pick)
+            return acquire(meta, now, request, repeat=repeat, lowest=lowest, pick=first)
         decide = renew if isinstance(request, Renew) else release
         return decide(meta, now, request, record=store.by_machine(request.machine))  # type: ignore[arg-type]
 
@@ -145,216 +134,43 @@ class Desk:
     def snapshot(self) -> list[Record]:
         return [self.store.by_machine(machine) for machine in range(self.meta.layout.machines)]
 
-    def _check_write(self, meta: Meta, request: Request, old: Record, new: Record, now: int) -> None:
-        assert (new.machine, new.gen) == (old.machine, old.gen + 1)
-        spans = self.spans.setdefault(new.machine, [])
-        if isinstance(request, Release):
-            assert new.fence <= old.fence
-            assert new.token is None
-            assert old.token in (request.token, request.next)
-            spans[:] = [(start, min(end, new.fence)) for start, end in spans if start < new.fence]
-            return
-        assert new.token == request.next
-        assert new.fence > old.fence, "a grant lowered a fence, or moved nothing"
-        assert new.start < new.fence, "an empty window"
-        assert new.start >= max(old.fence, meta.floor, now)
-        assert new.fence <= min(now + meta.ttl, meta.layout.end_tick)
-        assert meta.first_machine <= new.machine <= meta.last_machine
-        assert all(end <= new.start for _, end in spans), "windows overlap"
-        spans.append((new.start, new.fence))
-        if isinstance(request, Acquire):
-            assert max(old.fence, meta.floor) <= now, "took a machine that is not free"
-            assert (new.tenancy_start, new.holder) == (new.start, request.holder)
-        else:
-            assert old.token == request.token
-            assert (new.tenancy_start, new.holder) == (old.tenancy_start, old.holder)
 
-    def _check_answer(self, meta: Meta, request: Request, answer: Answer, now: int) -> None:
-        """What was answered is what is stored, and a refusal's hint is the truth to the tick."""
+def held(meta: Meta = META) -> Desk:
+    """A desk at which the holder with token A has taken machine 2 at tick 100."""
+    desk = Desk(meta)
+    assert of(Grant, desk.ask(Acquire(A, ME), 100)).machine == 2
+    return desk
+
+
+# --- any clock ---
+
+
+@thorough
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, LAYOUT.end_tick + TTL)), max_size=60))
+def test_no_two_windows_of_a_machine_overlap_whatever_clock_decides(asked: list[tuple[int, int]]) -> None:
+    desk = Desk()
+    drawn = count(1)
+    lessees = [Lessee(ME, draw_token=lambda: token(next(drawn)), jitter=lambda: 0.5) for _ in range(5)]
+    windows = defaultdict(list)
+    for number, now in asked:
+        request = lessees[number].poll(lessees[number].send_at_us)
+        assert request is not None
+        answer = desk.ask(request, now)
         if isinstance(answer, Grant):
-            assert not isinstance(request, Release)
-            assert answer.token == request.next
-            stored = self.store.by_machine(answer.machine)
-            assert answer == Grant(
-                stored.machine, stored.gen, stored.start, stored.fence, request.next, meta.layout, meta.ttl
-            )
-            return
-        if refusal(answer).retry_after_ms is None:
-            assert refusal(answer).reason in (Refused.LOST, Refused.EXHAUSTED)
-            return
-        assert refusal(answer).reason in (Refused.TOO_EARLY, Refused.NO_FREE_MACHINE)
-        wait = wait_of(answer, meta)
-        assert wait > 0
-        assert refusal(self.decide(request, now + wait - 1)).reason == refusal(answer).reason
-        then = self.decide(request, now + wait)
-        assert isinstance(then, Swap) or refusal(then).reason is Refused.EXHAUSTED
-
-
-class Party:
-    """An honest holder, or a copy of one."""
-
-    def __init__(self, drawn: Token) -> None:
-        self.next: Token | None = drawn
-        self.token = b""
-        self.gen = 0
-        self.mint: Mint | None = None
-        self.closed = False
-        self.copied = False
-
-    def request(self, draw: Callable[[], Token]) -> Acquire | Renew:
-        if self.next is None:
-            self.next = draw()
-        if self.mint is None:
-            return Acquire(self.next, ME)
-        return Renew(self.mint.machine, self.token, self.gen, self.next)
-
-    def receive(self, answer: Answer) -> None:
-        if self.closed:
-            return
-        if isinstance(answer, Grant) and answer.token == self.next:
-            self.mint = self.mint or Mint(answer.layout, answer.machine)
-            self.mint.grant(answer.start, answer.end)
-            self.token, self.gen, self.next = answer.token, answer.gen, None
-        elif isinstance(answer, Refusal) and answer.reason is Refused.LOST:
-            self.closed = True
-
-    def release(self) -> Release | None:
-        self.closed = True
-        return (
-            None
-            if self.mint is None
-            else Release(self.mint.machine, self.token, self.next, self.mint.close())
-        )
-
-
-class Histories(RuleBasedStateMachine):
-    """Holders, copies of holders, lost and late replies, repeats of everything, races, and any clock."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.executor = Desk(META)
-        self.clock = 0
-        self.drawn = 0
-        self.parties: list[Party] = []
-        self.sent: list[Request] = []
-        self.late: list[tuple[Party, Answer]] = []
-        self.minted: set[int] = set()
-
-    def draw_token(self) -> Token:
-        self.drawn += 1
-        return token(self.drawn)
-
-    def party(self, choice: int) -> Party:
-        return self.parties[choice % len(self.parties)]
-
-    def send(self, request: Request, skew: int, race: int | None) -> Answer:
-        """Ask a delegator whose clock is off by `skew`; with `race`, another request comes between."""
-        self.sent.append(request)
-        now = self.clock + skew
-        if race is None:
-            return self.executor.ask(request, now)
-        rival = self.sent[race % len(self.sent)]
-        return self.executor.ask(request, now, meanwhile=lambda: self.executor.ask(rival, self.clock))
-
-    skews = st.sampled_from([0, 0, -1, 1]) | st.integers(-3 * TTL, 3 * TTL)
-    races = st.none() | st.integers(0, 1000)
-    choices = st.integers(0, 1000)
-    fates = st.sampled_from(["arrives", "arrives", "late", "lost"])
-
-    @initialize(start=st.sampled_from([0, 0, 200, LAYOUT.end_tick - 2 * TTL]), seed=st.integers(0, 7))
-    def begin(self, start: int, seed: int) -> None:
-        self.clock = start
-        self.executor.pick = lambda n: seed % n
-
-    @rule(ticks=st.integers(0, TTL) | st.sampled_from([1, TTL, TTL + 1]))
-    def time_passes(self, ticks: int) -> None:
-        self.clock += ticks
-
-    @rule()
-    def a_holder_comes(self) -> None:
-        self.parties.append(Party(self.draw_token()))
-
-    @precondition(lambda self: self.parties)
-    @rule(choice=choices, skew=skews, race=races, fate=fates)
-    def a_holder_asks(self, choice: int, skew: int, race: int | None, fate: str) -> None:
-        party = self.party(choice)
-        if party.closed:
-            return
-        answer = self.send(party.request(self.draw_token), skew, race)
-        if fate == "arrives":
-            party.receive(answer)
-        elif fate == "late" and isinstance(answer, Grant):
-            self.late.append((party, answer))
-
-    @precondition(lambda self: self.late)
-    @rule(choice=choices)
-    def a_late_grant_arrives(self, choice: int) -> None:
-        party, answer = self.late.pop(choice % len(self.late))
-        party.receive(answer)
-
-    @precondition(lambda self: self.sent)
-    @rule(choice=choices, skew=skews, race=races)
-    def a_message_is_repeated(self, choice: int, skew: int, race: int | None) -> None:
-        self.send(self.sent[choice % len(self.sent)], skew, race)
-
-    @precondition(lambda self: self.sent)
-    @rule(choice=choices, skew=skews, later=skews)
-    def the_same_message_twice_writes_once(self, choice: int, skew: int, later: int) -> None:
-        request = self.sent[choice % len(self.sent)]
-        answer = self.send(request, skew, None)
-        before = self.executor.snapshot()
-        again = self.executor.ask(request, self.clock + later)
-        if isinstance(answer, Grant):
-            assert again == answer
-            assert self.executor.snapshot() == before
-        elif isinstance(request, Release):
-            assert refusal(again).reason is Refused.LOST
-            assert self.executor.snapshot() == before
-
-    @precondition(lambda self: self.parties)
-    @rule(choice=choices)
-    def a_holder_is_copied(self, choice: int) -> None:
-        party = self.party(choice)
-        party.copied = True
-        self.parties.append(deepcopy(party))
-
-    @precondition(lambda self: self.parties)
-    @rule(choice=choices, skew=skews, count=st.integers(1, 5))
-    def a_holder_mints(self, choice: int, skew: int, count: int) -> None:
-        party = self.party(choice)
-        if party.mint is None or party.copied:
-            return  # copies may repeat one another until their windows end: an honest limit
-        run = party.mint.take(self.clock + skew, count)
-        if run is not None:
-            ids = {run[0] + i * run[1] for i in range(run[2])}
-            assert not ids & self.minted, "an ID was minted twice"
-            self.minted |= ids
-
-    @precondition(lambda self: self.parties)
-    @rule(choice=choices, skew=skews, race=races, arrives=st.booleans())
-    def a_holder_leaves(self, choice: int, skew: int, race: int | None, arrives: bool) -> None:
-        party = self.party(choice)
-        request = None if party.closed else party.release()
-        if request is not None and arrives:
-            self.send(request, skew, race)
-
-    @rule(above=st.integers(1, 2 * TTL))
-    def the_floor_is_raised(self, above: int) -> None:
-        self.executor.raise_floor(max(self.executor.meta.floor, self.clock) + above)
-
-
-TestNoHistoryMakesWindowsOverlap = Histories.TestCase
-TestNoHistoryMakesWindowsOverlap.settings = settings(deadline=None, max_examples=120, stateful_step_count=50)
+            windows[answer.machine].append((answer.start, answer.end))
+        lessees[number].receive(answer, lessees[number].send_at_us, now)
+    for granted in windows.values():
+        assert granted == sorted(granted)
+        assert all(one[1] <= two[0] < two[1] for one, two in pairwise(granted))
 
 
 # --- acquire ---
 
 
 def test_an_acquire_takes_a_window_of_one_ttl_from_now() -> None:
-    executor = Desk(META)
-    grant = executor.ask(Acquire(A, ME), 100)
-    assert grant == Grant(2, 1, 100, 100 + TTL, A, LAYOUT, TTL)
-    assert executor.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME, 100)
+    desk = Desk()
+    assert desk.ask(Acquire(A, ME), 100) == Grant(2, 1, 100, 100 + TTL, A, LAYOUT, TTL)
+    assert desk.store.by_machine(2) == Record(2, 100 + TTL, 1, A, 100, 100, ME, 100)
 
 
 def test_a_machine_is_free_from_its_fence_on_and_no_tick_sooner() -> None:
@@ -425,82 +241,69 @@ def test_offering_no_more_than_it_needs_narrows_no_pool() -> None:
 
 
 def test_a_machine_never_used_goes_before_one_that_rests() -> None:
-    executor = Desk(META)
+    desk = Desk()
     grants = []
     for now, drawn in ((0, A), (TTL, B), (2 * TTL, C)):
-        grants.append(of(Grant, executor.ask(Acquire(drawn), now)).machine)
+        grants.append(of(Grant, desk.ask(Acquire(drawn), now)).machine)
     assert grants == [2, 3, 4]
-    assert of(Grant, executor.ask(Acquire(token(9)), 3 * TTL)).machine == 2
+    assert of(Grant, desk.ask(Acquire(token(9)), 3 * TTL)).machine == 2
 
 
 def test_only_the_leased_range_is_leased() -> None:
-    executor = Desk(META)
-    grants = [executor.ask(Acquire(token(i)), 10) for i in range(1, 4)]
+    desk = Desk()
+    grants = [desk.ask(Acquire(token(i)), 10) for i in range(1, 4)]
     assert sorted(of(Grant, grant).machine for grant in grants) == [2, 3, 4]
-    fourth = executor.ask(Acquire(token(9)), 10)
+    fourth = desk.ask(Acquire(token(9)), 10)
     assert refusal(fourth).reason is Refused.NO_FREE_MACHINE
     assert wait_of(fourth) == TTL
 
 
-def test_an_acquire_repeated_on_any_clock_gets_the_same_window_and_writes_nothing() -> None:
-    executor = Desk(META)
-    grant = executor.ask(Acquire(A, ME), 100)
-    before = executor.snapshot()
-    for now in (0, 100, 101, 100 + TTL, 500, LAYOUT.end_tick + 5):
-        assert executor.ask(Acquire(A, ME), now) == grant
-    assert executor.snapshot() == before
+@pytest.mark.parametrize("request_", [Acquire(A, ME), Renew(2, A, 1, B)], ids=["acquire", "renew"])
+def test_a_request_repeated_on_any_clock_gets_the_same_window_and_writes_nothing(
+    request_: Acquire | Renew,
+) -> None:
+    desk = held()
+    grant = desk.ask(request_, 110)
+    assert isinstance(grant, Grant)
+    before = desk.snapshot()
+    for now in (0, 100, 110, 111, 100 + TTL, 500, LAYOUT.end_tick + 5):
+        assert desk.ask(request_, now) == grant
+    assert desk.snapshot() == before
 
 
 # --- renew ---
 
 
 def test_a_renewal_grants_the_window_that_follows_and_stretches_nothing() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    grant = executor.ask(Renew(2, A, 1, B), 110)
-    assert grant == Grant(2, 2, 100 + TTL, 110 + TTL, B, LAYOUT, TTL)
-    assert executor.spans[2] == [(100, 130), (130, 140)]
+    desk = held()
+    assert desk.ask(Renew(2, A, 1, B), 110) == Grant(2, 2, 100 + TTL, 110 + TTL, B, LAYOUT, TTL)
 
 
 def test_a_renewal_after_a_gap_starts_at_now() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    grant = of(Grant, executor.ask(Renew(2, A, 1, B), 200))
+    desk = held()
+    grant = of(Grant, desk.ask(Renew(2, A, 1, B), 200))
     assert (grant.start, grant.end) == (200, 200 + TTL)
-    assert executor.store.by_machine(2).tenancy_start == 100
-
-
-def test_a_renewal_repeated_gets_the_same_window_and_writes_nothing() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    grant = executor.ask(Renew(2, A, 1, B), 110)
-    before = executor.snapshot()
-    for now in (0, 110, 111, 500):
-        assert executor.ask(Renew(2, A, 1, B), now) == grant
-    assert executor.snapshot() == before
+    assert desk.store.by_machine(2).tenancy_start == 100
 
 
 def test_of_two_copies_of_a_holder_only_the_first_to_renew_goes_on() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    assert isinstance(executor.ask(Renew(2, A, 1, B), 110), Grant)
-    before = executor.snapshot()
-    assert refusal(executor.ask(Renew(2, A, 1, C), 110)).reason is Refused.LOST
-    assert refusal(executor.ask(Release(2, A, C, None), 110)).reason is Refused.LOST
-    assert executor.snapshot() == before
+    desk = held()
+    assert isinstance(desk.ask(Renew(2, A, 1, B), 110), Grant)
+    before = desk.snapshot()
+    assert refusal(desk.ask(Renew(2, A, 1, C), 110)).reason is Refused.LOST
+    assert refusal(desk.ask(Release(2, A, C, None), 110)).reason is Refused.LOST
+    assert desk.snapshot() == before
 
 
 def test_a_machine_that_went_to_another_is_lost_to_the_first() -> None:
-    executor = Desk(replace(META, last_machine=2))
-    executor.ask(Acquire(A), 100)
-    assert isinstance(executor.ask(Acquire(B), 100 + TTL), Grant)
-    assert refusal(executor.ask(Renew(2, A, 1, C), 100 + TTL)).reason is Refused.LOST
+    desk = held(replace(META, last_machine=2))
+    assert isinstance(desk.ask(Acquire(B), 100 + TTL), Grant)
+    assert refusal(desk.ask(Renew(2, A, 1, C), 100 + TTL)).reason is Refused.LOST
 
 
 def test_a_lease_that_ran_out_is_still_its_holders_until_another_takes_it() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    assert isinstance(executor.ask(Renew(2, A, 1, B), 480), Grant)
+    desk = held()
+    assert isinstance(desk.ask(Renew(2, A, 1, B), 480), Grant)
 
 
 @pytest.mark.parametrize("machine", [0, 1, 5, 7])
@@ -541,13 +344,12 @@ def test_too_early_says_how_long_to_the_tick(fence: int, now: int, floor: int) -
 
 
 def test_a_renewal_on_a_clock_that_went_back_is_told_to_wait_and_never_lost() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
+    desk = held()
     for now in (0, 50, 99, 100):
-        answer = executor.ask(Renew(2, A, 1, B), now)
+        answer = desk.ask(Renew(2, A, 1, B), now)
         assert refusal(answer).reason is Refused.TOO_EARLY
         assert wait_of(answer) == 101 - now
-    assert isinstance(executor.ask(Renew(2, A, 1, B), 101), Grant)
+    assert isinstance(desk.ask(Renew(2, A, 1, B), 101), Grant)
 
 
 # --- the layout's end ---
@@ -555,14 +357,14 @@ def test_a_renewal_on_a_clock_that_went_back_is_told_to_wait_and_never_lost() ->
 
 def test_the_last_window_ends_with_the_layout_and_then_it_is_exhausted() -> None:
     end = LAYOUT.end_tick
-    executor = Desk(META)
-    grant = of(Grant, executor.ask(Acquire(A), end - 1))
+    desk = Desk()
+    grant = of(Grant, desk.ask(Acquire(A), end - 1))
     assert (grant.start, grant.end) == (end - 1, end)
     for now in (end - 1, end, end + 100):
-        assert refusal(executor.ask(Renew(2, A, 1, B), now)).reason is Refused.EXHAUSTED
-        assert refusal(executor.ask(Renew(2, A, 1, B), now)).retry_after_ms is None
-    assert refusal(executor.ask(Acquire(C), end)).reason is Refused.EXHAUSTED
-    assert refusal(executor.ask(Acquire(C), end)).retry_after_ms is None
+        assert refusal(desk.ask(Renew(2, A, 1, B), now)).reason is Refused.EXHAUSTED
+        assert refusal(desk.ask(Renew(2, A, 1, B), now)).retry_after_ms is None
+    assert refusal(desk.ask(Acquire(C), end)).reason is Refused.EXHAUSTED
+    assert refusal(desk.ask(Acquire(C), end)).retry_after_ms is None
 
 
 # --- release ---
@@ -586,108 +388,91 @@ def test_the_last_window_ends_with_the_layout_and_then_it_is_exhausted() -> None
 def test_a_release_gives_back_what_can_not_have_been_minted_in(
     last: int | None, now: int, fence: int
 ) -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    assert executor.ask(Release(2, A, None, last), now) == Released(2, fence)
-    record = executor.store.by_machine(2)
+    desk = held()
+    assert desk.ask(Release(2, A, None, last), now) == Released(2, fence)
+    record = desk.store.by_machine(2)
     assert (record.fence, record.gen, record.token) == (fence, 2, None)
 
 
 def test_a_release_reaches_back_over_all_windows_of_the_tenancy() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    executor.ask(Renew(2, A, 1, B), 120)
-    assert executor.ask(Release(2, B, None, 101), 90) == Released(2, 102)
-    assert executor.spans[2] == [(100, 102)]
+    desk = held()
+    desk.ask(Renew(2, A, 1, B), 120)
+    assert desk.ask(Release(2, B, None, 101), 90) == Released(2, 102)
 
 
 def test_a_release_stops_at_the_tenancy_before_it() -> None:
-    executor = Desk(replace(META, last_machine=2))
-    executor.ask(Acquire(A), 100)
-    executor.ask(Acquire(B), 130)
-    assert executor.ask(Release(2, B, None, None), 0) == Released(2, 130)
-    assert executor.spans[2] == [(100, 130)]
+    desk = held(replace(META, last_machine=2))
+    desk.ask(Acquire(B), 130)
+    assert desk.ask(Release(2, B, None, None), 0) == Released(2, 130)
 
 
 def test_a_released_machine_is_free_again_at_once() -> None:
-    executor = Desk(replace(META, last_machine=2))
-    executor.ask(Acquire(A), 100)
-    executor.ask(Release(2, A, None, 104), 105)
-    grant = of(Grant, executor.ask(Acquire(B), 105))
+    desk = held(replace(META, last_machine=2))
+    desk.ask(Release(2, A, None, 104), 105)
+    grant = of(Grant, desk.ask(Acquire(B), 105))
     assert (grant.machine, grant.start) == (2, 105)
 
 
 def test_a_release_with_the_token_of_an_unanswered_renewal_stands() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    executor.ask(Renew(2, A, 1, B), 110)  # the reply is lost
-    assert executor.ask(Release(2, A, B, 111), 112) == Released(2, 112)
-    assert refusal(executor.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
+    desk = held()
+    desk.ask(Renew(2, A, 1, B), 110)  # the reply is lost
+    assert desk.ask(Release(2, A, B, 111), 112) == Released(2, 112)
+    assert refusal(desk.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
 
 
 def test_a_renewal_that_arrives_after_the_release_is_lost() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    assert executor.ask(Release(2, A, B, 111), 112) == Released(2, 112)
-    assert refusal(executor.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
+    desk = held()
+    assert desk.ask(Release(2, A, B, 111), 112) == Released(2, 112)
+    assert refusal(desk.ask(Renew(2, A, 1, B), 113)).reason is Refused.LOST
 
 
 def test_a_release_repeated_is_lost_and_writes_nothing() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    executor.ask(Release(2, A, None, 105), 106)
-    before = executor.snapshot()
+    desk = held()
+    desk.ask(Release(2, A, None, 105), 106)
+    before = desk.snapshot()
     for last in (105, None):
-        assert refusal(executor.ask(Release(2, A, None, last), 300)).reason is Refused.LOST
-    assert executor.snapshot() == before
+        assert refusal(desk.ask(Release(2, A, None, last), 300)).reason is Refused.LOST
+    assert desk.snapshot() == before
 
 
 def test_no_token_matches_a_record_that_has_none() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    executor.ask(Release(2, A, None, 105), 106)
-    assert refusal(executor.ask(Release(2, b"", None, 1), 106)).reason is Refused.LOST
-    assert refusal(executor.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
+    desk = held()
+    desk.ask(Release(2, A, None, 105), 106)
+    assert refusal(desk.ask(Release(2, b"", None, 1), 106)).reason is Refused.LOST
+    assert refusal(desk.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
 
 
 # --- races ---
 
 
 def test_of_two_that_race_for_a_machine_one_decides_again() -> None:
-    executor = Desk(META)
+    desk = Desk()
     rival: list[Answer] = []
-    mine = executor.ask(Acquire(A), 100, meanwhile=lambda: rival.append(executor.ask(Acquire(B), 100)))
+    mine = desk.ask(Acquire(A), 100, meanwhile=lambda: rival.append(desk.ask(Acquire(B), 100)))
     assert (of(Grant, rival[0]).machine, of(Grant, mine).machine) == (2, 3)
 
 
 def test_a_renewal_that_a_copy_overtakes_is_lost_and_not_granted() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A), 100)
-    answer = executor.ask(Renew(2, A, 1, B), 110, meanwhile=lambda: executor.ask(Renew(2, A, 1, C), 110))
+    desk = held()
+    answer = desk.ask(Renew(2, A, 1, B), 110, meanwhile=lambda: desk.ask(Renew(2, A, 1, C), 110))
     assert refusal(answer).reason is Refused.LOST
-    assert executor.store.by_machine(2).token == C
+    assert desk.store.by_machine(2).token == C
 
 
-def test_a_request_that_races_with_its_own_repeat_is_granted_once() -> None:
-    for request in (Acquire(B), Renew(2, A, 1, B)):
-        executor = Desk(META)
-        executor.ask(Acquire(A), 100)
-        other: list[Answer] = []
-
-        def repeat(
-            executor: Desk = executor, request: Request = request, other: list[Answer] = other
-        ) -> None:
-            other.append(executor.ask(request, 111))
-
-        assert executor.ask(request, 110, meanwhile=repeat) == other[0]
-        assert [record.token for record in executor.snapshot()].count(B) == 1
+@pytest.mark.parametrize("request_", [Acquire(B), Renew(2, A, 1, B)], ids=["acquire", "renew"])
+def test_a_request_that_races_with_its_own_repeat_is_granted_once(request_: Acquire | Renew) -> None:
+    desk = held()
+    other: list[Answer] = []
+    mine = desk.ask(request_, 110, meanwhile=lambda: other.append(desk.ask(request_, 111)))
+    assert mine == other[0]
+    assert [record.token for record in desk.snapshot()].count(B) == 1
 
 
 def test_a_floor_raised_while_a_grant_is_under_way_holds_for_it() -> None:
-    executor = Desk(META)
-    answer = executor.ask(Acquire(A), 100, meanwhile=lambda: executor.raise_floor(150))
+    desk = Desk()
+    answer = desk.ask(Acquire(A), 100, meanwhile=lambda: desk.raise_floor(150))
     assert refusal(answer).reason is Refused.NO_FREE_MACHINE
-    assert executor.snapshot() == [Record(machine) for machine in range(8)]
+    assert desk.snapshot() == [Record(machine) for machine in range(8)]
 
 
 # --- units ---
@@ -702,11 +487,10 @@ def test_ticks_are_told_in_milliseconds_and_never_below_zero(ticks: int, ms: int
 
 
 def test_windows_without_a_gap_are_one_span_and_a_gap_begins_another() -> None:
-    executor = Desk(META)
-    executor.ask(Acquire(A, ME), 100)
-    executor.ask(Renew(2, A, 1, B), 110)
-    record = executor.store.by_machine(2)
+    desk = held()
+    desk.ask(Renew(2, A, 1, B), 110)
+    record = desk.store.by_machine(2)
     assert (record.start, record.span_start, record.tenancy_start) == (100 + TTL, 100, 100)
-    executor.ask(Renew(2, B, 2, C), 200)
-    record = executor.store.by_machine(2)
+    desk.ask(Renew(2, B, 2, C), 200)
+    record = desk.store.by_machine(2)
     assert (record.start, record.span_start, record.tenancy_start) == (200, 200, 100)

@@ -7,12 +7,12 @@ from typing import Final
 
 import pytest
 
-from zflake.core import lessor, loss
+from zflake.core import loss
 from zflake.core.layout import PRESETS
-from zflake.core.lease import Acquire, Meta, Record, Refusal, Refused, Renew
+from zflake.core.lease import Meta, Record, Renew
 
 META: Final = Meta("store", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
-A, B, C, D = (bytes([n]) * 16 for n in range(4))
+A, B, D = (bytes([n]) * 16 for n in range(3))
 REST: Final = 70_000  # 60 s and 10 s, in ticks of the layout
 
 
@@ -23,15 +23,23 @@ def as_of(gen: int, end: int | None = 5000, shown: bytes = B) -> Renew:
 KNOWN: Final = Record(2, fence=4000, gen=3, token=A, start=3000, tenancy_start=100)
 
 
+def witnessed(
+    request: Renew, meta: Meta = META, *, now: int = 1000, latest: int | None = None, record: Record = KNOWN
+) -> int | None:
+    """The floor that a renewal demands; None if it is no witness."""
+    new = loss.witnessed(meta, now, now if latest is None else latest, request, record=record)
+    assert new is None or new == replace(meta, floor=new.floor), "the floor changes, and nothing else"
+    return None if new is None else new.floor
+
+
 @pytest.mark.parametrize(
     "request_",
     [as_of(4), as_of(9), as_of(4, shown=A), as_of(3)],
     ids=["above", "far above", "above with the record's token", "the same with another token"],
 )
 def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) -> None:
-    new = loss.witnessed(META, 1000, 1000, request_, record=KNOWN)
-    assert new == replace(META, floor=5000 + 1 + REST)
-    assert loss.witnessed(new, 1000, 1000, request_, record=KNOWN) is None  # it is known now
+    assert witnessed(request_) == 5000 + 1 + REST
+    assert witnessed(request_, replace(META, floor=5000 + 1 + REST)) is None, "it is known now"
 
 
 @pytest.mark.parametrize(
@@ -40,51 +48,37 @@ def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) ->
     ids=["older", "much older", "the holder of the record", "without an end", "a repeat"],
 )
 def test_what_an_honest_store_can_meet_is_no_witness(request_: Renew) -> None:
-    assert loss.witnessed(META, 1000, 1000, request_, record=KNOWN) is None
+    assert witnessed(request_) is None
 
 
 def test_a_release_that_the_store_has_forgotten_of_shows_as_well() -> None:
     gone = replace(KNOWN, token=None)
-    assert loss.witnessed(META, 1000, 1000, as_of(3), record=gone) is not None
-    assert loss.witnessed(META, 1000, 1000, as_of(2), record=gone) is None
+    assert witnessed(as_of(3), record=gone) is not None
+    assert witnessed(as_of(2), record=gone) is None
 
 
 def test_the_floor_lies_above_every_clock_and_every_end_by_a_rest_and_a_margin() -> None:
     for now, latest, end in [(1000, 1000, 900), (1000, 8000, 900), (1000, 1000, 7000)]:
-        new = loss.witnessed(META, now, latest, as_of(9, end), record=KNOWN)
-        assert new is not None
-        assert new.floor == max(latest, end) + 1 + REST
-    slow = replace(META, ttl=90_000)
-    new = loss.witnessed(slow, 1000, 1000, as_of(9, 900), record=KNOWN)
-    assert new is not None
-    assert new.floor == 1000 + 1 + 90_000 + 10_000
+        assert witnessed(as_of(9, end), now=now, latest=latest) == max(latest, end) + 1 + REST
+    assert witnessed(as_of(9, 900), replace(META, ttl=90_000)) == 1000 + 1 + 90_000 + 10_000
 
 
 def test_while_it_rests_a_further_witness_lifts_the_floor_to_its_end_and_the_margin_only() -> None:
     resting = replace(META, floor=71_001)
-    assert loss.witnessed(resting, 2000, 2000, as_of(9, 71_001), record=KNOWN) is None
-    new = loss.witnessed(resting, 2000, 2000, as_of(9, 80_000), record=KNOWN)
-    assert new is not None
-    assert new.floor == 90_000
+    assert witnessed(as_of(9, 71_001), resting, now=2000) is None
+    assert witnessed(as_of(9, 80_000), resting, now=2000) == 90_000
 
 
 def test_a_witness_of_a_loss_that_is_over_is_none_and_one_of_a_later_grant_is() -> None:
     rested = replace(META, floor=71_001)
-    assert loss.witnessed(rested, 80_000, 80_000, as_of(9, 71_001), record=KNOWN) is None
-    new = loss.witnessed(rested, 80_000, 80_000, as_of(9, 71_002), record=KNOWN)
-    assert new is not None
-    assert new.floor == 80_000 + 1 + REST
+    assert witnessed(as_of(9, 71_001), rested, now=80_000) is None
+    assert witnessed(as_of(9, 71_002), rested, now=80_000) == 80_000 + 1 + REST
 
 
 def test_nobody_makes_a_store_rest_for_longer_than_an_hour_and_a_bit() -> None:
     end = META.layout.end_tick - 1
-    new = loss.witnessed(META, 1000, 1000, as_of(9, end), record=KNOWN)
-    assert new is not None
-    assert new.floor == 1000 + 3_600_000 + 1 + REST
-    late = end - 5
-    new = loss.witnessed(META, late, late, as_of(9, end), record=KNOWN)
-    assert new is not None
-    assert new.floor == META.layout.end_tick
+    assert witnessed(as_of(9, end)) == 1000 + 3_600_000 + 1 + REST
+    assert witnessed(as_of(9, end), now=end - 5) == META.layout.end_tick
 
 
 @pytest.mark.parametrize(
@@ -138,20 +132,10 @@ def test_only_a_store_that_is_known_to_be_new_begins_without_a_floor() -> None:
     assert loss.first_floor(META.layout, 500, META.ttl, new=False) == 500 + 1 + REST
 
 
-def test_below_the_floor_nobody_is_granted_anything() -> None:
-    meta = replace(META, floor=10**6)
-    refusal = lessor.acquire(meta, 9000, Acquire(C), repeat=None, lowest=[KNOWN], pick=lambda _: 0)
-    assert isinstance(refusal, Refusal)
-    assert refusal.reason is Refused.NO_FREE_MACHINE
-    renewal = lessor.renew(meta, 9000, Renew(2, A, 3, B, 4000), record=KNOWN)
-    assert isinstance(renewal, Refusal)
-    assert renewal.reason is Refused.TOO_EARLY
-
-
 @pytest.mark.parametrize(
     "request_",
     [Renew(2, B, 9, D, 5000, "another"), Renew(2, B, 9, D, 5000), Renew(1024, B, 9, D, 5000, META.store_id)],
     ids=["of another store", "of none", "of no machine"],
 )
 def test_who_was_granted_nothing_here_bears_no_witness(request_: Renew) -> None:
-    assert loss.witnessed(META, 1000, 1000, request_, record=Record(request_.machine)) is None
+    assert witnessed(request_, record=Record(request_.machine)) is None

@@ -7,6 +7,7 @@ import dis
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import pytest
 
 import zflake
 from tests.conftest import serving
-from zflake.core.layout import Layout
+from zflake.core.layout import DEFAULT, Layout
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.start import Wishes
 from zflake.embedded.generator import LeasedGenerator, StaticGenerator
@@ -30,7 +31,7 @@ PACKAGE: Final = Path(zflake.__file__).parent
 TRACED: Final = tuple(str(PACKAGE / part) for part in ("embedded", "holder", "core/ticks.py"))
 """The code in which a call is interrupted."""
 
-Serve: TypeAlias = Callable[..., Any]
+AnyGenerator: TypeAlias = LeasedGenerator | StaticGenerator
 
 
 @contextmanager
@@ -55,6 +56,15 @@ def shared() -> Iterator[str]:
     """The endpoint of a delegator with plenty of machine IDs."""
     with delegator() as serves:
         yield serves.address
+
+
+@pytest.fixture(params=["static", "leased"])
+def either(request: pytest.FixtureRequest, shared: str) -> Iterator[AnyGenerator]:
+    """A generator of each kind, in use."""
+    static = request.param == "static"
+    with StaticGenerator(DEFAULT, 5) if static else LeasedGenerator(shared) as ids:
+        ids.next_id()
+        yield ids
 
 
 class Calls:
@@ -162,7 +172,28 @@ def in_child(fork: Callable[[], int], work: Callable[[], list[int]]) -> list[int
     return numbers
 
 
-def storm(calls: Calls, ids: LeasedGenerator | StaticGenerator, *, times: int) -> int:
+@contextmanager
+def taking(ids: AnyGenerator) -> Iterator[list[int]]:
+    """Three threads that take IDs all the time, into the list that this gives."""
+    taken: list[int] = []
+    stop = threading.Event()
+
+    def take() -> None:
+        while not stop.is_set():
+            taken.append(ids.next_id())
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield taken
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def storm(calls: Calls, ids: AnyGenerator, *, times: int) -> int:
     """Mint while a signal handler that mints as well comes every 50 us, until it came `times` times; gives how often."""
     handled = 0
 

@@ -117,6 +117,16 @@ class Scene:
             layout=layout,
         )
 
+    def one(self, *, layout: Layout | None = None) -> tuple[Desk, LeaseConversation]:
+        """A delegator, and a conversation with it."""
+        desk = self.desk()
+        return desk, self.lease(desk, layout=layout)
+
+    def holding(self, *, layout: Layout | None = None) -> tuple[Desk, LeaseConversation, Mint]:
+        """The same once it has a machine ID, with its mint."""
+        desk, lease = self.one(layout=layout)
+        return desk, lease, self.held(lease)
+
     def _draw_token(self) -> bytes:
         self._tokens += 1
         return self._tokens.to_bytes(16, "big")
@@ -161,8 +171,7 @@ def scene() -> Scene:
 
 
 def test_it_greets_then_acquires_as_its_holder_and_mints_in_the_window(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
+    desk, lease = scene.one()
     assert lease.mint is None
     mint = scene.held(lease)
     assert [method for method, _ in desk.asked] == ["hello", "lease.acquire"]
@@ -176,9 +185,7 @@ def test_it_greets_then_acquires_as_its_holder_and_mints_in_the_window(scene: Sc
 
 
 def test_it_pings_several_times_a_second_to_keep_its_clock(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    scene.held(lease)
+    desk, lease, _ = scene.holding()
     began_us = scene.local_us
     scene.until(lease, lambda: len(desk.calls("ping")) >= 8)
     assert scene.local_us - began_us < 9 * PING_US
@@ -186,9 +193,7 @@ def test_it_pings_several_times_a_second_to_keep_its_clock(scene: Scene) -> None
 
 
 def test_it_renews_when_a_third_of_the_ttl_has_passed_and_mints_on(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     before, began_us = mint.end, scene.local_us
     scene.until(lease, lambda: desk.calls("lease.renew"))
     assert 0.25 < (scene.local_us - began_us) / (TTL * 1000) < 0.4
@@ -230,12 +235,12 @@ def asked_more(desk: Desk, before: int) -> bool:
         ("timeout", None),
         ("no such code", 0),
         ("bad_request", None),
+        ("lost", None),  # there was no lease
     ],
 )
 def test_a_refusal_that_is_no_answer_keeps_the_token(scene: Scene, refuse: tuple[str, int | None]) -> None:
-    desk = scene.desk()
+    desk, lease = scene.one()
     desk.refuse = refuse
-    lease = scene.lease(desk)
     scene.until(lease, lambda: len(desk.calls("lease.acquire")) >= 3)
     desk.refuse = None
     scene.held(lease)
@@ -243,9 +248,7 @@ def test_a_refusal_that_is_no_answer_keeps_the_token(scene: Scene, refuse: tuple
 
 
 def test_a_renewal_keeps_its_token_too_and_shows_the_old_one(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     before, desk.silent = mint.end, True
     scene.until(lease, lambda: len(desk.calls("lease.renew")) >= 3)
     desk.silent = False
@@ -254,9 +257,8 @@ def test_a_renewal_keeps_its_token_too_and_shows_the_old_one(scene: Scene) -> No
 
 
 def test_an_answer_to_an_older_request_settles_nothing(scene: Scene) -> None:
-    desk = scene.desk()
+    desk, lease = scene.one()
     desk.silent = True
-    lease = scene.lease(desk)
     scene.until(lease, lambda: desk.calls("lease.acquire"))
     grant = {"machine": 3, "gen": 1, "start": scene.tick, "end": scene.tick + TTL, "ttl": TTL}
     token = desk.calls("lease.acquire")[0][0]
@@ -297,9 +299,8 @@ def test_unavailable_sends_it_to_the_next_endpoint(scene: Scene) -> None:
 def test_the_time_to_wait_is_honoured_up_to_a_bound(
     scene: Scene, code: str, hint_ms: int, wait_us: int
 ) -> None:
-    desk = scene.desk()
+    desk, lease = scene.one()
     desk.refuse = (code, hint_ms)
-    lease = scene.lease(desk)
     scene.until(lease, lambda: desk.calls("lease.acquire"))
     began_us = scene.local_us
     scene.until(lease, lambda: len(desk.calls("lease.acquire")) == 2)
@@ -311,9 +312,7 @@ def test_the_time_to_wait_is_honoured_up_to_a_bound(
 
 
 def test_lost_throws_the_mint_away_and_acquires_afresh(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     desk.refuse = ("lost", None)
     scene.due(lease)
     scene.until(lease, lambda: lease.mint is None)
@@ -325,19 +324,8 @@ def test_lost_throws_the_mint_away_and_acquires_afresh(scene: Scene) -> None:
     assert len({*acquired, renewed[1], renewed[3]}) == 3
 
 
-def test_lost_in_answer_to_an_acquire_is_survived(scene: Scene) -> None:
-    desk = scene.desk()
-    desk.refuse = ("lost", None)
-    lease = scene.lease(desk)
-    scene.until(lease, lambda: len(desk.calls("lease.acquire")) >= 2)
-    desk.refuse = None
-    scene.held(lease)
-
-
 def test_a_holder_whose_window_ran_out_renews_and_does_not_acquire(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     desk.silent = True
     scene.local_us += TTL * 1000
     scene.serve(lease)
@@ -348,33 +336,10 @@ def test_a_holder_whose_window_ran_out_renews_and_does_not_acquire(scene: Scene)
     assert len(desk.calls("lease.acquire")) == 1
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        "nonsense",
-        7,
-        [],
-        {},
-        {"machine": 3},
-        {"machine": 5000, "layout": LAYOUT.to_map()},
-        {
-            "machine": 3,
-            "gen": 1,
-            "start": 9,
-            "end": 3,
-            "ttl": 5,
-            "token": b"x" * 16,
-            "layout": LAYOUT.to_map(),
-        },
-        {"layout": {"fields": [[]]}},
-        {"layout": 7},
-    ],
-    ids=range(9),
-)
+@pytest.mark.parametrize("raw", ["nonsense", {}, {"layout": 7}], ids=repr)
 def test_a_grant_that_is_none_is_survived(scene: Scene, raw: Any) -> None:
-    desk = scene.desk()
+    desk, lease = scene.one()
     desk.raw = raw
-    lease = scene.lease(desk)
     scene.until(lease, lambda: len(desk.calls("lease.acquire")) >= 2)
     assert lease.mint is None
     desk.raw = None
@@ -416,17 +381,14 @@ def test_a_delegator_that_it_can_not_talk_to_is_passed_over(scene: Scene, protoc
 
 
 def test_another_layout_than_it_was_told_ends_it_before_it_asks(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk, layout=PRESETS["twitter"])
+    desk, lease = scene.one(layout=PRESETS["twitter"])
     with pytest.raises(LayoutError, match=r"leases layout snowcloud.*not twitter"):
         scene.serve(lease)
     assert not desk.calls("lease.acquire")
 
 
 def test_with_a_machine_in_hand_a_delegator_of_another_layout_is_passed_over(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk, layout=LAYOUT)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding(layout=LAYOUT)
     desk.layout, desk.silent = PRESETS["twitter"].to_map(), True
     greeted = len(desk.calls("hello"))
     scene.until(lease, lambda: len(desk.calls("hello")) > greeted + 1)
@@ -438,9 +400,8 @@ def test_the_layout_that_it_was_told_is_taken_under_any_name(scene: Scene) -> No
 
 
 def test_a_grant_of_another_layout_than_the_greeting_said_is_dropped(scene: Scene) -> None:
-    desk = scene.desk()
+    desk, lease = scene.one(layout=LAYOUT)
     desk.grant_layout = PRESETS["wide"].to_map()
-    lease = scene.lease(desk, layout=LAYOUT)
     scene.until(lease, lambda: len(desk.calls("lease.acquire")) >= 2)
     assert lease.mint is None
 
@@ -455,9 +416,7 @@ def test_bytes_that_are_no_message_are_survived(scene: Scene, body: bytes) -> No
 
 @pytest.mark.parametrize("lapsed", [False, True])
 def test_another_cluster_is_passed_over_while_the_own_one_may_be_back(scene: Scene, *, lapsed: bool) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     desk.store_id = "there"
     if lapsed:  # the timeline has left its windows behind
         scene.local_us += 2 * TTL * 1000
@@ -474,9 +433,7 @@ def test_another_cluster_is_passed_over_while_the_own_one_may_be_back(scene: Sce
 def test_a_lease_whose_cluster_is_gone_is_given_up_for_another_in_the_end(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    gone = scene.held(lease)
+    desk, lease, gone = scene.holding()
     desk.store_id, desk.granted, desk.machine = "there", {}, 4
     asked = len(desk.asked)
     lease._go_on()
@@ -489,9 +446,7 @@ def test_a_lease_whose_cluster_is_gone_is_given_up_for_another_in_the_end(
 
 
 def test_a_renewal_that_another_store_answers_makes_it_ask_who_that_is(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     desk.store_id, desk.refuse = "there", ("other_cluster", None)
     asked = len(desk.asked)
     scene.due(lease)
@@ -530,9 +485,7 @@ def test_an_answer_has_three_times_as_long_as_the_last_one_took(scene: Scene) ->
 
 
 def test_release_gives_the_machine_back_with_the_last_tick_minted_in(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    mint = scene.held(lease)
+    desk, lease, mint = scene.holding()
     now = lease.clock.tick(LAYOUT)
     assert mint.take(now, 1) is not None
     lease.release()
@@ -548,18 +501,14 @@ def test_release_gives_the_machine_back_with_the_last_tick_minted_in(scene: Scen
 
 
 def test_release_states_no_tick_if_nothing_was_minted(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    scene.held(lease)
+    desk, lease, _ = scene.holding()
     lease.release()
     scene.serve(lease)
     assert desk.calls("lease.release")[0][3] is None
 
 
 def test_release_in_the_midst_of_a_renewal_shows_both_tokens(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    scene.held(lease)
+    desk, lease, _ = scene.holding()
     desk.silent = True
     scene.due(lease)
     scene.until(lease, lambda: desk.calls("lease.renew"))
@@ -571,9 +520,7 @@ def test_release_in_the_midst_of_a_renewal_shows_both_tokens(scene: Scene) -> No
 
 
 def test_lost_ends_a_release(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    scene.held(lease)
+    desk, lease, _ = scene.holding()
     desk.refuse = ("lost", None)
     lease.release()
     scene.serve(lease)
@@ -595,9 +542,7 @@ def test_a_release_that_is_not_settled_is_sent_again_to_the_next_endpoint(scene:
 
 
 def test_a_release_without_an_answer_is_sent_again(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
-    scene.held(lease)
+    desk, lease, _ = scene.holding()
     desk.silent = True
     lease.release()
     scene.until(lease, lambda: len(desk.calls("lease.release")) == 2)
@@ -606,16 +551,14 @@ def test_a_release_without_an_answer_is_sent_again(scene: Scene) -> None:
 
 
 def test_a_release_of_nothing_asks_no_delegator(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
+    desk, lease = scene.one()
     assert lease.release() is None
     scene.serve(lease)
     assert not desk.asked
 
 
 def test_a_caller_is_never_told_to_come_back_at_once_or_much_later(scene: Scene) -> None:
-    desk = scene.desk()
-    lease = scene.lease(desk)
+    desk, lease = scene.one()
     assert 50 <= lease.retry_after_ms(scene.local_us) <= 1000
     desk.refuse = ("unavailable", 60_000)
     scene.until(lease, lambda: desk.calls("lease.acquire"))

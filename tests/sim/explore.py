@@ -449,13 +449,13 @@ class Explorer:
         lessee = Lessee.__new__(Lessee)
         vars(lessee).update(self._template)
         lessee.state = holder.standing
-        lessee._token, lessee._gen, lessee._next = holder.token, holder.gen, holder.next
-        lessee._send_at_us = 0
+        lessee.token, lessee._gen, lessee._next = holder.token, holder.gen, holder.next
+        lessee.send_at_us = 0
         lessee._draw_token = lambda: bytes([holder.number + 1, holder.draws]) + bytes(14)
         if holder.machine >= 0:
             mint = lessee.mint = Mint(LAYOUT, holder.machine)
             mint._windows = deque(holder.windows)
-            mint._end, mint._tick, mint._sequence = holder.end, holder.tick, holder.sequence
+            mint.end, mint._tick, mint._sequence = holder.end, holder.tick, holder.sequence
         return lessee
 
     def _sleep(self, lessee: Lessee, before: int) -> int:
@@ -469,10 +469,10 @@ class Explorer:
             lessee.state,
             -1 if mint is None else mint.machine,
             () if mint is None else tuple(mint._windows),
-            0 if mint is None else mint._end,
+            0 if mint is None else mint.end,
             -1 if mint is None else mint._tick,
             0 if mint is None else mint._sequence,
-            lessee._token,
+            lessee.token,
             lessee._gen,
             lessee._next,
         )

@@ -211,16 +211,15 @@ MUTANTS: Final = _mutants("""
 +if True:
 @@ 3.1 (4) @@ unexpected grant accepted
 -if answer.token != self._next:
-+if answer.token == self._token:
++if answer.token == self.token:
 @@ 3.1 (4) @@ unexpected grant released
--                self.dropped += 1
 -                return False
 -            self._accept
 +                self._stray = answer
 +                return False
 +            self._accept
--        self._send_at_us = local_us + self.retry_us
-+        self._send_at_us = local_us + self.retry_us
+-        self.send_at_us = local_us + self.retry_us
++        self.send_at_us = local_us + self.retry_us
 +        if stray := vars(self).pop("_stray", None):
 +            return Release(stray.machine, stray.token, None, None)
 @@ 3.1 (5) @@ late window taken for a loss
@@ -238,7 +237,6 @@ MUTANTS: Final = _mutants("""
 +            if answer.reason is Refused.LOST and self.mint is not None:
 @@ 3.1 (4) @@ released holder takes a grant
 -        if self.state is State.RELEASED:
--            self.dropped += isinstance(answer, Grant)
 -            return False
 +        self.state = self.state
 @@ 3 @@ last tick taken from the clock
@@ -247,8 +245,8 @@ MUTANTS: Final = _mutants("""
 -self._next, self.mint.close())
 +self._next, (self.mint.close(), getattr(self, "_clock", None))[1])
 @@ 3 @@ release forgets what is pending
--Release(self.mint.machine, self._token, self._next, self.mint.close())
-+Release(self.mint.machine, self._token, None, self.mint.close())
+-Release(self.mint.machine, self.token, self._next, self.mint.close())
++Release(self.mint.machine, self.token, None, self.mint.close())
 # tests.sim.worker
 @@ 3.1 (3) @@ fork inherits
 -        return Worker(self.cluster, number, self.host)

@@ -280,8 +280,9 @@ class Worker(Process):
         clone.number, clone.name, clone.host = number, f"w{number}", host
         self.checker.cloned(self.number, number)
         clone.lease = copy.copy(self.lease)
-        clone.lease.clock = HolderClock(host.local_us)
-        clone.lease.clock._estimator = copy.deepcopy(self.lease.clock._estimator)
+        holder_clock = clone.lease.clock = copy.copy(self.lease.clock)
+        holder_clock._local_us = host.local_us
+        holder_clock._exchanges = copy.copy(holder_clock._exchanges)
         lessee = clone.lease.lessee = copy.copy(self.lease.lessee)
         assert isinstance(lessee, WatchedLessee)
         lessee.worker = clone

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,12 +18,12 @@ import pytest
 import zmq
 
 import zflake.wire
+from tests.conftest import Peer, serving
 from zflake.core import lessor
 from zflake.core.layout import PRESETS, Field, Layout
 from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Meta, Record, Release, Renew, Swap
 from zflake.core.mint import Mint
 from zflake.core.timeline import tick_of
-from zflake.daemon import Waker
 from zflake.delegator.broker import CREDIT, MAX_QUEUE, TAG_BYTES, Broker, Outgoing
 from zflake.delegator.directory import MISSED_US
 from zflake.delegator.server import Delegator, DelegatorConfig
@@ -47,6 +46,7 @@ from zflake.wire.fields import timeline_us
 from zflake.wire.ids import check_next, check_run
 from zflake.wire.leases import lease_answer
 from zflake.wire.methods import Code, Method
+from zflake.wire.sockets import address_of
 from zflake.worker.link import HEARTBEAT_US
 from zflake.worker.server import Worker, WorkerConfig
 
@@ -123,50 +123,20 @@ def result_of(method: str) -> Any:
 # --- a real delegator and a real worker ---
 
 
-class Peer:
-    """A DEALER that asks one daemon."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self.address = address
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RCVTIMEO, 10_000)
-        self._socket.connect(address)
-        self._msgid = 0
-
-    def ask(self, method: str, *params: Any) -> Response:
-        self._msgid += 1
-        response = self.ask_raw(encode_request(self._msgid, method, params))
-        assert response.msgid == self._msgid
-        return response
-
-    def ask_raw(self, body: bytes) -> Response:
-        self._socket.send_multipart([b"", body])
-        empty, answer = self._socket.recv_multipart()
-        assert empty == b""
-        return decode_response(answer)
-
-    def close(self) -> None:
-        self._socket.close(linger=0)
-
-
 @contextmanager
 def running(make: type[Worker | Delegator], config: Any) -> Iterator[Peer]:
-    with Waker() as waker:
-        daemon = make(config, waker)
-        thread = threading.Thread(target=daemon.run)
-        thread.start()
-        try:
-            with zmq.Context() as context:
-                peer = Peer(context, daemon.address)
-                try:
-                    yield peer
-                finally:
-                    peer.close()
-        finally:
-            waker.stopping = True
-            waker.wake()
-            thread.join(10)
-            assert not thread.is_alive()
+    with serving(lambda waker: make(config, waker)) as daemon, zmq.Context() as context:
+        peer = Peer(context, daemon.address)
+        with peer.socket:
+            yield peer
+
+
+def ask_raw(peer: Peer, body: bytes) -> Response:
+    peer.send(b"", body)
+    assert peer.socket.poll(10_000)
+    empty, answer = peer.socket.recv_multipart()
+    assert empty == b""
+    return decode_response(answer)
 
 
 LOOPBACK: Final = parse_endpoint("tcp://127.0.0.1:*", to_bind=True)
@@ -225,7 +195,7 @@ def test_the_dumped_error_is_what_the_codec_makes_and_reads() -> None:
 
 def test_the_dumped_params_pass_the_daemons_checks() -> None:
     for method in Method:
-        METHODS[method].check(request_of(method))
+        METHODS[method](request_of(method))
 
 
 def test_the_dumped_worker_shows_the_machine_and_the_token_of_the_dumped_grant() -> None:
@@ -285,7 +255,7 @@ def test_the_lease_in_the_dumps_is_what_the_lessor_grants() -> None:
         assert now_us is not None
         return tick_of(layout, now_us)
 
-    acquire, renew, release = (METHODS[m].check(request_of(m)) for m in Method if m.startswith("lease."))
+    acquire, renew, release = (METHODS[m](request_of(m)) for m in Method if m.startswith("lease."))
     assert isinstance(acquire, Acquire)
     assert isinstance(renew, Renew)
     assert isinstance(release, Release)
@@ -447,13 +417,13 @@ def test_garbage_is_answered_as_the_document_says(daemon: tuple[str, Peer]) -> N
         (b"\x92\x00\x05", 5),
         (b"\x94\x00\x05\xc0\x90", 5),
     ]:
-        response = peer.ask_raw(body)
+        response = ask_raw(peer, body)
         refused(response, Code.BAD_REQUEST)
         assert response.msgid == msgid
     for levels in (900, 1000, 1015, 1100):
         nested = b"\x91" * levels + b"\xc0"
         for head in (b"\xa4ping\x91", b"\xa8ids.next\x92\x01", b"\xadlease.acquire\x91"):
-            error = peer.ask_raw(b"\x94\x00\x05" + head + nested).error
+            error = ask_raw(peer, b"\x94\x00\x05" + head + nested).error
             assert error is not None
             assert error.code in (Code.BAD_REQUEST, Code.UNKNOWN_METHOD)
 
@@ -505,7 +475,7 @@ def test_the_example_is_one_program_of_ten_lines_that_needs_pyzmq_and_msgpack_al
 
 
 def test_the_example_prints_ten_ids_of_the_worker_and_tops_up(worker: Peer) -> None:
-    done = run_example(worker.address)
+    done = run_example(worker)
     assert (done.returncode, done.stderr) == (0, "")
     ids = [int(line) for line in done.stdout.splitlines()]
     assert len(ids) == 10
@@ -515,14 +485,14 @@ def test_the_example_prints_ten_ids_of_the_worker_and_tops_up(worker: Peer) -> N
 
 
 def test_the_example_says_what_went_wrong(delegator: Peer) -> None:
-    done = run_example(delegator.address)
+    done = run_example(delegator)
     assert done.returncode == 1
     assert done.stdout == ""
     assert "no worker is ready" in done.stderr
 
 
-def run_example(address: str) -> subprocess.CompletedProcess[str]:
+def run_example(peer: Peer) -> subprocess.CompletedProcess[str]:
     # The user's own interpreter in an empty environment: nothing of the tests' reaches the program.
     (program,) = PROGRAM
-    command = [sys.executable, "-I", "-c", program, address]
+    command = [sys.executable, "-I", "-c", program, address_of(peer.socket)]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

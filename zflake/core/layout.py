@@ -17,7 +17,7 @@ Nothing here masks: a number that does not fit its field is a `LayoutError`, nev
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -92,8 +92,8 @@ class Layout:
             raise LayoutError("a layout's first field is time, or its IDs would not sort by time")
         if any(type(f.bits) is not int or f.bits < 1 for f in (*self.fields, *self.machine_parts)):
             raise LayoutError("every field of a layout has at least one bit")
-        if sum(bits.values()) > 64:  # noqa: PLR2004
-            raise LayoutError(f"a layout has 64 bits at most, not {sum(bits.values())}")
+        if self.bits > 64:  # noqa: PLR2004
+            raise LayoutError(f"a layout has 64 bits at most, not {self.bits}")
         if self.machine_parts and sum(p.bits for p in self.machine_parts) != bits["machine"]:
             raise LayoutError("the parts of the machine field do not add up to its bits")
         if type(self.tick_ms) is not int or not 1 <= self.tick_ms <= MAX_TICK_MS:
@@ -148,7 +148,7 @@ class Layout:
 
     def tick_of(self, time: datetime) -> int:
         """The tick that `time` (with a time zone) falls in, rounded down; negative before the epoch."""
-        return (_unix_us(time) - self.epoch_ms * 1000) // (self.tick_ms * 1000)
+        return (_unix_us(time) - self.epoch_us) // self.tick_us
 
     def ms_to_ticks(self, ms: int) -> int:
         """The ticks that `ms` milliseconds take, rounded up."""
@@ -165,15 +165,9 @@ class Layout:
 
         Raises `LayoutError` if one of them is not a whole number or does not fit its field.
         """
-        for name, value, limit in (
-            ("time", tick, self.end_tick),
-            ("machine", machine, self.machines),
-            ("sequence", sequence, self.ids_per_tick),
-        ):
-            if type(value) is not int or not 0 <= value < limit:
-                raise LayoutError(
-                    f"{name} {value!r} does not fit layout {self.name}, which takes 0 to {limit - 1}"
-                )
+        self._check("time", tick, self.end_tick)
+        self._check("machine", machine, self.machines)
+        self._check("sequence", sequence, self.ids_per_tick)
         return tick << self.time_shift | machine << self.machine_shift | sequence << self.sequence_shift
 
     def decompose(self, id_: int) -> Decomposed:
@@ -182,7 +176,8 @@ class Layout:
         Raises `LayoutError` if the number can't be an ID of this layout.
         """
         if type(id_) is not int or not 0 <= id_ < 1 << self.bits:
-            hint = "; a negative one came out of a signed column: add 2**64" if _is_negative(id_) else ""
+            negative = isinstance(id_, int) and id_ < 0
+            hint = "; a negative one came out of a signed column: add 2**64" if negative else ""
             raise LayoutError(
                 f"{id_!r} is no ID of layout {self.name}, whose IDs have {self.bits} bits{hint}"
             )
@@ -214,19 +209,21 @@ class Layout:
 
     def check_machine(self, machine: int) -> int:
         """Give `machine` back, or raise `LayoutError` if the machine field can't hold it."""
-        if type(machine) is not int or not 0 <= machine < self.machines:
-            raise LayoutError(
-                f"machine {machine!r} does not fit layout {self.name}, which takes 0 to {self.machines - 1}"
-            )
+        self._check("machine", machine, self.machines)
         return machine
 
     def with_epoch(self, epoch_ms: int) -> Layout:
         """The same fields with another origin of time (milliseconds since the Unix epoch)."""
         return replace(self, epoch_ms=epoch_ms)
 
+    def _check(self, name: str, value: int, limit: int) -> None:
+        if type(value) is not int or not 0 <= value < limit:
+            raise LayoutError(
+                f"{name} {value!r} does not fit layout {self.name}, which takes 0 to {limit - 1}"
+            )
+
     def _tick_at_or_after(self, time: datetime) -> int:
-        tick_us = self.tick_ms * 1000
-        tick = -((self.epoch_ms * 1000 - _unix_us(time)) // tick_us)
+        tick = -((self.epoch_us - _unix_us(time)) // self.tick_us)
         return min(max(tick, 0), self.end_tick)
 
     # --- as a text and as a map ---
@@ -250,25 +247,17 @@ class Layout:
     def from_map(cls, values: Mapping[str, Any]) -> Layout:
         """The layout of a map that `to_map` made; raises `LayoutError` if it is not one."""
         try:
-            name, fields, parts = values["name"], values["fields"], values["machine_parts"]
-            epoch_ms, tick_ms = values["epoch_ms"], values["tick_ms"]
-            pairs = [(text, bits) for text, bits in (*fields, *parts)]
+            name, epoch_ms, tick_ms = values["name"], values["epoch_ms"], values["tick_ms"]
+            fields, parts = (
+                tuple(Field(text, bits) for text, bits in values[key]) for key in ("fields", "machine_parts")
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise LayoutError("not the map of a layout") from error
-        texts, numbers = (
-            [name, *(pair[0] for pair in pairs)],
-            [epoch_ms, tick_ms, *(pair[1] for pair in pairs)],
-        )
+        texts = [name, *(f.name for f in fields + parts)]
+        numbers = [epoch_ms, tick_ms, *(f.bits for f in fields + parts)]
         if not all(type(text) is str for text in texts) or not all(type(n) is int for n in numbers):
             raise LayoutError("not the map of a layout: its names are strings, the rest are whole numbers")
-        split = len(fields)
-        return cls(
-            name=name,
-            fields=tuple(Field(*pair) for pair in pairs[:split]),
-            epoch_ms=epoch_ms,
-            tick_ms=tick_ms,
-            machine_parts=tuple(Field(*pair) for pair in pairs[split:]),
-        )
+        return cls(name, fields, epoch_ms, tick_ms, parts)
 
     def same_ids(self, other: Layout) -> bool:
         """Whether both read every ID alike, whatever their names."""
@@ -304,9 +293,7 @@ def parse(text: str) -> Layout:
             f"no layout {text!r}: take one of {', '.join(PRESETS)}, or spell one out, "
             "such as time:41,machine:13,sequence:10@1ms"
         )
-    pairs = (part.split(":") for part in match["fields"].split(","))
-    fields = tuple(Field(name, int(bits)) for name, bits in pairs)
-    return Layout("custom", fields, tick_ms=int(match["tick"] or 1))
+    return Layout("custom", _fields(match["fields"]), tick_ms=int(match["tick"] or 1))
 
 
 def parse_epoch(text: str) -> int:
@@ -327,36 +314,28 @@ def parse_epoch(text: str) -> int:
     return _unix_us(instant) // 1000
 
 
-def _preset(
-    name: str,
-    fields: Iterable[tuple[str, int]],
-    epoch_ms: int,
-    tick_ms: int = 1,
-    parts: tuple[Field, ...] = (),
-) -> tuple[str, Layout]:
-    return name, Layout(name, tuple(Field(*f) for f in fields), epoch_ms, tick_ms, parts)
+def _fields(text: str) -> tuple[Field, ...]:
+    pairs = (part.split(":") for part in text.split(","))
+    return tuple(Field(name, int(bits)) for name, bits in pairs)
 
 
-PRESETS: Final[Mapping[str, Layout]] = MappingProxyType(
-    dict(
-        [
-            _preset("snowcloud", [("time", 42), ("machine", 10), ("sequence", 12)], EPOCH_2020_MS),
-            _preset("clawflake", [("time", 45), ("sequence", 12), ("machine", 7)], 0),
-            _preset("twitter", [("time", 41), ("machine", 10), ("sequence", 12)], 1_288_834_974_657),
-            _preset(
-                "discord",
-                [("time", 42), ("machine", 10), ("sequence", 12)],
-                1_420_070_400_000,
-                parts=(Field("worker", 5), Field("process", 5)),
-            ),
-            _preset("sonyflake", [("time", 39), ("sequence", 8), ("machine", 16)], 1_409_529_600_000, 10),
-            _preset("instagram", [("time", 41), ("machine", 13), ("sequence", 10)], 1_314_220_021_721),
-            _preset("wide", [("time", 42), ("machine", 14), ("sequence", 8)], EPOCH_2020_MS),
-            # 53 bits: until 2089, 64 machines, 64,000 IDs a second each.
-            _preset("javascript", [("time", 41), ("machine", 6), ("sequence", 6)], EPOCH_2020_MS),
-        ]
-    )
+_PRESETS: Final = (
+    Layout("snowcloud", _fields("time:42,machine:10,sequence:12"), EPOCH_2020_MS),
+    Layout("clawflake", _fields("time:45,sequence:12,machine:7")),
+    Layout("twitter", _fields("time:41,machine:10,sequence:12"), 1_288_834_974_657),
+    Layout(
+        "discord",
+        _fields("time:42,machine:10,sequence:12"),
+        1_420_070_400_000,
+        machine_parts=_fields("worker:5,process:5"),
+    ),
+    Layout("sonyflake", _fields("time:39,sequence:8,machine:16"), 1_409_529_600_000, tick_ms=10),
+    Layout("instagram", _fields("time:41,machine:13,sequence:10"), 1_314_220_021_721),
+    Layout("wide", _fields("time:42,machine:14,sequence:8"), EPOCH_2020_MS),
+    # 53 bits: until 2089, 64 machines, 64,000 IDs a second each.
+    Layout("javascript", _fields("time:41,machine:6,sequence:6"), EPOCH_2020_MS),
 )
+PRESETS: Final[Mapping[str, Layout]] = MappingProxyType({layout.name: layout for layout in _PRESETS})
 """The layouts that have a name."""
 
 DEFAULT: Final = PRESETS["snowcloud"]
@@ -379,7 +358,3 @@ def _divide(value: int, parts: tuple[Field, ...]) -> dict[str, int]:
         divided[name] = value & (1 << bits) - 1
         value >>= bits
     return dict(reversed(divided.items()))
-
-
-def _is_negative(value: object) -> bool:
-    return isinstance(value, int) and value < 0

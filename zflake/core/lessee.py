@@ -64,33 +64,6 @@ class State(Enum):
     """Closed for good."""
 
 
-class Event(Enum):
-    """The events that move a tenancy."""
-
-    GRANT = auto()
-    LAPSE = auto()
-    LOST = auto()
-    CLOSE = auto()
-
-
-TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
-    State.ACQUIRING: {Event.GRANT: State.HELD, Event.LOST: State.ACQUIRING, Event.CLOSE: State.RELEASED},
-    State.HELD: {
-        Event.GRANT: State.HELD,
-        Event.LAPSE: State.LAPSED,
-        Event.LOST: State.ACQUIRING,
-        Event.CLOSE: State.RELEASED,
-    },
-    State.LAPSED: {
-        Event.GRANT: State.HELD,
-        Event.LAPSE: State.LAPSED,
-        Event.LOST: State.ACQUIRING,
-        Event.CLOSE: State.RELEASED,
-    },
-    State.RELEASED: {},
-}
-
-
 class Lessee:
     """One holder's side of the lease protocol.
 
@@ -107,32 +80,22 @@ class Lessee:
         layout: Layout | None = None,
     ) -> None:
         self.state = State.ACQUIRING
+        self.token: Token = b""
+        """The token in the record of the current tenancy, as far as is known; empty before a first grant."""
+        self.send_at_us = 0
+        """When `poll` will have something to send (local clock)."""
+        self.retry_us = RETRY_US
+        """Microseconds before an unanswered request is sent again."""
         self.mint: Mint | None = None
         """The current tenancy's mint; another object after every loss."""
-        self.dropped = 0
-        """Grants that came unexpected and were left to run out."""
         self._holder = holder
         self._draw_token = draw_token
         self._jitter = jitter
         self._layout = layout
-        self._token: Token = b""
         self._gen = 0
         self._store_id: str | None = None
         self._next: Token | None = None  # drawn and not settled
-        self._send_at_us = 0
         self._third_us = MAX_HINT_US  # of the ttl
-        self.retry_us = RETRY_US
-        """Microseconds before an unanswered request is sent again."""
-
-    @property
-    def token(self) -> Token:
-        """The token in the record of the current tenancy, as far as is known; empty before a first grant."""
-        return self._token
-
-    @property
-    def send_at_us(self) -> int:
-        """When `poll` will have something to send (local clock)."""
-        return self._send_at_us
 
     def poll(self, local_us: int) -> Request | None:
         """The request that is due now, if one is.
@@ -140,17 +103,17 @@ class Lessee:
         Until something settles it, it is due again after `RETRY_US` at the latest; the owner sends each
         repeat to the next of its endpoints.
         """
-        if self.state is State.RELEASED or local_us < self._send_at_us:
+        if self.state is State.RELEASED or local_us < self.send_at_us:
             return None
-        self._send_at_us = local_us + self.retry_us
+        self.send_at_us = local_us + self.retry_us
         if self._next is None:
             self._next = self._draw_token()
         if self.mint is None:
             return Acquire(self._next, self._holder)
-        return Renew(self.mint.machine, self._token, self._gen, self._next, self.mint.end, self._store_id)
+        return Renew(self.mint.machine, self.token, self._gen, self._next, self.mint.end, self._store_id)
 
     def receive(self, answer: Answer, local_us: int, now: int) -> bool:
-        """Take an answer of the delegator's in; `now` is the timeline's tick.
+        """Take an answer of the delegator's in; `now` is the timeline's tick, which matters for a grant only.
 
         True if it settled the outstanding request.  A refusal must be the answer to the newest request
         sent; a grant is known by its token, whichever repeat it answers.
@@ -159,11 +122,9 @@ class Lessee:
         layout): the tenancy is given up, and the next `poll` acquires afresh.
         """
         if self.state is State.RELEASED:
-            self.dropped += isinstance(answer, Grant)
             return False
         if isinstance(answer, Grant):
             if answer.token != self._next:
-                self.dropped += 1
                 return False
             self._accept(answer, local_us, now)
             return True
@@ -174,7 +135,7 @@ class Lessee:
             if answer.retry_after_ms is not None:
                 most_us = self._third_us if self.state is State.HELD else MAX_HINT_US
                 wait_us = min(answer.retry_after_ms * 1000, int(most_us * (0.5 + self._jitter())))
-                self._send_at_us = local_us + wait_us
+                self.send_at_us = local_us + wait_us
         return False
 
     def observe(self, now: int, local_us: int) -> None:
@@ -186,17 +147,17 @@ class Lessee:
             return
         lapsed = not self.mint.covers(now)
         if lapsed and self.state is State.HELD and self._next is None:
-            self._send_at_us = min(self._send_at_us, local_us + int(LAPSED_US * self._jitter()))
-        self._move(Event.LAPSE if lapsed else Event.GRANT)
+            self.send_at_us = min(self.send_at_us, local_us + int(LAPSED_US * self._jitter()))
+        self.state = State.LAPSED if lapsed else State.HELD
 
     def close(self) -> Release | None:
         """Stop minting for good; gives the release to send, or None if nothing is held."""
         if self.state is State.RELEASED:
             return None
-        self._move(Event.CLOSE)
+        self.state = State.RELEASED
         if self.mint is None:
             return None
-        return Release(self.mint.machine, self._token, self._next, self.mint.close())
+        return Release(self.mint.machine, self.token, self._next, self.mint.close())
 
     def _accept(self, grant: Grant, local_us: int, now: int) -> None:
         try:
@@ -207,16 +168,15 @@ class Lessee:
         except ValueError as error:
             self._forget(local_us + RETRY_US)
             raise ProtocolError(f"dropped the grant of machine {grant.machine}: {error}") from error
-        self._token, self._gen, self._next = grant.token, grant.gen, None
+        self.token, self._gen, self._next = grant.token, grant.gen, None
         self._store_id = grant.store_id or None
-        self._move(Event.GRANT)
         third_us = self._third_us = grant.ttl * grant.layout.tick_ms * 1000 // 3
         self.retry_us = min(RETRY_US, third_us // 2)
         if grant.end > now:
-            self._send_at_us = local_us + int(third_us * (0.9 + 0.2 * self._jitter()))
+            self.send_at_us = local_us + int(third_us * (0.9 + 0.2 * self._jitter()))
         else:
-            self._send_at_us = local_us + int(RETRY_US * (0.5 + self._jitter()))
-        self._move(Event.GRANT if self.mint.covers(now) else Event.LAPSE)
+            self.send_at_us = local_us + int(RETRY_US * (0.5 + self._jitter()))
+        self.state = State.HELD if self.mint.covers(now) else State.LAPSED
 
     def _check(self, grant: Grant) -> None:
         if self._layout is not None and not self._layout.same_ids(grant.layout):
@@ -234,9 +194,5 @@ class Lessee:
             self.mint.close()
         self.mint = None
         self._next = None
-        self._send_at_us = send_at_us
-        self._move(Event.LOST)
-
-    def _move(self, event: Event) -> None:
-        # A missing key is an error in this module: no peer can cause one.
-        self.state = TRANSITIONS[self.state][event]
+        self.send_at_us = send_at_us
+        self.state = State.ACQUIRING

@@ -24,6 +24,7 @@ from typing import Final
 
 from zflake.core.layout import Layout
 from zflake.core.lease import Meta, Record, Renew
+from zflake.core.timeline import tick_of
 
 REST_MS: Final = 60_000
 """Milliseconds that a store rests at least after a loss; a longer ttl counts instead."""
@@ -83,7 +84,7 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
 def latest_tick(layout: Layout, tick: int, marks_us: Sequence[int]) -> int:
     """The latest of `tick` and the marks (µs since the Unix epoch); a mark counts as `MAX_AHEAD_MS` ahead at most."""
     most = tick + layout.ms_to_ticks(MAX_AHEAD_MS)
-    return max([tick, *(min((us - layout.epoch_us) // layout.tick_us, most) for us in marks_us)])
+    return max([tick, *(min(tick_of(layout, us), most) for us in marks_us)])
 
 
 def rest_until(layout: Layout, latest: int, ttl: int) -> int:

@@ -47,7 +47,6 @@ class Mint:
     """
 
     __slots__ = (
-        "_end",
         "_full",
         "_machine_bits",
         "_sequence",
@@ -55,6 +54,7 @@ class Mint:
         "_tick",
         "_time_shift",
         "_windows",
+        "end",
         "layout",
         "machine",
     )
@@ -67,7 +67,8 @@ class Mint:
         self._sequence_shift = layout.sequence_shift
         self._full = layout.ids_per_tick
         self._windows: deque[Window] = deque()
-        self._end = 0  # of the last window ever granted
+        self.end = 0
+        """The exclusive end of the last window, 0 before the first."""
         self._tick = -1  # the last tick minted in
         self._sequence = self._full  # the next free sequence number in it
 
@@ -76,12 +77,12 @@ class Mint:
 
         Raises `LayoutError` if it does not: to mint in it could repeat IDs.
         """
-        if not self._end <= start < end <= self.layout.end_tick:
+        if not self.end <= start < end <= self.layout.end_tick:
             raise LayoutError(
                 f"window [{start}, {end}) on machine {self.machine} is empty, overlaps an earlier one "
-                f"(which ended at {self._end}) or leaves the layout (which ends at {self.layout.end_tick})"
+                f"(which ended at {self.end}) or leaves the layout (which ends at {self.layout.end_tick})"
             )
-        self._end = end
+        self.end = end
         if self._windows and self._windows[-1][1] == start:
             start = self._windows.pop()[0]
         self._windows.append((start, end))
@@ -139,11 +140,6 @@ class Mint:
         return tuple(self._windows)
 
     @property
-    def end(self) -> int:
-        """The exclusive end of the last window, 0 before the first."""
-        return self._end
-
-    @property
     def last(self) -> int | None:
         """The last tick minted in, None if nothing was minted."""
         return None if self._tick < 0 else self._tick
@@ -152,5 +148,5 @@ class Mint:
         """Mint nothing any more; gives `last`, the bound that a release states."""
         self._windows.clear()
         self._sequence = self._full
-        self._end = self.layout.end_tick  # no window fits behind it
+        self.end = self.layout.end_tick  # no window fits behind it
         return self.last

@@ -163,22 +163,18 @@ class Estimator:
         elif steady:
             self._slewed_at_us = received_us
 
-    def timeline_us(self, local_us: int) -> int:
+    def at(self, local_us: int) -> int:
         """The timeline's now when the local clock shows `local_us`; only after a first `exchange`."""
         offset_us = self._offset_us
         assert offset_us is not None
         if offset_us != self._target_us:
-            offset_us = self._slew(local_us)
+            passed_us = max(0, local_us - self._slewed_at_us)
+            correction_us = min(offset_us - self._target_us, passed_us // SLEW)
+            # A time too short for a whole microsecond of correction counts at the next call.
+            self._slewed_at_us += correction_us * SLEW
+            offset_us -= correction_us
+            self._offset_us = offset_us
         return local_us + offset_us
-
-    def _slew(self, local_us: int) -> int:
-        assert self._offset_us is not None
-        passed = max(0, local_us - self._slewed_at_us)
-        correction = min(self._offset_us - self._target_us, passed // SLEW)
-        # A time too short for a whole microsecond of correction counts at the next call.
-        self._slewed_at_us += correction * SLEW
-        self._offset_us -= correction
-        return self._offset_us
 
 
 def tick_of(layout: Layout, timeline_us: int) -> int:

@@ -10,6 +10,7 @@ of `Ticks` only (ticks.py has the rules), and in the chain of sessions, which is
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from threading import Lock
 from time import monotonic_ns
-from types import TracebackType
 from typing import Final, NoReturn, Self
 
 from zflake import clock
@@ -40,7 +40,6 @@ NAP_US: Final = 20_000
 """Microseconds of the longest wait that is simply slept; during a longer one there may be news."""
 
 _NEVER: Final = (0, 0)
-_NOTHING: Final[tuple[int, ...]] = ()
 
 
 class _Generator:
@@ -48,7 +47,7 @@ class _Generator:
 
     # What `next_id` reads: a page's time to look around again, and the IDs until then.
     _until: Page | tuple[int, int] = _NEVER
-    _ids: Iterator[int] = iter(_NOTHING)
+    _ids: Iterator[int] = iter(())
 
     def __init__(self) -> None:
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -90,14 +89,13 @@ class _Generator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Mint nothing any more."""
-        raise NotImplementedError
+        """Mint nothing any more; calls after this raise `Closed`."""
+        self._closed = True
+        self._until = _NEVER
 
     def _take(self, count: int) -> list[int]:
         """At least one and at most `count` IDs, of one tick, after a wait if that is needed."""
@@ -167,12 +165,17 @@ class LeasedGenerator(_Generator):
         texts = [endpoints] if isinstance(endpoints, str) else list(_iterable(endpoints))
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ConfigError("a generator takes a delegator's endpoint, or a list of at least one")
-        self._endpoints = [parse_endpoint(text) for text in dict.fromkeys(texts)]
+        me = weakref.ref(self)
         self._timeout_ns = int(_seconds(timeout, "a timeout") * 1e9)
-        self._idle_us = None if idle is None else int(_seconds(idle, "an idle time") * 1e6)
-        self._name = check_name(name)
-        self._insists_on = None if layout is None else _layout(layout)
-        self._layout = self._insists_on
+        self._layout = None if layout is None else _layout(layout)
+        self._new_session = functools.partial(
+            Session,
+            [parse_endpoint(text) for text in dict.fromkeys(texts)],
+            name=check_name(name),
+            layout=self._layout,
+            idle_us=None if idle is None else int(_seconds(idle, "an idle time") * 1e6),
+            wanted=lambda: me() is not None,
+        )
         # Not always the newest: a reader follows the chain from here to its end.
         self._session = self._new_session()
 
@@ -193,8 +196,7 @@ class LeasedGenerator(_Generator):
 
     def close(self) -> None:
         """Give the lease back, which waits for the delegator for 2 s at most; calls after this raise `Closed`."""
-        self._closed = True
-        self._until = _NEVER
+        super().close()
         session = self._follow()
         if not session.inherited:
             session.stop()
@@ -258,16 +260,6 @@ class LeasedGenerator(_Generator):
         self._session = session
         return session
 
-    def _new_session(self) -> Session:
-        me = weakref.ref(self)
-        return Session(
-            self._endpoints,
-            name=self._name,
-            layout=self._insists_on,
-            idle_us=self._idle_us,
-            wanted=lambda: me() is not None,
-        )
-
 
 class StaticGenerator(_Generator):
     """Mints IDs in this process, by an assigned machine ID, without a network.
@@ -308,8 +300,7 @@ class StaticGenerator(_Generator):
 
     def close(self) -> None:
         """Mint nothing any more; calls after this raise `Closed`."""
-        self._closed = True
-        self._until = _NEVER
+        super().close()
         self._ticks.close()
 
     def _take(self, count: int) -> list[int]:

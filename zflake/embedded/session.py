@@ -164,37 +164,41 @@ class Session:
             return
         _live.add(self)
         _release_at_exit()
-        context: zmq.Context[zmq.Socket[bytes]] | None = None
-        ear: socket.socket | None = None
         try:
             ear, self._bell = socket.socketpair()
             self._bell.setblocking(False)  # noqa: FBT003
             ear.setblocking(False)  # noqa: FBT003
-            context = zmq.Context()
-            host, pid = socket.gethostname(), os.getpid()
-            holder = Holder(self._name or f"{host}-{pid}", host, pid)
-            client = LeaseClient(context, self._endpoints, holder, layout=self._layout)
-            self._kept = (context, client, ear)
-            try:
-                self._keep(client, ear)
-            except BaseException as error:
-                self.failure = error  # before it is over: a caller that finds that shall know why
-                raise
-            finally:
-                self._give_back(client)
+            with (
+                ear,
+                self._bell,
+                zmq.Context() as context,
+                contextlib.closing(self._client(context)) as client,
+            ):
+                self._kept = (context, client, ear)
+                try:
+                    self._keep(client, ear)
+                except BaseException as error:
+                    self.failure = error  # before it is over: a caller that finds that shall know why
+                    raise
+                finally:
+                    self._give_back(client)
         except BaseException as error:  # noqa: BLE001
             bug = None if isinstance(error, ZflakeError) else error
             _log.warning("the lease's thread has ended: %s", error, exc_info=bug)
             self.failure = error
         finally:
-            self._end()
-            if ear is not None:
-                ear.close()
-            if self._bell is not None:
-                self._bell.close()
-            if context is not None:
-                context.destroy(linger=0)
+            self.over = True
+            if self.ticks is not None:
+                self.ticks.close()
             self._kept = ()
+            self.done = True
+            _live.discard(self)
+            self.news.spread()
+
+    def _client(self, context: zmq.Context[zmq.Socket[bytes]]) -> LeaseClient:
+        host, pid = socket.gethostname(), os.getpid()
+        holder = Holder(self._name or f"{host}-{pid}", host, pid)
+        return LeaseClient(context, self._endpoints, holder, layout=self._layout)
 
     def _keep(self, client: LeaseClient, ear: socket.socket) -> None:
         self._used_us = clock.local_us()
@@ -241,15 +245,6 @@ class Session:
         if last is not None and mint is not None and mint is self._mint:
             mint.spend(last)
         client.release(clock.local_us() + RELEASE_US)
-        client.close()
-
-    def _end(self) -> None:
-        self.over = True
-        if self.ticks is not None:
-            self.ticks.close()
-        self.done = True
-        _live.discard(self)
-        self.news.spread()
 
 
 def _ticks_of(mint: Mint, last: int | None) -> Ticks:

@@ -8,28 +8,18 @@ from zflake.core.layout import Layout
 from zflake.core.timeline import Estimator, tick_of
 
 
-class HolderClock:
+class HolderClock(Estimator):
     """The timeline's now, as the messages of delegators show it; `local_us` reads the local clock."""
 
-    __slots__ = ("_estimator", "_local_us")
+    __slots__ = ("_local_us",)
 
     def __init__(self, local_us: Callable[[], int]) -> None:
-        self._estimator = Estimator()
+        super().__init__()
         self._local_us = local_us
-
-    @property
-    def known(self) -> bool:
-        """Whether there is a now at all."""
-        return self._estimator.known
-
-    def exchange(self, sent_us: int, received_us: int, *, step: bool) -> None:
-        """Learn from one message of a delegator's; see `Estimator.exchange`."""
-        self._estimator.exchange(sent_us, received_us, step=step)
 
     def timeline_us(self) -> int | None:
         """Microseconds since the Unix epoch; None while the clock is not `known`."""
-        estimator = self._estimator
-        return estimator.timeline_us(self._local_us()) if estimator.known else None
+        return self.at(self._local_us()) if self.known else None
 
     def tick(self, layout: Layout) -> int:
         """The layout's tick now; -1, which no window holds, while the clock is not `known`."""

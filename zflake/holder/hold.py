@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import zmq
-
 from zflake.core.lease import Token
 from zflake.core.mint import Mint
 from zflake.holder.clock import HolderClock
@@ -40,24 +38,3 @@ class Hold(Protocol):
 
     def retry_after_ms(self, local_us: int) -> int:
         """Milliseconds that a caller should wait while no window is open."""
-
-
-class Holding(Protocol):
-    """The part that keeps a `Hold` alive in a poll loop, which polls `socket` and calls `service` then and at `wake_us`."""
-
-    @property
-    def socket(self) -> zmq.Socket[bytes] | None:
-        """The socket to poll for input; another one after each failure of a peer, None if there is none."""
-
-    @property
-    def wake_us(self) -> int:
-        """When `service` is due though nothing came in (local clock)."""
-
-    def service(self, local_us: int) -> None:
-        """Take in what came, and do what is due."""
-
-    def release(self, deadline_us: int) -> None:
-        """Stop minting for good, and give the machine ID back until `deadline_us` (local clock) at most."""
-
-    def close(self) -> None:
-        """Let go of the socket."""

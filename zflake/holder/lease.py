@@ -145,9 +145,7 @@ class LeaseConversation:
             self._complain(local_us, "%s does not answer", self.endpoint)
             self._go_on()
         self._follow(local_us)
-        if self._pending is not None:
-            return None
-        if local_us < self._hold_until_us:
+        if self._pending is not None or local_us < self._hold_until_us:
             return None
         if self._release is not None:
             return self._ask(self._release, local_us)
@@ -270,8 +268,7 @@ class LeaseConversation:
             self._end_release(answer, local_us)
             return
         before = self.mint
-        layout = answer.layout if isinstance(answer, Grant) else before.layout if before else None
-        now = -1 if layout is None else self.clock.tick(layout)
+        now = self.clock.tick(answer.layout) if isinstance(answer, Grant) else -1
         self.lessee.receive(answer, local_us, now)
         if isinstance(answer, Refusal):
             self._refused(answer, before, local_us)

@@ -26,7 +26,11 @@ _log = logging.getLogger("zflake.lease")
 
 
 class LeaseClient:
-    """Keeps the machine ID of `lease`: a `Holding` for the loop that owns it, used by one thread."""
+    """Keeps the machine ID of `lease`, for one thread.
+
+    Its poll loop polls `socket`, which is another one after each failure of a peer, and calls `service` when something
+    came in, and at `wake_us`.
+    """
 
     def __init__(
         self,

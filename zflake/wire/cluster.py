@@ -58,8 +58,7 @@ class Ready(NamedTuple):
 
 def check_ready(params: list[Any]) -> Ready:
     """The params of a `worker.ready`; raises `ProtocolError` if they are not right."""
-    machine, token = fields.take(params, "machine", "token")
-    return Ready(fields.number("machine", machine), fields.token("token", token))
+    return Ready(*fields.take(params, machine=fields.number, token=fields.token))
 
 
 LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
@@ -68,7 +67,5 @@ LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
 
 def check_heartbeat(params: list[Any]) -> dict[str, int]:
     """The load that a heartbeat carries; raises `ProtocolError` if it is not right."""
-    (load,) = fields.take(params, "load")
-    if type(load) is not dict:
-        raise ProtocolError(f"load is a map, not {show(load)}")
+    (load,) = fields.take(params, load=fields.mapping)
     return {key: fields.number(key, load.get(key)) for key in LOAD}

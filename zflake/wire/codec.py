@@ -82,6 +82,7 @@ _repr: Final = reprlib.Repr()
 _repr.maxlevel = 2
 
 
+_packb: Final[Callable[[Any], bytes]] = msgpack.packb
 _unpackb: Final = msgpack.unpackb
 # ExtraData, StackError and FormatError are ValueErrors; an unhashable map key is a TypeError.
 _UNPACKABLE: Final = (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException)
@@ -95,26 +96,22 @@ def packer() -> Callable[[Any], bytes]:
 
 def encode_request(msgid: int, method: str, params: list[Any] | tuple[Any, ...]) -> bytes:
     """The body of a request."""
-    packed: bytes = msgpack.packb((REQUEST, msgid, method, params))
-    return packed
+    return _packb((REQUEST, msgid, method, params))
 
 
 def encode_result(msgid: int, result: Any) -> bytes:
     """The body of a response that carries a result."""
-    packed: bytes = msgpack.packb((RESPONSE, msgid, None, result))
-    return packed
+    return _packb((RESPONSE, msgid, None, result))
 
 
 def encode_error(msgid: int | None, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
     """The body of a response that carries an error."""
-    packed: bytes = msgpack.packb((RESPONSE, msgid, (code, message, retry_after_ms), None))
-    return packed
+    return _packb((RESPONSE, msgid, (code, message, retry_after_ms), None))
 
 
 def encode_bundle(answers: list[tuple[bytes, bytes]]) -> bytes:
     """The body of a bundle: answers to brokered requests, each behind its tag."""
-    packed: bytes = msgpack.packb((BUNDLE, answers))
-    return packed
+    return _packb((BUNDLE, answers))
 
 
 def decode_bundle(body: bytes) -> list[tuple[bytes, bytes]]:

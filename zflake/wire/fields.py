@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from zflake.core.lease import TOKEN_BYTES
 from zflake.errors import ConfigError, ProtocolError
@@ -13,12 +14,25 @@ MAX_TEXT: Final = 255
 """Characters of a name, a host or an address."""
 _MAX_NUMBER: Final = 2**63 - 1
 
+Check: TypeAlias = Callable[[str, Any], Any]
+"""Called with the name of a value, for the error, and the value."""
 
-def take(params: list[Any], *names: str) -> list[Any]:
-    """The params, one for each of the names."""
-    if len(params) != len(names):
-        raise ProtocolError(f"params are [{', '.join(names)}], not {len(params)} values")
-    return params
+
+def take(params: list[Any], **checks: Check) -> list[Any]:
+    """The params, each checked under its name."""
+    if len(params) != len(checks):
+        raise ProtocolError(f"params are [{', '.join(checks)}], not {len(params)} values")
+    return [check(name, value) for (name, check), value in zip(checks.items(), params, strict=True)]
+
+
+def pick(values: dict[str, Any], **checks: Check) -> list[Any]:
+    """What a map has under these keys, each checked."""
+    return [check(key, values.get(key)) for key, check in checks.items()]
+
+
+def optional(check: Check) -> Check:
+    """The check of a value that may be nil as well."""
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def no_params(params: list[Any]) -> None:
@@ -48,17 +62,22 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def address(value: Any) -> str:
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A map; its values are not checked yet."""
+    if type(value) is not dict:
+        raise ProtocolError(f"{name} is a map, not {show(value)}")
+    return value
+
+
+def address(name: str, value: Any) -> str:
     """An endpoint that clients can connect to, or an empty text."""
-    shown = text("address", value)
+    shown = text(name, value)
     try:
         if shown and parse_endpoint(shown).is_wildcard:
-            raise ProtocolError(
-                f"address {shown} is every interface: name a host that clients can connect to"
-            )
+            raise ProtocolError(f"{name} {shown} is every interface: name a host that clients can connect to")
     except ConfigError as error:
         # An address that can't be read would make the whole directory unreadable to clients.
-        raise ProtocolError(f"address: {error}") from error
+        raise ProtocolError(f"{name}: {error}") from error
     return shown
 
 

@@ -5,6 +5,7 @@ Functions come in pairs, one for each side of the wire.  What a peer sends is ch
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from zflake.core.layout import Layout
@@ -23,8 +24,8 @@ from zflake.core.lease import (
     Traced,
 )
 from zflake.errors import LayoutError, ProtocolError
-from zflake.wire import fields
-from zflake.wire.codec import WireError, show
+from zflake.wire.codec import WireError
+from zflake.wire.fields import address, mapping, number, optional, pick, take, text, token
 from zflake.wire.methods import Method
 
 
@@ -41,50 +42,28 @@ def lease_call(request: Request) -> tuple[Method, list[Any]]:
 
 def check_acquire(params: list[Any]) -> Acquire:
     """The request of a `lease.acquire`; raises `ProtocolError` if it is not right."""
-    token, name, host, pid, address = fields.take(params, "next", "name", "host", "pid", "address")
-    return Acquire(
-        fields.token("next", token),
-        Holder(
-            fields.text("name", name),
-            fields.text("host", host),
-            fields.number("pid", pid),
-            fields.address(address),
-        ),
-    )
+    drawn, *holder = take(params, next=token, name=text, host=text, pid=number, address=address)
+    return Acquire(drawn, Holder(*holder))
 
 
 def check_renew(params: list[Any]) -> Renew:
     """The request of a `lease.renew`; raises `ProtocolError` if it is not right."""
     # A renewal without the last two bears no witness.
     params = [*params, None, None] if len(params) == 4 else params  # noqa: PLR2004
-    machine, token, gen, pending, end, store_id = fields.take(
-        params, "machine", "token", "gen", "next", "end", "store_id"
-    )
+    end, store_id = optional(number), optional(text)
     return Renew(
-        fields.number("machine", machine),
-        fields.token("token", token),
-        fields.number("gen", gen),
-        fields.token("next", pending),
-        None if end is None else fields.number("end", end),
-        None if store_id is None else fields.text("store_id", store_id),
+        *take(params, machine=number, token=token, gen=number, next=token, end=end, store_id=store_id)
     )
 
 
 def check_release(params: list[Any]) -> Release:
     """The request of a `lease.release`; raises `ProtocolError` if it is not right."""
-    machine, token, pending, last = fields.take(params, "machine", "token", "next", "last")
-    return Release(
-        fields.number("machine", machine),
-        fields.token("token", token),
-        None if pending is None else fields.token("next", pending),
-        None if last is None else fields.number("last", last),
-    )
+    return Release(*take(params, machine=number, token=token, next=optional(token), last=optional(number)))
 
 
 def check_trace(params: list[Any]) -> Trace:
     """The request of a `cluster.trace`; raises `ProtocolError` if it is not right."""
-    machine, tick = fields.take(params, "machine", "tick")
-    return Trace(fields.number("machine", machine), fields.number("tick", tick))
+    return Trace(*take(params, machine=number, tick=number))
 
 
 def store_result(answer: Grant | Released | Traced, timeline_us: int) -> dict[str, Any]:
@@ -93,19 +72,9 @@ def store_result(answer: Grant | Released | Traced, timeline_us: int) -> dict[st
         return {"machine": answer.machine, "fence": answer.fence, "now_us": timeline_us}
     if isinstance(answer, Traced):
         span = answer.span
-        described = (
-            None
-            if span is None
-            else {
-                "machine": span.machine,
-                "start": span.start,
-                "end": span.end,
-                "name": span.holder.name,
-                "host": span.holder.host,
-                "pid": span.holder.pid,
-                "address": span.holder.address,
-            }
-        )
+        described = None
+        if span is not None:
+            described = {"machine": span.machine, "start": span.start, "end": span.end, **asdict(span.holder)}
         return {"span": described, "since": answer.since, "now_us": timeline_us}
     return {
         "machine": answer.machine,
@@ -129,20 +98,19 @@ def lease_answer(method: Method, error: WireError | None, result: Any) -> Answer
         known = error.code in set(Refused)
         reason = Refused(error.code) if known else Refused.UNAVAILABLE
         return Refusal(reason, error.message, error.retry_after_ms)
-    if type(result) is not dict:
-        raise ProtocolError(f"the answer to {method} is a map, not {show(result)}")
+    answer = mapping(f"the answer to {method}", result)
     if method is Method.LEASE_RELEASE:
-        return Released(*(fields.number(key, result.get(key)) for key in ("machine", "fence")))
-    try:
-        layout = Layout.from_map(result.get("layout", {}))
-        layout.check_machine(result.get("machine", -1))
-    except (LayoutError, RecursionError) as error_:  # the latter from the text of the former
-        raise ProtocolError(f"the answer to {method} has no sound layout: {str(error_)[:200]}") from error_
-    fields.text("a layout's name", layout.name)
-    machine, gen, start, end, ttl = (
-        fields.number(key, result.get(key)) for key in ("machine", "gen", "start", "end", "ttl")
+        return Released(*pick(answer, machine=number, fence=number))
+    machine, gen, start, end, shown, ttl = pick(
+        answer, machine=number, gen=number, start=number, end=number, token=token, ttl=number
     )
+    try:
+        layout = Layout.from_map(answer.get("layout", {}))
+        layout.check_machine(machine)
+    except LayoutError as error_:
+        raise ProtocolError(f"the answer to {method} has no sound layout: {str(error_)[:200]}") from error_
+    text("a layout's name", layout.name)
     if ttl == 0:
         raise ProtocolError(f"the answer to {method} has a ttl of 0: it could not be renewed in time")
-    store_id = fields.text("store_id", result.get("store_id", ""))
-    return Grant(machine, gen, start, end, fields.token("token", result.get("token")), layout, ttl, store_id)
+    store_id = text("store_id", answer.get("store_id", ""))
+    return Grant(machine, gen, start, end, shown, layout, ttl, store_id)

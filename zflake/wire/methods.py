@@ -6,25 +6,14 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-from zflake.errors import (
-    AuthError,
-    LayoutError,
-    LeaseExpired,
-    LeaseLost,
-    NoFreeMachine,
-    Overloaded,
-    ProtocolError,
-    Timeout,
-    Unavailable,
-    ZflakeError,
-)
+from zflake import errors
 from zflake.wire.codec import WireError
 
 PROTOCOL_VERSION: Final = 1
 
 
 class Method(StrEnum):
-    """The methods that a daemon may know; `dispatch.py` has the rules of each."""
+    """The methods that a daemon may know; `dispatch.py` checks the params of each."""
 
     HELLO = "hello"
     PING = "ping"
@@ -58,24 +47,22 @@ class Code(StrEnum):
     OTHER_CLUSTER = "other_cluster"
 
 
-_ERRORS: Final[Mapping[str, type[ZflakeError]]] = {
-    Code.BAD_REQUEST: ProtocolError,
-    Code.UNKNOWN_METHOD: ProtocolError,
-    Code.TIMEOUT: Timeout,
-    Code.OVERLOADED: Overloaded,
-    Code.UNAVAILABLE: Unavailable,
-    Code.LEASE_EXPIRED: LeaseExpired,
-    Code.LOST: LeaseLost,
-    Code.TOO_EARLY: Unavailable,
-    Code.NO_FREE_MACHINE: NoFreeMachine,
-    Code.EXHAUSTED: LayoutError,
-    Code.DENIED: AuthError,
-    Code.NOT_READY: Unavailable,
-    Code.OTHER_CLUSTER: ProtocolError,
+# All others, those that this zflake does not know included, are a `ProtocolError`.
+_ERRORS: Final[Mapping[str, type[errors.ZflakeError]]] = {
+    Code.TIMEOUT: errors.Timeout,
+    Code.OVERLOADED: errors.Overloaded,
+    Code.UNAVAILABLE: errors.Unavailable,
+    Code.LEASE_EXPIRED: errors.LeaseExpired,
+    Code.LOST: errors.LeaseLost,
+    Code.TOO_EARLY: errors.Unavailable,
+    Code.NO_FREE_MACHINE: errors.NoFreeMachine,
+    Code.EXHAUSTED: errors.LayoutError,
+    Code.DENIED: errors.AuthError,
+    Code.NOT_READY: errors.Unavailable,
 }
 
 
-def exception_of(error: WireError) -> ZflakeError:
+def exception_of(error: WireError) -> errors.ZflakeError:
     """The exception that an error response stands for; an unknown code is a `ProtocolError`."""
     retry_after = None if error.retry_after_ms is None else error.retry_after_ms / 1000
-    return _ERRORS.get(error.code, ProtocolError)(error.message, retry_after=retry_after)
+    return _ERRORS.get(error.code, errors.ProtocolError)(error.message, retry_after=retry_after)

@@ -19,7 +19,7 @@ from zflake.core.layout import Layout
 from zflake.core.lease import Holder
 from zflake.daemon import Liveness, Waker
 from zflake.errors import ConfigError
-from zflake.holder.hold import Hold, Holding
+from zflake.holder.hold import Hold
 from zflake.holder.lease_client import LeaseClient
 from zflake.holder.static import StaticHold
 from zflake.version import __version__
@@ -142,7 +142,7 @@ class Worker:
         mint = self._hold.mint
         return None if mint is None else mint.machine
 
-    def _take_hold(self) -> tuple[Hold, Holding]:
+    def _take_hold(self) -> tuple[Hold, LeaseClient | StaticHold]:
         config = self._config
         if config.machine is None:
             holder = Holder(self._name, socket.gethostname(), os.getpid(), self.address)
