@@ -195,7 +195,7 @@ def test_the_dumped_error_is_what_the_codec_makes_and_reads() -> None:
 
 def test_the_dumped_params_pass_the_daemons_checks() -> None:
     for method in Method:
-        METHODS[method](request_of(method))
+        METHODS[method].check(request_of(method))
 
 
 def test_the_dumped_worker_shows_the_machine_and_the_token_of_the_dumped_grant() -> None:
@@ -255,7 +255,7 @@ def test_the_lease_in_the_dumps_is_what_the_lessor_grants() -> None:
         assert now_us is not None
         return tick_of(layout, now_us)
 
-    acquire, renew, release = (METHODS[m](request_of(m)) for m in Method if m.startswith("lease."))
+    acquire, renew, release = (METHODS[m].check(request_of(m)) for m in Method if m.startswith("lease."))
     assert isinstance(acquire, Acquire)
     assert isinstance(renew, Renew)
     assert isinstance(release, Release)

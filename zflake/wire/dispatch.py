@@ -1,4 +1,4 @@
-"""Both daemons read requests here: one table says of each method what its params are.
+"""Both daemons read requests here: one table says of each method what its params are and who may call it.
 
 A daemon brings a handler for each method that it has.  Everything else (bytes that are no request, methods that
 it lacks, params that are wrong) is answered and counted here, in one place for both.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from zflake.errors import ProtocolError
 from zflake.wire import fields
@@ -26,22 +26,34 @@ MethodHandler: TypeAlias = Callable[[A, int, Any, int, int], bytes | None]
 Gives the answer; None if that comes later, or never."""
 
 
-METHODS: Final[Mapping[Method, Callable[[list[Any]], Any]]] = {
-    Method.HELLO: fields.no_params,
-    Method.PING: fields.no_params,
-    Method.IDS_NEXT: check_next,
-    Method.LEASE_ACQUIRE: check_acquire,
-    Method.LEASE_RENEW: check_renew,
-    Method.LEASE_RELEASE: check_release,
-    Method.WORKER_READY: check_ready,
-    Method.WORKER_HEARTBEAT: check_heartbeat,
-    Method.WORKER_LEAVE: fields.no_params,
-    Method.CLUSTER_WORKERS: fields.no_params,
-    Method.CLUSTER_STATUS: fields.no_params,
-    Method.CLUSTER_TRACE: check_trace,
+ANYONE: Final = "anyone"
+"""The role of every caller: there is no authentication yet."""
+EVERYBODY: Final = frozenset({ANYONE})
+
+
+class Rule(NamedTuple):
+    """The rules of a method, the same in every daemon that has it."""
+
+    check: Callable[[list[Any]], Any]
+    """Turns params into what the handler takes; raises `ProtocolError` if they are wrong."""
+    callers: frozenset[str] = EVERYBODY
+    """The roles of the callers that may call it."""
+
+
+METHODS: Final[Mapping[Method, Rule]] = {
+    Method.HELLO: Rule(fields.no_params),
+    Method.PING: Rule(fields.no_params),
+    Method.IDS_NEXT: Rule(check_next),
+    Method.LEASE_ACQUIRE: Rule(check_acquire),
+    Method.LEASE_RENEW: Rule(check_renew),
+    Method.LEASE_RELEASE: Rule(check_release),
+    Method.WORKER_READY: Rule(check_ready),
+    Method.WORKER_HEARTBEAT: Rule(check_heartbeat),
+    Method.WORKER_LEAVE: Rule(fields.no_params),
+    Method.CLUSTER_WORKERS: Rule(fields.no_params),
+    Method.CLUSTER_STATUS: Rule(fields.no_params),
+    Method.CLUSTER_TRACE: Rule(check_trace),
 }
-"""Turns a method's params into what its handler takes, in every daemon that has it; raises `ProtocolError` if they are
-wrong."""
 
 
 @dataclass
@@ -72,9 +84,13 @@ class Dispatcher(Generic[A]):
         self.requests = requests
         self._daemon = daemon
         # Keyed by the text of the method, and flat: this is looked up for every ID.
-        self._table = {str(method): (METHODS[method], handler) for method, handler in handlers.items()}
+        self._table = {
+            str(m): (METHODS[m].check, METHODS[m].callers, handler) for m, handler in handlers.items()
+        }
 
-    def dispatch(self, asker: A, body: bytes, arrived_us: int, local_us: int) -> bytes | None:
+    def dispatch(
+        self, asker: A, body: bytes, arrived_us: int, local_us: int, role: str = ANYONE
+    ) -> bytes | None:
         """The answer to one request; None if it comes later, or must not be answered."""
         msgid = None
         try:
@@ -85,7 +101,9 @@ class Dispatcher(Generic[A]):
                 what = f"a {self._daemon} has no method {method[:MAX_SHOWN]!r}"
                 return self.refuse(msgid, Code.UNKNOWN_METHOD, what)
             self.requests.by_method[method] += 1
-            check, handler = known
+            check, callers, handler = known
+            if role not in callers:
+                return self.refuse(msgid, Code.DENIED, f"{method} is not for callers of the role {role}")
             return handler(asker, msgid, check(params), arrived_us, local_us)
         except BadRequest as error:
             self.requests.strange += 1

@@ -13,7 +13,7 @@ PROTOCOL_VERSION: Final = 1
 
 
 class Method(StrEnum):
-    """The methods that a daemon may know; `dispatch.py` checks the params of each."""
+    """The methods that a daemon may know; `dispatch.py` has the rules of each."""
 
     HELLO = "hello"
     PING = "ping"
