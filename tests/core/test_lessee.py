@@ -22,7 +22,7 @@ from zflake.core.lease import (
     Renew,
     Token,
 )
-from zflake.core.lessee import LAPSED_US, MAX_HINT_US, RETRY_US, Lessee, State
+from zflake.core.lessee import LAPSED_US, MAX_HINT_US, RETRY_US, Event, Lessee, State
 from zflake.core.mint import Mint
 from zflake.errors import ProtocolError
 
@@ -101,6 +101,16 @@ NEXT = grant(2, 1000 + TTL, 2000 + TTL)
 
 
 # --- the state ---
+
+
+def test_what_the_table_lacks_is_an_error() -> None:
+    lessee = new()
+    with pytest.raises(KeyError):
+        lessee._move(Event.LAPSE)
+    lessee.close()
+    for event in Event:
+        with pytest.raises(KeyError):
+            lessee._move(event)
 
 
 def test_a_lessee_starts_by_acquiring_at_once() -> None:

@@ -21,7 +21,7 @@ Time is handed in: `local_us` on a clock that never steps (microseconds), and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Final
 
@@ -62,6 +62,29 @@ class State(Enum):
     """A machine ID, but no window that holds now: renewing."""
     RELEASED = auto()
     """Closed for good."""
+
+
+class Event(Enum):
+    """The events that move a tenancy."""
+
+    GRANT = auto()
+    LAPSE = auto()
+    LOST = auto()
+    CLOSE = auto()
+
+
+_WITH_MACHINE: Final = {
+    Event.GRANT: State.HELD,
+    Event.LAPSE: State.LAPSED,
+    Event.LOST: State.ACQUIRING,
+    Event.CLOSE: State.RELEASED,
+}
+TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = {
+    State.ACQUIRING: {Event.GRANT: State.HELD, Event.LOST: State.ACQUIRING, Event.CLOSE: State.RELEASED},
+    State.HELD: _WITH_MACHINE,
+    State.LAPSED: _WITH_MACHINE,
+    State.RELEASED: {},
+}
 
 
 class Lessee:
@@ -148,13 +171,13 @@ class Lessee:
         lapsed = not self.mint.covers(now)
         if lapsed and self.state is State.HELD and self._next is None:
             self.send_at_us = min(self.send_at_us, local_us + int(LAPSED_US * self._jitter()))
-        self.state = State.LAPSED if lapsed else State.HELD
+        self._move(Event.LAPSE if lapsed else Event.GRANT)
 
     def close(self) -> Release | None:
         """Stop minting for good; gives the release to send, or None if nothing is held."""
         if self.state is State.RELEASED:
             return None
-        self.state = State.RELEASED
+        self._move(Event.CLOSE)
         if self.mint is None:
             return None
         return Release(self.mint.machine, self.token, self._next, self.mint.close())
@@ -176,7 +199,9 @@ class Lessee:
             self.send_at_us = local_us + int(third_us * (0.9 + 0.2 * self._jitter()))
         else:
             self.send_at_us = local_us + int(RETRY_US * (0.5 + self._jitter()))
-        self.state = State.HELD if self.mint.covers(now) else State.LAPSED
+        self._move(Event.GRANT)
+        if not self.mint.covers(now):
+            self._move(Event.LAPSE)
 
     def _check(self, grant: Grant) -> None:
         if self._layout is not None and not self._layout.same_ids(grant.layout):
@@ -195,4 +220,8 @@ class Lessee:
         self.mint = None
         self._next = None
         self.send_at_us = send_at_us
-        self.state = State.ACQUIRING
+        self._move(Event.LOST)
+
+    def _move(self, event: Event) -> None:
+        # A missing key is an error in this module: no peer can cause one.
+        self.state = TRANSITIONS[self.state][event]
