@@ -87,7 +87,7 @@ class Cluster:
         """Who serves at an address."""
         if address in self.endpoints:
             return self.delegators[self.endpoints.index(address)]
-        worker = self.peers[b"w" + address.rpartition(":")[2].encode()]
+        worker = self.peers[b"w" + address.rpartition(":")[2].encode()]  # a worker's port is its number
         assert isinstance(worker, Worker)
         if worker.dead:
             # A clone advertises the address that it was born with.
