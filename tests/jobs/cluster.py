@@ -271,7 +271,7 @@ class Part(SoleDelegator):
         self.wait_for_ids(fault.over + 1, f"IDs after: {what}")
         self._state.faults[what] += 1
         self.faults.append(fault)
-        self.violations += fault.idle
+        self.violations += fault.violations
 
     def clean_up(self) -> None:
         """End what still runs, and remove what it leaves behind outside the folder."""

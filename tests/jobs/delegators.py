@@ -70,6 +70,14 @@ class Fault(job.Fault):
     settled_s: float | None = None
     """Seconds until every holder had been granted one."""
 
+    @property
+    def violations(self) -> list[str]:
+        """Those of any fault, and that it took too long until leases were granted again, if so."""
+        found = super().violations
+        if self.granted_s is not None and self.granted_s > self.within_s:
+            found.append(f"no lease for {self.granted_s:.1f} s after: {self.what}")
+        return found
+
 
 @dataclass
 class Result:
@@ -167,11 +175,6 @@ class Job(job.Job):
         """The faults of the servers."""
         raise NotImplementedError
 
-    def stop_servers(self) -> None:
-        """End them all."""
-        for server in self.servers:
-            server.kill()
-
     # --- the job ---
 
     def run(self, faults: Sequence[str] | None, *, patient: bool) -> None:
@@ -218,7 +221,7 @@ class Job(job.Job):
                 client.process.name, client.errors, result.outages, self._offset_us
             )
         for fault in result.faults:
-            result.violations += [*fault.idle, *late(fault)]
+            result.violations += fault.violations
         return result
 
     # --- faults ---
@@ -294,11 +297,8 @@ class Job(job.Job):
     def _start(self) -> None:
         self.url = self.start_servers()
         self.report(f"servers of {self.name} run: {self.url}")
-        self._start_delegator(0)
-        for k in range(1, DELEGATORS):
-            self._start_delegator(k, wait=False)
-        for daemon in self._present:
-            self.wait(daemon.find_address, f"{daemon.name} to serve")
+        for k in range(DELEGATORS):
+            self._start_delegator(k)
         for _ in range(WORKERS):
             self.start_worker()
         self.wait(lambda: self.holders().keys() >= {w.name for w in self.workers}, "all workers to hold")
@@ -307,19 +307,17 @@ class Job(job.Job):
         self.start_clients(rate=self._rate, timeout_s=TIMEOUT_S)
         self._began = time.monotonic()
 
-    def _start_delegator(self, k: int, *, wait: bool = True) -> None:
-        flags = ["--store", self.url, "--bind", self.endpoints[k]]
-        n = sum(daemon.name.startswith(f"delegator-{k + 1}-") for daemon in self.delegators)
+    def _start_delegator(self, k: int) -> None:
         daemon = self.daemons.delegator(
-            *flags,
-            name=f"delegator-{k + 1}-{n + 1}",
+            *("--store", self.url),
+            name=f"delegator-{k + 1}-{len(self.delegators)}",
+            bind=self.endpoints[k],
             new=not self.delegators,
             ttl=f"{self._ttl_s}s",
         )
         self.delegators.append(daemon)
         self._present[k : k + 1] = [daemon]
-        if wait:
-            self.wait(daemon.find_address, f"{daemon.name} to serve")
+        self.wait(daemon.find_address, f"{daemon.name} to serve")
 
     def _status(self) -> dict[str, Any]:
         """The status of a delegator that answers; empty if none does."""
@@ -391,10 +389,3 @@ def unforeseen(outages: Iterable[Outage], faults: Sequence[Fault]) -> list[str]:
             after = before[-1].what if before else "nothing at all"
             found.append(f"no window for {(end - start) / 1000:.1f} s after: {after}")
     return found
-
-
-def late(fault: Fault) -> list[str]:
-    """The violation that it took too long until leases were granted again, if so."""
-    if fault.granted_s is None or fault.granted_s <= fault.within_s:
-        return []
-    return [f"no lease for {fault.granted_s:.1f} s after: {fault.what}"]

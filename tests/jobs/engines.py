@@ -215,5 +215,6 @@ def run(
         try:
             job.run(faults, patient=patient)
         finally:
-            job.stop_servers()
+            for server in job.servers:
+                server.kill()
     return job

@@ -36,8 +36,8 @@ class Fault:
     """How many when it was over, or what it took away came back."""
 
     @property
-    def idle(self) -> list[str]:
-        """The violation that no IDs were taken while it lasted, if so: it proved nothing."""
+    def violations(self) -> list[str]:
+        """That no IDs were taken while it lasted, if so: it proved nothing."""
         return [] if 0 < self.at < self.over else [f"no IDs were taken while: {self.what}"]
 
 

@@ -87,12 +87,16 @@ class Cluster:
         """Who serves at an address."""
         if address in self.endpoints:
             return self.delegators[self.endpoints.index(address)]
-        worker = self.peers[b"w" + address.rpartition(":")[2].encode()]
+        worker = self.peers[b"w" + address.rpartition(":")[2].encode()]  # a worker's port is its number
         assert isinstance(worker, Worker)
         if worker.dead:
             # A clone advertises the address that it was born with.
             return next((w for w in self._staying() if w.lease.lessee._holder.address == address), worker)
         return worker
+
+    @property
+    def serving(self) -> list[Delegator]:
+        return [d for d in self.delegators if d is not None and not d.dead]
 
     # --- a history ---
 
@@ -126,7 +130,7 @@ class Cluster:
         rng, acts = self.world.rng, self.plan.acts
         (act,) = rng.choices(list(acts), list(acts.values()))
         alive = [worker for worker in self.workers if not worker.dead]
-        serving = [d for d in self.delegators if d is not None and not d.dead]
+        serving = self.serving
         match act:
             case "crash worker" if alive:
                 worker = rng.choice(alive)
@@ -204,7 +208,7 @@ class Cluster:
         if self.world.cut:
             self.world.cut = set()
             return
-        ends = [p for p in (*self.delegators, *self.workers) if p is not None and not p.dead]
+        ends = [*self.serving, *(worker for worker in self.workers if not worker.dead)]
         if not ends:
             return
         one, two = rng.choice(ends), rng.choice(ends)
@@ -372,10 +376,9 @@ class Cluster:
     def _bound_us(self) -> int:
         """How long after the faults a worker may have to wait for a window."""
         meta = self.disk.meta()
-        running = [d for d in self.delegators if d is not None]
         assert meta is not None
         fences = [record.fence for record in self.disk.contents().records]
-        behind = min(d.clock.tick() for d in running)
+        behind = min(d.clock.tick() for d in self.serving)
         wait = max(0, max([meta.floor, *fences]) - behind) + self.checker.most_ttl
         return wait * meta.layout.tick_us + SETTLE_US
 
@@ -429,9 +432,7 @@ class Cluster:
     def _resting(self) -> bool:
         """Whether a floor still lies ahead, after a loss."""
         meta = self.disk.meta()
-        return meta is not None and any(
-            d is not None and d.clock.tick() < meta.floor for d in self.delegators
-        )
+        return meta is not None and any(d.clock.tick() < meta.floor for d in self.serving)
 
     def _leave(self) -> None:
         world = self.world

@@ -25,21 +25,22 @@ def test_no_history_breaks_a_promise(tell: Callable[[str], None]) -> None:
     assert not total.failures, str(total)
 
 
-def test_a_seed_replays_its_history() -> None:
-    traces: list[list[str]] = [[], []]
+def trace_of(seed: int) -> list[str]:
+    lines: list[str] = []
     with cluster.watched():
-        for trace in traces:
-            cluster.run(7, trace.append)
-    assert len(traces[0]) > 10
-    assert traces[0] == traces[1]
+        cluster.run(seed, lines.append)
+    return lines
+
+
+def test_a_seed_replays_its_history() -> None:
+    trace = trace_of(7)
+    assert len(trace) > 10
+    assert trace_of(7) == trace
 
 
 def test_the_patience_of_the_real_conversation_is_that_of_the_histories(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    traces: list[list[str]] = [[], []]
-    with cluster.watched():
-        cluster.run(4, traces[0].append)
-        monkeypatch.setattr(lease, "MAX_PATIENCE_US", 300_000)
-        cluster.run(4, traces[1].append)
-    assert traces[0] != traces[1]
+    trace = trace_of(4)
+    monkeypatch.setattr(lease, "MAX_PATIENCE_US", 300_000)
+    assert trace_of(4) != trace

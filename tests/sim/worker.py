@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 NEVER_US: Final = 1 << 62
-WORKERS: Final = "10.0.1.1"
-"""The host of all workers' addresses; the port is the worker's number."""
 
 Asker: TypeAlias = tuple[Client | Delegator, list[bytes]]
 
@@ -80,11 +78,10 @@ class Worker(Process):
         self.told_in_life = 0
         self.number = number
         """The holder's, which the checker knows it by; no two have the same."""
-        self.address = f"tcp://{WORKERS}:{number}"
         plan, rng = cluster.plan, cluster.world.rng
         self.lease = LeaseConversation(
             list(map(parse_endpoint, cluster.endpoints)),
-            Holder(self.name, "host", number, self.address),
+            Holder(self.name, "host", number, f"tcp://10.0.1.1:{number}"),
             clock=HolderClock(host.local_us),
             draw_token=self._draw_token,
             jitter=rng.random,
