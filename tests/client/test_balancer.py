@@ -19,7 +19,7 @@ from zflake.client.conversation import (
     Wait,
     begin,
     fetch_layout,
-    proceed,
+    settle,
     take,
 )
 from zflake.core.layout import PRESETS
@@ -318,7 +318,7 @@ def test_the_first_ask_of_a_call_tells_when_it_began() -> None:
     site.now += ATTEMPT_S
     for ask in asks:
         assert ask is not None
-        assert not isinstance(proceed(site.balancer, 1, BUDGET_S, ask, None), list)
+        assert settle(site.balancer, ask, None) is None
     assert site.balancer._health[W1].failures == 1
 
 

@@ -23,7 +23,7 @@ from zflake.client.conversation import (
     Wait,
     begin,
     fetch_layout,
-    proceed,
+    settle,
     take,
 )
 from zflake.core.layout import PRESETS, Layout
@@ -126,10 +126,8 @@ class World:
     def take(self, count: int = 1, timeout: float = 5.0) -> list[Run]:
         """As `Client` does it."""
         ask = begin(self.balancer, count, timeout)
-        if ask is None:
-            return self.drive(take(self.balancer, count, timeout))
-        then = proceed(self.balancer, count, timeout, ask, self.ask(ask))
-        return then if isinstance(then, list) else self.drive(then)
+        run = None if ask is None else settle(self.balancer, ask, self.ask(ask))
+        return self.drive(take(self.balancer, count, timeout, ask, run))
 
     def layout(self, timeout: float) -> Layout:
         return self.drive(fetch_layout(self.balancer, timeout))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.sim.world import Process
 from zflake.client.balancer import Balancer
-from zflake.client.conversation import Ask, Conversation, Outcome, Pause, begin, proceed, take
+from zflake.client.conversation import Ask, Conversation, Outcome, Pause, begin, settle, take
 from zflake.core.mint import Run
 from zflake.errors import ProtocolError, ZflakeError
 from zflake.wire.codec import Response, decode_response, encode_request
@@ -69,11 +69,9 @@ class Client(Process):
         try:
             if self._talk is None:
                 assert self._first is not None
-                then = proceed(self._balancer, self._count, BUDGET_S, self._first, outcome)
-                if isinstance(then, list):
-                    self._served(then)
-                    return
-                self._talk, outcome = then, None
+                run = settle(self._balancer, self._first, outcome)
+                self._talk = take(self._balancer, self._count, BUDGET_S, self._first, run)
+                outcome = None
             step = self._talk.send(outcome)
         except StopIteration as end:
             self._served(end.value)

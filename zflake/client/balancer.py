@@ -291,13 +291,9 @@ class Balancer:
 
     def _tiers(self) -> list[list[str]]:
         """The endpoints that the route allows to be asked for IDs, the preferred kind first."""
-        match self.route:
-            case "direct":
-                return [self._workers]
-            case "broker":
-                return [self._brokers]
-            case _:
-                return [self._workers, self._brokers]
+        if self.route == "broker":
+            return [self._brokers]
+        return [self._workers] if self.route == "direct" else [self._workers, self._brokers]
 
     def _is_fit(self, endpoint: str, now: float) -> bool:
         return self._health[endpoint].ejected_until <= now

@@ -24,7 +24,7 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
-from zflake.wire.cluster import Hello, check_hello
+from zflake.wire.cluster import check_hello
 from zflake.wire.codec import Response
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.ids import MAX_COUNT, check_run
@@ -99,8 +99,7 @@ def begin(balancer: Balancer, count: int, timeout_s: float) -> Ask | None:
     """The first ask of a call for `count` IDs; None if the call begins by choosing an endpoint.
 
     Nearly every call is this ask alone: the endpoint that answered last answers again.  So the driver makes it
-    without a generator, which would cost the call 15 % more of its thread's time, and hands the outcome to
-    `proceed`.
+    without a generator, which would cost the call 15 % more of its thread's time; `settle` tells what came of it.
     """
     began = balancer.now()
     endpoint = balancer.sticky(began)
@@ -109,34 +108,23 @@ def begin(balancer: Balancer, count: int, timeout_s: float) -> Ask | None:
     return _ask_ids(balancer, endpoint, count, began, _attempt_s(timeout_s))
 
 
-def proceed(
-    balancer: Balancer, count: int, timeout_s: float, ask: Ask, outcome: Outcome
-) -> list[Run] | Conversation[list[Run]]:
-    """Go on after the first ask: gives the runs if it gave all `count` IDs, or the conversation that takes the rest.
-
-    Raises what `take` raises.
-    """
-    run = _settle(balancer, ask, outcome)
-    if type(run) is tuple and run[2] == count:
-        return [run]
-    return _take(balancer, count, Budget(timeout_s, ask.began), ask, run)
-
-
-def take(balancer: Balancer, count: int, timeout_s: float) -> Conversation[list[Run]]:
+def take(
+    balancer: Balancer,
+    count: int,
+    timeout_s: float,
+    ask: Ask | None = None,
+    run: Run | ZflakeError | None = None,
+) -> Conversation[list[Run]]:
     """Take exactly `count` IDs within `timeout_s` seconds; returns their runs in the order of minting.
+
+    If `begin` gave a first `ask`, `run` is what came of it.
 
     Raises, once the budget is spent, the last error that stood in the way: `Timeout` if no endpoint answered,
     `LeaseExpired`, `Overloaded` or `Unavailable` if one did, `ProtocolError` if the answers are not zflake's.
     Raises `AuthError` and `LayoutError` (the endpoints belong to two clusters) at once, since no other try
     would go better.
     """
-    return _take(balancer, count, Budget(timeout_s, balancer.now()), None, None)
-
-
-def _take(
-    balancer: Balancer, count: int, budget: Budget, ask: Ask | None, run: Run | ZflakeError | None
-) -> Conversation[list[Run]]:
-    """Take IDs; `run` is what came of a first `ask`, if there was one."""
+    budget = Budget(timeout_s, balancer.now() if ask is None else ask.began)
     runs: list[Run] = []
     missing = count
     reason: ZflakeError | None = None
@@ -152,7 +140,7 @@ def _take(
             most_s = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
             began = balancer.now()
             ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s(began)))
-            run = _settle(balancer, ask, (yield ask))
+            run = settle(balancer, ask, (yield ask))
         if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
@@ -194,7 +182,7 @@ def _ask_ids(balancer: Balancer, endpoint: str, count: int, began: float, timeou
     return Ask(endpoint, "ids.next", params, timeout_s, began)
 
 
-def _settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError | None:
+def settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError | None:
     """The run that came of an ask for IDs, or the error in its place; None if nothing came.
 
     The balancer learns how the endpoint fared.  Raises the errors that no other try would mend.
@@ -274,16 +262,15 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         began = balancer.now()
         try:
             if balancer.service_of(seed) is None or balancer.layout is None:
-                ask = Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s(began)))
-                balancer.introduce(seed, _hello((yield ask)))
+                hello = yield from _ask_seed(balancer, seed, Method.HELLO, most_s, budget)
+                balancer.introduce(seed, check_hello(hello.error, hello.result))
             if balancer.service_of(seed) == "worker":
                 workers.append(seed)
             else:
                 brokers.append(seed)
             if not asked and seed in brokers:
-                began = balancer.now()
-                ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s(began)))
-                workers += _addresses((yield ask))
+                listed = yield from _ask_seed(balancer, seed, Method.CLUSTER_WORKERS, most_s, budget)
+                workers += _addresses(listed)
                 asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
             balancer.succeeded(seed)
@@ -297,40 +284,36 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         balancer.keep()
         return reason
     balancer.update(workers, brokers)
+    wanted, advice = workers, "no worker is ready: start one, or wait for one to get its lease"
     if balancer.route == "broker":
-        return (
-            None
-            if brokers
-            else reason
-            or Unavailable("the route broker needs a delegator's endpoint: name one, or use another route")
-        )
-    return (
-        None
-        if workers
-        else reason or Unavailable("no worker is ready: start one, or wait for one to get its lease")
-    )
+        wanted = brokers
+        advice = "the route broker needs a delegator's endpoint: name one, or use another route"
+    return None if wanted else reason or Unavailable(advice)
 
 
-def _hello(outcome: Outcome) -> Hello:
-    """The hello in an answer; raises the error in its place."""
-    if not isinstance(outcome, Response):
-        raise outcome or Timeout("no answer")
-    return check_hello(outcome.error, outcome.result)
+def _ask_seed(
+    balancer: Balancer, seed: str, method: Method, most_s: float, budget: Budget
+) -> Conversation[Response]:
+    """The answer of a seed that has `most_s` seconds at most; raises the error in its place."""
+    outcome = yield Ask(seed, method, (), min(most_s, budget.attempt_s(balancer.now())))
+    if isinstance(outcome, Response):
+        return outcome
+    raise outcome or Timeout("no answer")
 
 
-def _addresses(outcome: Outcome) -> list[str]:
+def _addresses(listed: Response) -> list[str]:
     """The addresses of the workers in a directory."""
     try:
-        addresses = [worker["address"] for worker in _result(outcome)["workers"]]
+        addresses = [worker["address"] for worker in _result(listed)["workers"]]
         return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
     except (KeyError, TypeError, ConfigError) as error:
         raise ProtocolError(f"the directory that it sent can't be read: {error}") from error
 
 
-def _result(outcome: Outcome) -> Any:
+def _result(outcome: Response | ProtocolError) -> Any:
     """The result in an answer; raises the error that came in its place."""
-    if not isinstance(outcome, Response):
-        raise outcome or Timeout("no answer")
+    if isinstance(outcome, ProtocolError):
+        raise outcome
     if outcome.error is not None:
         raise exception_of(outcome.error)
     return outcome.result

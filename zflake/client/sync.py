@@ -8,11 +8,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Self, TypeVar
 
 from zflake.client.balancer import ROUTES, Balancer
-from zflake.client.conversation import Ask, Conversation, Outcome, Pause, begin, fetch_layout, proceed, take
+from zflake.client.conversation import Ask, Conversation, Outcome, Pause, begin, fetch_layout, settle, take
 from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
@@ -99,17 +98,16 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _take(self, count: int) -> list[Run]:
-        ask = begin(self._balancer, count, self._timeout)
-        if ask is None:
-            return self._drive(take(self._balancer, count, self._timeout))
-        then = proceed(self._balancer, count, self._timeout, ask, self._transport.ask(ask))
-        return then if isinstance(then, list) else self._drive(then)
+        ask, run = begin(self._balancer, count, self._timeout), None
+        if ask is not None:
+            run = settle(self._balancer, ask, self._transport.ask(ask))
+            if type(run) is tuple and run[2] == count:
+                return [run]
+        return self._drive(take(self._balancer, count, self._timeout, ask, run))
 
     def _drive(self, talk: Conversation[T]) -> T:
         outcome: Outcome = None
@@ -140,6 +138,7 @@ _all: weakref.WeakSet[Client] = weakref.WeakSet()
 def _after_fork() -> None:
     for client in list(_all):
         client._balancer.after_fork()  # noqa: SLF001
+        client._transport.after_fork()  # noqa: SLF001
 
 
 os.register_at_fork(after_in_child=_after_fork)
