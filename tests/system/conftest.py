@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import pytest
-import zmq
 
-from tests.conftest import Peer
 from tests.system.daemons import Daemon, Daemons, names_of, until
-
-Peers: TypeAlias = Callable[[str], Peer]
 
 
 @dataclass(frozen=True)
@@ -49,17 +44,3 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster that is shared: tests must leave it serving."""
     with Daemons(tmp_path_factory.mktemp("cluster")) as daemons:
         yield start_cluster(daemons)
-
-
-@pytest.fixture
-def peers(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Peers]:
-    """Connects bare sockets to daemons, and closes them at the end."""
-    made: list[Peer] = []
-
-    def connect(address: str) -> Peer:
-        made.append(Peer(context, address))
-        return made[-1]
-
-    yield connect
-    for peer in made:
-        peer.socket.close(linger=0)

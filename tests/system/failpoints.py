@@ -82,18 +82,12 @@ class Point:
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Put `wrapper`, which is given the old function first, in place of `owner.name`."""
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-
-def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """The same for a method."""
-    original = getattr(owner, name)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
-    setattr(owner, name, method)
+    setattr(owner, name, wrapped)
 
 
 def kinds_of(swaps: Collection[Swap]) -> set[str]:
@@ -140,10 +134,10 @@ def wrap_store(point: Point) -> None:
 
         return wrapper
 
-    wrap_method(SqliteStore, "swap", swap)
-    wrap_method(SqliteStore, "initialise", doing("initialise"))
-    wrap_method(SqliteStore, "swap_meta", doing("meta"))
-    wrap_method(DatabaseFile, "write_marker", mark_progress)
+    wrap(SqliteStore, "swap", swap)
+    wrap(SqliteStore, "initialise", doing("initialise"))
+    wrap(SqliteStore, "swap_meta", doing("meta"))
+    wrap(DatabaseFile, "write_marker", mark_progress)
 
 
 def wrap_answers(point: Point) -> None:
@@ -199,10 +193,10 @@ def wrap_worker(point: Point) -> None:
         point.passed("after they are minted", ["ids"])
         return answer
 
-    wrap_method(LeaseConversation, "_ask", ask)
-    wrap_method(LeaseClient, "service", serve)
-    wrap_method(Lessee, "_accept", accept)
-    wrap_method(Handler, "_mint", mint)
+    wrap(LeaseConversation, "_ask", ask)
+    wrap(LeaseClient, "service", serve)
+    wrap(Lessee, "_accept", accept)
+    wrap(Handler, "_mint", mint)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 import time
@@ -12,9 +11,9 @@ from typing import Final, TypeAlias
 import pytest
 
 import zflake
+from tests.conftest import Connect
 from tests.jobs.checker import check_runs, check_stores, runs_of, ticks_of
 from tests.jobs.load import Load
-from tests.system.conftest import Peers
 from tests.system.daemons import Daemon, Daemons, status_of, until
 from tests.system.faketime import HOUR_S, YEAR_S, WrongClock, clean_up_after, need_faketime
 from zflake.core.layout import DEFAULT
@@ -28,22 +27,14 @@ ORDER_MS: Final = 50
 IN_2040_S: Final = 14 * YEAR_S
 
 
-@contextlib.contextmanager
-def wrong_clocks(daemons: Daemons) -> Iterator[Clocks]:
-    """Makes wall clocks for these daemons, which end with them."""
-    need_faketime(daemons.folder)
-    numbers = itertools.count()
-    try:
-        yield lambda off_s=0: WrongClock(daemons.folder / f"clock-{next(numbers)}", off_s)
-    finally:
-        for process in daemons.end():
-            clean_up_after(process.pid)
-
-
 @pytest.fixture
 def clocks(daemons: Daemons) -> Iterator[Clocks]:
-    with wrong_clocks(daemons) as clocks:
-        yield clocks
+    """Makes wall clocks for the test's daemons, which end with them."""
+    need_faketime(daemons.folder)
+    numbers = itertools.count()
+    yield lambda off_s=0: WrongClock(daemons.folder / f"clock-{next(numbers)}", off_s)
+    for process in daemons.end():
+        clean_up_after(process.pid)
 
 
 def _lead_s(delegator: Daemon) -> float:
@@ -63,12 +54,9 @@ def _refused(delegator: Daemon) -> str:
     return line
 
 
-def test_a_delegator_whose_wall_clock_steps_goes_on_as_if_it_did_not(daemons: Daemons) -> None:
-    with wrong_clocks(daemons) as clocks:
-        _step_while_running(daemons, clocks)
-
-
-def _step_while_running(daemons: Daemons, clocks: Clocks) -> None:
+def test_a_delegator_whose_wall_clock_steps_goes_on_as_if_it_did_not(
+    daemons: Daemons, clocks: Clocks
+) -> None:
     clock = clocks()
     delegator = daemons.delegator(ttl="4s", env=clock.env)
     worker = daemons.worker(to=delegator)
@@ -88,13 +76,8 @@ def _step_while_running(daemons: Daemons, clocks: Clocks) -> None:
 
 
 def test_a_delegator_restarted_with_another_wall_clock_goes_on_from_its_mark_or_refuses(
-    daemons: Daemons,
+    daemons: Daemons, clocks: Clocks
 ) -> None:
-    with wrong_clocks(daemons) as clocks:
-        _restart_with_steps(daemons, clocks)
-
-
-def _restart_with_steps(daemons: Daemons, clocks: Clocks) -> None:
     clock = clocks()
     delegators = [daemons.delegator(ttl="1s", env=clock.env)]
     worker = daemons.worker(to=delegators[0])
@@ -146,12 +129,9 @@ def _restart_with_steps(daemons: Daemons, clocks: Clocks) -> None:
     assert verdict.violations == []
 
 
-def test_holders_of_a_store_that_was_lost_are_served_again_after_its_rest(daemons: Daemons) -> None:
-    with wrong_clocks(daemons) as clocks:
-        _rest_in_no_time(daemons, clocks)
-
-
-def _rest_in_no_time(daemons: Daemons, clocks: Clocks) -> None:
+def test_holders_of_a_store_that_was_lost_are_served_again_after_its_rest(
+    daemons: Daemons, clocks: Clocks
+) -> None:
     clock = clocks()
     delegators = [daemons.delegator("--machines", "0-0", ttl="1s", env=clock.env)]
     worker = daemons.worker(to=delegators[0])
@@ -185,13 +165,13 @@ def _refusals(delegator: Daemon) -> int:
 
 
 def test_workers_an_hour_off_mint_in_the_order_in_which_they_are_asked(
-    daemons: Daemons, clocks: Clocks, peers: Peers
+    daemons: Daemons, clocks: Clocks, connect: Connect
 ) -> None:
     delegator = daemons.delegator(ttl="2s")
     off = [clocks(off_s) for off_s in (-HOUR_S, HOUR_S)]
     workers = [daemons.worker(to=delegator, env=clock.env) for clock in off]
     until(lambda: all(w.said("holding machine") for w in workers), "both to hold machine IDs")
-    asked = [peers(worker.address) for worker in workers]
+    asked = [connect(worker.address) for worker in workers]
     runs: list[tuple[int, int, int]] = []
     for k in range(4_000):
         if k == 2_000:
