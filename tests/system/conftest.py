@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.daemons import Daemon, Daemons, names_of, until
+from tests.system.daemons import Daemon, Daemons, ready_at, until
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A delegator and two workers that hold machine IDs."""
+    """A delegator and its workers, which get requests from it."""
 
     delegator: Daemon
     workers: list[Daemon]
@@ -26,9 +26,8 @@ class Cluster:
 def start_cluster(daemons: Daemons, *flags: str, workers: int = 2, ttl: str = "30s") -> Cluster:
     """A delegator with these flags and its workers, once all of them serve."""
     delegator = daemons.delegator(*flags, ttl=ttl)
-    address = delegator.address
-    started = [daemons.worker(to=address) for _ in range(workers)]
-    until(lambda: len(names_of(delegator)) == workers, "all workers to hold a machine ID")
+    started = [daemons.worker(to=delegator) for _ in range(workers)]
+    until(lambda: len(ready_at(delegator)) == workers, "all workers to be ready")
     return Cluster(delegator, started)
 
 
