@@ -124,12 +124,17 @@ def gunicorn(daemons: Daemons, address: str) -> tuple[Process, int]:
     command += ["--bind", "127.0.0.1:0"]
     process = daemons.process([*command, "zflake.web:create_app()"], env={"ZFLAKE_ENDPOINTS": address})
 
-    def port() -> int | None:
-        _, found, rest = process.log().partition("Listening at: http://127.0.0.1:")
-        assert process.alive, process.log()
-        return int(rest.split()[0]) if found else None
+    return process, port_of(process, "Listening at:")
 
-    return process, until(port, "gunicorn to listen")
+
+def port_of(server: Process, words: str) -> int:
+    """The port at which it says that it serves."""
+
+    def said() -> str:
+        assert server.alive, server.log()
+        return server.log().partition(f"{words} http://127.0.0.1:")[2]
+
+    return int(until(said, "its address").split()[0])
 
 
 def test_gunicorns_preloaded_workers_give_distinct_ids_and_a_reload_gives_their_leases_back(
@@ -169,11 +174,7 @@ def test_the_example_server_serves_and_gives_its_lease_back(daemons: Daemons) ->
     command = [sys.executable, "-m", "zflake.web", "--to", delegator.address, "--bind", "127.0.0.1:0"]
     server = daemons.process(command)
 
-    def port() -> str:
-        assert server.alive, server.log()
-        return server.log().partition("serves at http://127.0.0.1:")[2].strip()
-
-    askers = Askers(int(until(port, "its address")), threads=3)
+    askers = Askers(port_of(server, "serves at"), threads=3)
     until(lambda: len(askers.ids) > 300, "IDs")
     askers.stop()
     assert len(set(askers.ids)) == len(askers.ids)
