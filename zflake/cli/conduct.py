@@ -25,9 +25,10 @@ MISUSED: Final = 2
 INTERRUPTED: Final = 130
 
 
-def run(command: click.Command, prefix: str) -> NoReturn:
-    """Run a command as a program; environment variables for its options begin with `prefix`."""
+def run(command: click.Command) -> NoReturn:
+    """Run a command as a program; environment variables for its options begin with its name."""
     name = command.name or "zflake"
+    prefix = name.upper().replace("-", "_")
     try:
         code = command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -49,7 +49,7 @@ def command() -> None:
 
 def main() -> None:
     """Run the command."""
-    run(command, "ZFLAKE")
+    run(command)
 
 
 @command.command()

@@ -76,7 +76,7 @@ def command(
 
 def main() -> None:
     """Run the command."""
-    run(command, "ZFLAKE_WORKER")
+    run(command)
 
 
 if __name__ == "__main__":
