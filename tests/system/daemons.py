@@ -291,10 +291,9 @@ def resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def ready_at(delegator: Daemon) -> list[str]:
+def ready_at(delegator: Daemon) -> set[str]:
     """The names of the workers that get requests from the delegator now."""
-    leases = status_of(delegator.address).get("leases", ())
-    return [lease["name"] for lease in leases if lease["worker"]]
+    return {lease["name"] for lease in status_of(delegator.address).get("leases", ()) if lease["worker"]}
 
 
 def status_of(endpoint: str) -> dict[str, Any]:

@@ -18,15 +18,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import pytest
 import zmq
 
 import zflake
 from tests.conftest import Script
+from tests.engines.several import Watch
 from tests.system import flood
 from tests.system.conftest import Cluster, start_cluster
 from tests.system.daemons import (
@@ -95,7 +97,7 @@ def test_with_one_of_two_workers_frozen_every_brokered_request_is_answered(daemo
     assert len({response.result[0] for response, _ in answers}) == 200
     facts = status_of(cluster.delegator.address)
     assert facts["broker"]["requeued"] > 0, "the frozen worker had some of them"
-    assert ready_at(cluster.delegator) == [other.name]
+    assert ready_at(cluster.delegator) == {other.name}
     # Thawed, it is given requests again, and what it answers too late goes to no client.
     frozen.signal(signal.SIGCONT)
     _await_worker(frozen, cluster.delegator)
@@ -117,55 +119,27 @@ def test_a_flood_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
 # --- restarted ---
 
 
-class Load:
-    """Clients of every route, each in a thread of its own, who take IDs until they are told to stop."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.ids: dict[str, list[int]] = {route: [] for route in ROUTES}
-        self.errors: list[str] = []
-        self.slowest_s = 0.0
-        self._endpoint = endpoint
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._take, args=(route,)) for route in ROUTES]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-
-    def go_on(self) -> None:
-        """Wait until every client has got IDs that it asked for after now."""
-        marks = {route: len(ids) for route, ids in self.ids.items()}
-        until(lambda: all(len(self.ids[route]) > marks[route] + 20 for route in ROUTES), "IDs by every route")
-
-    def _take(self, route: str) -> None:
-        ids = self.ids[route]
-        with zflake.Client(self._endpoint, route=route, timeout=BUDGET_S) as client:
-            while not self._stopping.wait(0.001):
-                begun = time.monotonic()
-                try:
-                    ids += [client.next_id()] if len(ids) % 5 else client.next_ids(10)
-                except Exception as error:  # noqa: BLE001  (whatever it is, it must not be)
-                    self.errors.append(f"{route}: {error!r}")
-                self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
-
-
 def test_rolling_restarts_fail_no_call_by_any_route(daemons: Daemons) -> None:
     cluster = start_cluster(daemons, workers=2)
     delegator = cluster.delegator
     replaced: list[Daemon] = []
-    with Load(delegator.address) as load:
-        load.go_on()
+    ids: list[int] = []
+
+    def take(client: zflake.Client) -> None:
+        ids.extend([client.next_id(), *client.next_ids(10)])
+
+    with contextlib.ExitStack() as stack:
+        calls: dict[str, Callable[[], object]] = {}
+        for route in ROUTES:
+            client = zflake.Client(delegator.address, route=route, timeout=BUDGET_S)
+            calls[route] = partial(take, stack.enter_context(client))
+        watch = stack.enter_context(Watch(calls, pause_s=0.001))
+        watch.go_on()
         for old in cluster.workers:
             assert old.terminate() == 0
             replaced.append(daemons.worker(name=f"new-{old.name}", to=delegator))
             _await_worker(replaced[-1], delegator)
-            load.go_on()
+            watch.go_on()
         for how in (signal.SIGTERM, signal.SIGKILL):
             delegator.signal(how)
             assert delegator.wait() == (0 if how is signal.SIGTERM else -how)
@@ -174,10 +148,9 @@ def test_rolling_restarts_fail_no_call_by_any_route(daemons: Daemons) -> None:
             )
             for worker in replaced:
                 _await_worker(worker, delegator)
-            load.go_on()
-    assert load.errors == []
-    assert load.slowest_s < BUDGET_S
-    ids = [id_ for taken in load.ids.values() for id_ in taken]
+            watch.go_on()
+    assert watch.errors == []
+    assert max(watch.slowest.values()) < BUDGET_S
     assert len(set(ids)) == len(ids)
 
 
