@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+from zflake import Client, LeasedGenerator
 from zflake.cli.status import ask_status
 from zflake.errors import ZflakeError
 
@@ -266,6 +267,14 @@ main()
         process = Process(name or f"process-{len(self._started)}", argv, self.folder, env=env)
         self._started.append(process)
         return process
+
+
+def try_next(ids: Client | LeasedGenerator) -> int | None:
+    """An ID; None if there is none to be had now."""
+    try:
+        return ids.next_id()
+    except ZflakeError:
+        return None
 
 
 def children_of(pid: int) -> list[int]:

@@ -90,6 +90,18 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
+def around(point: Point, what: str, doing: Collection[str] | None = None) -> Callable[..., Any]:
+    """A wrapper that passes the point before and after the old function."""
+
+    def wrapper(original: Any, *args: Any) -> Any:
+        point.passed(f"before {what}", doing)
+        result = original(*args)
+        point.passed(f"after {what}", doing)
+        return result
+
+    return wrapper
+
+
 def kinds_of(swaps: Collection[Swap]) -> set[str]:
     """The work of a transaction."""
     kinds = set() if swaps else {"mark"}
@@ -122,11 +134,6 @@ def wrap_store(point: Point) -> None:
             point.passed("after the swap")
             return outcome
 
-    def mark_progress(original: Any, file: DatabaseFile, *args: Any) -> None:
-        point.passed("before the marker")
-        original(file, *args)
-        point.passed("after the marker")
-
     def doing(kind: str) -> Callable[..., Any]:
         def wrapper(original: Any, store: SqliteStore, *args: Any) -> Any:
             with point.while_doing(kind):
@@ -137,16 +144,11 @@ def wrap_store(point: Point) -> None:
     wrap(SqliteStore, "swap", swap)
     wrap(SqliteStore, "initialise", doing("initialise"))
     wrap(SqliteStore, "swap_meta", doing("meta"))
-    wrap(DatabaseFile, "write_marker", mark_progress)
+    wrap(DatabaseFile, "write_marker", around(point, "the marker"))
 
 
 def wrap_answers(point: Point) -> None:
     answers = False
-
-    def record_grant(original: Any, request: Any, settled: Any) -> None:
-        point.passed("before the log", ["answer"])
-        original(request, settled)
-        point.passed("after the log", ["answer"])
 
     def store_result(original: Any, *args: Any) -> Any:
         nonlocal answers
@@ -162,7 +164,7 @@ def wrap_answers(point: Point) -> None:
         answers = False
         return sent
 
-    wrap(executor, "_record_grant", record_grant)
+    wrap(executor, "_record_grant", around(point, "the log", ["answer"]))
     wrap(service, "store_result", store_result)
     wrap(server, "send", send)
 
@@ -183,20 +185,12 @@ def wrap_worker(point: Point) -> None:
 
     def accept(original: Any, lessee: Lessee, *args: Any) -> None:
         kinds = [""] if lessee.mint is None else ["renewal"]
-        point.passed("before the grant is taken in", kinds)
-        original(lessee, *args)
-        point.passed("after the grant is taken in", kinds)
-
-    def mint(original: Any, handler: Handler[Any], *args: Any) -> Any:
-        point.passed("before they are minted", ["ids"])
-        answer = original(handler, *args)
-        point.passed("after they are minted", ["ids"])
-        return answer
+        around(point, "the grant is taken in", kinds)(original, lessee, *args)
 
     wrap(LeaseConversation, "_ask", ask)
     wrap(LeaseClient, "service", serve)
     wrap(Lessee, "_accept", accept)
-    wrap(Handler, "_mint", mint)
+    wrap(Handler, "_mint", around(point, "they are minted", ["ids"]))
 
 
 def main() -> None:

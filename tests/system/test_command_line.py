@@ -15,6 +15,7 @@ from typing import Final
 
 import pytest
 
+from tests.servers import free_port
 from tests.system.conftest import Cluster, start_cluster
 from tests.system.daemons import WAIT_S, Daemons, complaint, environment, names_of, printed, tool, until
 from zflake.core.layout import DEFAULT
@@ -59,13 +60,6 @@ def taken() -> Iterator[str]:
     """An endpoint at which another process serves."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
-
-
-@pytest.fixture
-def deserted() -> str:
-    """An endpoint at which nothing serves."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
 def _shown(value: object) -> str:
@@ -287,7 +281,8 @@ def test_a_store_of_another_layout_or_in_use_is_refused(daemons: Daemons, tmp_pa
 
 
 @pytest.mark.parametrize("argv", [["next"], ["status"], ["next", "--format", "json"]], ids=" ".join)
-def test_no_delegator_is_one_line(argv: list[str], deserted: str, tmp_path: Path) -> None:
+def test_no_delegator_is_one_line(argv: list[str], tmp_path: Path) -> None:
+    deserted = f"tcp://127.0.0.1:{free_port()}"
     line = refusal(TOOL, *argv, "--to", deserted, "--timeout", "300ms", folder=tmp_path)
     assert deserted in line
     assert "within 0.3 s" in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import http.client
 import signal
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tests.system.daemons import Daemon, Daemons, Process, status_of, until
+from tests.system.daemons import Daemon, Daemons, Process, status_of, try_next, until
 from zflake import LeasedGenerator, LeaseExpired, layouts
 
 SNOWCLOUD: Final = layouts["snowcloud"]
@@ -43,7 +42,7 @@ def test_a_killed_delegator_is_survived_to_the_end_of_the_window_and_its_return_
                 errors.append((time.monotonic(), error))
 
     with LeasedGenerator(address, timeout=0.2) as ids:
-        until(functools.partial(_served, ids, got), "the first ID")
+        got.append(until(lambda: try_next(ids), "the first ID"))
         machine = ids.machine
         taker = threading.Thread(target=take, args=(ids,))
         taker.start()
@@ -66,14 +65,6 @@ def test_a_killed_delegator_is_survived_to_the_end_of_the_window_and_its_return_
             taker.join()
         assert ids.machine == machine
     assert got == sorted(set(got))
-
-
-def _served(ids: LeasedGenerator, got: list[int]) -> bool:
-    try:
-        got.append(ids.next_id())
-    except TimeoutError:
-        return False
-    return True
 
 
 # --- Flask under gunicorn ---

@@ -36,9 +36,8 @@ BUDGET_MS: Final = 20_000
 """More than any of these tests takes to answer."""
 
 
-def _ask(peer: Peer, count: int = 1, budget_ms: int = BUDGET_MS) -> Response:
-    response: Response = peer.ask("ids.next", count, budget_ms)
-    return response
+def _ask(peer: Peer) -> Response:
+    return peer.ask("ids.next", 1, BUDGET_MS)
 
 
 def _ids(response: Response) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 
 import zflake
 from tests.system.conftest import Cluster, start_cluster
-from tests.system.daemons import Daemon, Daemons, complaint, printed, status_of, tool, until
+from tests.system.daemons import Daemon, Daemons, complaint, printed, status_of, tool, try_next, until
 from zflake.core.lease import Mark
 from zflake.stores.sqlite import SqliteStore
 
@@ -53,7 +53,7 @@ def test_a_worker_and_nobody_trace_nothing(cluster: Cluster) -> None:
 def test_what_was_given_back_is_not_traced_to_who_had_it(daemons: Daemons) -> None:
     delegator = daemons.delegator(ttl="30s")
     with zflake.Client(daemons.worker(to=delegator, name="first").address, route="direct") as ids:
-        id_ = until(lambda: _next(ids), "an ID")
+        id_ = until(lambda: try_next(ids), "an ID")
     machine = zflake.layouts["snowcloud"].decompose(id_).machine
     tick = zflake.layouts["snowcloud"].decompose(id_).tick
     for worker in daemons._started[1:]:
@@ -64,13 +64,6 @@ def test_what_was_given_back_is_not_traced_to_who_had_it(daemons: Daemons) -> No
     # Its window went on for half a minute; what it gave back of that, no holder has.
     later = zflake.layouts["snowcloud"].compose(tick + 20_000, machine, 0)
     assert "no holder" in tool("trace", str(later), "--to", delegator.address).stdout
-
-
-def _next(ids: zflake.Client) -> int | None:
-    try:
-        return ids.next_id()
-    except zflake.ZflakeError:
-        return None
 
 
 # --- store info ---
@@ -150,7 +143,7 @@ def test_rewind_brings_a_store_back_from_a_future_that_was_believed(daemons: Dae
     assert again.address
     worker = daemons.worker(to=again)
     with zflake.Client(worker.address, route="direct") as ids:
-        id_ = until(lambda: _next(ids), "an ID")
+        id_ = until(lambda: try_next(ids), "an ID")
     assert abs(zflake.layouts["snowcloud"].decompose(id_).time.timestamp() - time.time()) < 5
 
 
