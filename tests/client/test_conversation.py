@@ -89,8 +89,6 @@ class Worker(Daemon):
 
 
 class Delegator(Daemon):
-    """Lists workers."""
-
     service = "delegator"
 
     def __init__(self, *workers: str) -> None:

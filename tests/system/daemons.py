@@ -278,7 +278,6 @@ def try_next(ids: Client | LeasedGenerator) -> int | None:
 
 
 def children_of(pid: int) -> list[int]:
-    """The pids of a process's children."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -295,7 +294,6 @@ def is_running(pid: int) -> bool:
 
 
 def resident_mb(pid: int) -> float:
-    """The resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 

@@ -50,8 +50,6 @@ WORKER_POINTS: Final = (
 
 
 class Point:
-    """The point to die at."""
-
     def __init__(self, name: str, times: int) -> None:
         if name not in DELEGATOR_POINTS + WORKER_POINTS:
             raise SystemExit(f"no point {name!r}")

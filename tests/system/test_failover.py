@@ -375,8 +375,6 @@ os.execv(sys.executable, [sys.executable, "-m", "zflake", *sys.argv[1:]])
 
 
 class Terminal:
-    """A terminal on which the tool runs."""
-
     def __init__(self, *argv: str) -> None:
         self.screen = b""
         self._master, slave = os.openpty()

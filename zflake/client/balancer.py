@@ -33,8 +33,6 @@ _MAX_FAILURES: Final = 10
 
 @dataclass(slots=True)
 class _Health:
-    """How an endpoint fares."""
-
     failures: int = 0
     ejected_until: float = float("-inf")
     settled_at: float = float("-inf")

@@ -211,7 +211,6 @@ def _wait_s(error: ZflakeError) -> float:
 
 
 def _attempt_s(total_s: float) -> float:
-    """The seconds that one attempt may take of a budget of `total_s` seconds."""
     return min(ATTEMPT_S, total_s / ATTEMPTS)
 
 
@@ -302,7 +301,6 @@ def _ask_seed(
 
 
 def _addresses(listed: Response) -> list[str]:
-    """The addresses of the workers in a directory."""
     try:
         addresses = [worker["address"] for worker in _result(listed)["workers"]]
         return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
@@ -331,7 +329,6 @@ def _copy(error: ZflakeError, message: str) -> ZflakeError:
 def _spent(
     balancer: Balancer, count: int, missing: int, budget: Budget, reason: ZflakeError | None
 ) -> ZflakeError:
-    """The error of a call whose budget is spent."""
     seeds = ", ".join(balancer.seeds)
     if reason is not None and missing == count:
         return _copy(reason, f"{reason} (asked {seeds} for {budget.total_s:g} s)")
