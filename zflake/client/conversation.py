@@ -9,7 +9,7 @@ The balancer remembers between conversations which endpoints there are and how t
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from zflake.client.balancer import PROBE_S, Balancer, Refresh
@@ -79,19 +79,20 @@ Conversation: TypeAlias = Generator[Action, Outcome, T]
 
 
 class Budget:
-    """The time of one call, retries included: `total_s` seconds from `began` on."""
+    """The time of one call, retries included: `total_s` seconds from `began` on, by the clock `now`."""
 
-    def __init__(self, total_s: float, began: float) -> None:
+    def __init__(self, total_s: float, began: float, now: Callable[[], float]) -> None:
         self.total_s = total_s
         self.deadline = began + total_s
+        self._now = now
 
-    def left_s(self, now: float) -> float:
+    def left_s(self) -> float:
         """The seconds that are left, 0 or more."""
-        return max(0.0, self.deadline - now)
+        return max(0.0, self.deadline - self._now())
 
-    def attempt_s(self, now: float) -> float:
+    def attempt_s(self) -> float:
         """The seconds that an attempt which begins now may take; the last one takes all that is left."""
-        attempt_s, left_s = _attempt_s(self.total_s), self.left_s(now)
+        attempt_s, left_s = _attempt_s(self.total_s), self.left_s()
         return left_s if left_s < 1.5 * attempt_s else attempt_s
 
 
@@ -124,14 +125,14 @@ def take(
     Raises `AuthError` and `LayoutError` (the endpoints belong to two clusters) at once, since no other try
     would go better.
     """
-    budget = Budget(timeout_s, balancer.now() if ask is None else ask.began)
+    budget = Budget(timeout_s, balancer.now() if ask is None else ask.began, balancer.now)
     runs: list[Run] = []
     missing = count
     reason: ZflakeError | None = None
     brokered = False
     while missing:
         if ask is None:
-            if balancer.now() >= budget.deadline:
+            if not budget.left_s():
                 raise _spent(balancer, count, missing, budget, reason)
             endpoint = yield from _choose(balancer, budget, brokered=brokered)
             if not isinstance(endpoint, str):
@@ -139,7 +140,7 @@ def take(
                 continue
             most_s = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
             began = balancer.now()
-            ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s(began)))
+            ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s()))
             run = settle(balancer, ask, (yield ask))
         if isinstance(run, tuple):
             runs.append(run)
@@ -150,7 +151,7 @@ def take(
         else:
             reason = run
             if not balancer.has_fit():
-                yield Pause(min(_wait_s(run), budget.left_s(balancer.now())))
+                yield Pause(min(_wait_s(run), budget.left_s()))
         ask = None
     return runs
 
@@ -160,13 +161,13 @@ def fetch_layout(balancer: Balancer, timeout_s: float) -> Conversation[Layout]:
 
     Raises `Timeout` if no seed can tell, `ProtocolError` if the answers are not zflake's.
     """
-    budget = Budget(timeout_s, balancer.now())
+    budget = Budget(timeout_s, balancer.now(), balancer.now)
     while balancer.layout is None:
         reason = yield from _refresh(balancer, budget)
         if balancer.layout is None:
             if isinstance(reason, ProtocolError):
                 raise reason
-            left_s = budget.left_s(balancer.now())
+            left_s = budget.left_s()
             if left_s <= 0:
                 raise _spent(balancer, 0, 0, budget, reason)
             yield Pause(min(PAUSE_S, left_s))
@@ -223,7 +224,7 @@ def _choose(balancer: Balancer, budget: Budget, *, brokered: bool) -> Conversati
         return endpoint
     if isinstance(reason, ProtocolError):
         raise reason
-    yield Pause(min(PAUSE_S, budget.left_s(balancer.now())))
+    yield Pause(min(PAUSE_S, budget.left_s()))
     return reason
 
 
@@ -242,7 +243,7 @@ def _refresh(balancer: Balancer, budget: Budget) -> Conversation[ZflakeError | N
         finally:
             balancer.end_refresh(refresh)
         return refresh.error
-    yield Wait(refresh, budget.attempt_s(balancer.now()))
+    yield Wait(refresh, budget.attempt_s())
     if refresh.error is None or isinstance(refresh.error, _PASSING):
         return refresh.error
     raise _copy(refresh.error, str(refresh.error))  # the traceback of each caller is its own
@@ -261,14 +262,14 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         began = balancer.now()
         try:
             if balancer.service_of(seed) is None or balancer.layout is None:
-                hello = yield from _ask_seed(balancer, seed, Method.HELLO, most_s, budget)
+                hello = yield from _ask_seed(seed, Method.HELLO, most_s, budget)
                 balancer.introduce(seed, check_hello(hello.error, hello.result))
             if balancer.service_of(seed) == "worker":
                 workers.append(seed)
             else:
                 brokers.append(seed)
             if not asked and seed in brokers:
-                listed = yield from _ask_seed(balancer, seed, Method.CLUSTER_WORKERS, most_s, budget)
+                listed = yield from _ask_seed(seed, Method.CLUSTER_WORKERS, most_s, budget)
                 workers += _addresses(listed)
                 asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
@@ -290,11 +291,9 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
     return None if wanted else reason or Unavailable(advice)
 
 
-def _ask_seed(
-    balancer: Balancer, seed: str, method: Method, most_s: float, budget: Budget
-) -> Conversation[Response]:
+def _ask_seed(seed: str, method: Method, most_s: float, budget: Budget) -> Conversation[Response]:
     """The answer of a seed that has `most_s` seconds at most; raises the error in its place."""
-    outcome = yield Ask(seed, method, (), min(most_s, budget.attempt_s(balancer.now())))
+    outcome = yield Ask(seed, method, (), min(most_s, budget.attempt_s()))
     if isinstance(outcome, Response):
         return outcome
     raise outcome or Timeout("no answer")
