@@ -58,31 +58,3 @@ def test_an_unknown_key_is_refused(key: str, tmp_path: Path) -> None:
     path.write_text(f"{key} = true\n")
     with pytest.raises(ConfigError, match=f"unknown keys: {key};"):
         check(delegator, path)
-
-
-def test_a_flag_beats_the_environment_beats_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "some.toml"
-    path.write_text('bind = "tcp://0.0.0.0:7410"\n')
-    runner = CliRunner()
-
-    def insecure(*flags: str) -> bool:
-        """Whether the bind that counts is refused as one that strangers could reach."""
-        arguments = ["--config", str(path), "--check", *flags]
-        try:
-            runner.invoke(delegator, arguments, catch_exceptions=False, auto_envvar_prefix="ZFLAKE_DELEGATOR")
-        except ConfigError:
-            return True
-        return False
-
-    assert insecure()
-    monkeypatch.setenv("ZFLAKE_DELEGATOR_BIND", "tcp://127.0.0.1:7410")
-    assert not insecure()
-    assert insecure("--bind", "tcp://0.0.0.0:1")
-
-
-def test_variables_of_other_programs_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZFLAKE_PORT", "tcp://10.0.0.1:7410")
-    monkeypatch.setenv("ZFLAKE_DELEGATOR_PORT", "tcp://10.0.0.1:7410")
-    monkeypatch.setenv("ZFLAKE_DELEGATOR_NEW", "nonsense")
-    outcome = CliRunner().invoke(delegator, ["--check"], auto_envvar_prefix="ZFLAKE_DELEGATOR")
-    assert outcome.exit_code == 0, outcome.output

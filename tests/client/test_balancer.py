@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+from tests.client.answers import LAYOUT, directory, error, hello, result
 from zflake.client.balancer import EJECT_S, REFRESH_S, Balancer
 from zflake.client.conversation import (
     ATTEMPT_S,
@@ -22,15 +23,14 @@ from zflake.client.conversation import (
     proceed,
     take,
 )
-from zflake.core.layout import PRESETS
-from zflake.core.mint import Run
 from zflake.errors import AuthError, Timeout, Unavailable
-from zflake.wire.codec import Response, WireError
 
 D1: Final = "tcp://10.0.0.1:7410"
 W1, W2 = "tcp://10.0.1.1:7411", "tcp://10.0.1.2:7411"
 MANY: Final = 64
 BUDGET_S: Final = 5.0
+HELLO: Final = result(hello("delegator"))
+RUN: Final = result([1, 1, 1])
 
 
 class Site:
@@ -46,24 +46,24 @@ class Site:
     def call(self, caller: object, timeout: float = BUDGET_S) -> Call:
         return Call(self, caller, take(self.balancer, 1, timeout))
 
-    def settled(self, *workers: str) -> Site:
-        """Let one call read a directory of these workers."""
+    def settled(self) -> Site:
+        """Let one call read a directory of the worker W1."""
         call = self.call("first")
-        call.hear(hello())
-        call.hear(directory(*workers))
-        call.hear(run())
+        call.hear(HELLO)
+        call.hear(result(directory(W1)))
+        call.hear(RUN)
         return self
 
 
 class Call:
     """A conversation under way, one step at a time."""
 
-    def __init__(self, site: Site, caller: object, talk: Conversation[list[Run]]) -> None:
+    def __init__(self, site: Site, caller: object, talk: Conversation[Any]) -> None:
         self.site = site
         self.caller = caller
         self.talk = talk
         self.step: Action | None = None
-        self.runs: list[Run] | None = None
+        self.result: Any = None
         self.woken = False
         self.hear(None)
 
@@ -73,7 +73,7 @@ class Call:
         try:
             self.step = self.talk.send(outcome)
         except StopIteration as end:
-            self.runs, self.step = end.value, None
+            self.result, self.step = end.value, None
             return
         if isinstance(self.step, Wait):
             self.woken = False
@@ -93,23 +93,6 @@ class Call:
         return self.step.method if isinstance(self.step, Ask) else None
 
 
-def hello() -> Response:
-    layout = PRESETS["snowcloud"].to_map()
-    return Response(1, None, {"service": "delegator", "protocol": 1, "layout": layout, "store_id": None})
-
-
-def directory(*workers: str) -> Response:
-    return Response(1, None, {"workers": [{"address": worker} for worker in workers]})
-
-
-def run(first: int = 1) -> Response:
-    return Response(1, None, [first, 1, 1])
-
-
-def error(code: str) -> Response:
-    return Response(1, WireError(code, f"says {code}", None), None)
-
-
 # --- one refresh at a time ---
 
 
@@ -118,32 +101,32 @@ def test_of_many_callers_that_know_nothing_one_reads_the_directory_and_all_use_i
     calls = [site.call(n) for n in range(MANY)]
     assert [call.asks() for call in calls] == ["hello"] + [None] * (MANY - 1)
     assert all(isinstance(call.step, Wait) and not call.woken for call in calls[1:])
-    calls[0].hear(hello())
-    calls[0].hear(directory(W1))
+    calls[0].hear(HELLO)
+    calls[0].hear(result(directory(W1)))
     assert all(call.woken for call in calls[1:])
     for call in calls[1:]:
         call.hear(None)
     assert {call.asks() for call in calls} == {"ids.next"}
     for call in calls:
-        call.hear(run())
-    assert all(call.runs == [(1, 1, 1)] for call in calls)
+        call.hear(RUN)
+    assert all(call.result == [(1, 1, 1)] for call in calls)
 
 
 def test_while_one_reads_a_directory_that_is_old_the_others_use_it() -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     site.now += REFRESH_S
     calls = [site.call(n) for n in range(MANY)]
     assert [call.asks() for call in calls] == ["cluster.workers"] + ["ids.next"] * (MANY - 1)
 
 
 def test_of_many_callers_whose_worker_failed_one_reads_the_directory() -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     calls = [site.call(n) for n in range(MANY)]
     site.now += ATTEMPT_S
     for call in calls:
         call.hear(None)
     assert [call.asks() for call in calls] == ["cluster.workers"] + [None] * (MANY - 1)
-    calls[0].hear(directory(W2))
+    calls[0].hear(result(directory(W2)))
     for call in calls[1:]:
         call.hear(None)
     assert {call.step.endpoint for call in calls if isinstance(call.step, Ask)} == {W2}
@@ -151,25 +134,19 @@ def test_of_many_callers_whose_worker_failed_one_reads_the_directory() -> None:
 
 def test_the_layout_is_asked_for_once_however_many_want_it() -> None:
     site = Site()
-    talks = [fetch_layout(site.balancer, BUDGET_S) for _ in range(3)]
-    steps = []
-    for site.caller, talk in enumerate(talks):
-        steps.append(talk.send(None))
-    assert [type(step) for step in steps] == [Ask, Wait, Wait]
-    for outcome in (hello(), directory(W1)):
-        try:
-            talks[0].send(outcome)
-        except StopIteration:
-            break
-    for talk in talks[1:]:
-        with pytest.raises(StopIteration):
-            talk.send(None)
+    calls = [Call(site, n, fetch_layout(site.balancer, BUDGET_S)) for n in range(3)]
+    assert [call.asks() for call in calls] == ["hello", None, None]
+    calls[0].hear(HELLO)
+    calls[0].hear(result(directory(W1)))
+    for call in calls[1:]:
+        call.hear(None)
+    assert [call.result for call in calls] == [LAYOUT] * 3
 
 
 def test_callers_that_wait_hear_what_the_reader_heard() -> None:
     site = Site()
     reader, waiter = site.call(0), site.call(1)
-    reader.hear(hello())
+    reader.hear(HELLO)
     with pytest.raises(AuthError, match="says denied") as first:
         reader.hear(error("denied"))
     with pytest.raises(AuthError, match="says denied") as second:
@@ -180,8 +157,8 @@ def test_callers_that_wait_hear_what_the_reader_heard() -> None:
 def test_a_caller_that_waited_in_vain_tells_what_the_reader_found() -> None:
     site = Site()
     reader, waiter = site.call(0), site.call(1)
-    reader.hear(hello())
-    reader.hear(directory())
+    reader.hear(HELLO)
+    reader.hear(result(directory()))
     waiter.hear(None)
     assert isinstance(waiter.step, Pause)
     site.now += BUDGET_S
@@ -203,24 +180,20 @@ class Interrupted(BaseException):
     """As KeyboardInterrupt is."""
 
 
-def _closed(call: Call) -> None:
-    call.talk.close()
-
-
 def _interrupted(call: Call) -> None:
     with pytest.raises(Interrupted):
         call.talk.throw(Interrupted())
-
-
-def _forked(call: Call) -> None:
-    call.site.balancer.after_fork()
 
 
 def _stuck(call: Call) -> None:
     call.site.now += BUDGET_S
 
 
-@pytest.mark.parametrize("give_up", [_closed, _interrupted, _forked, _stuck])
+@pytest.mark.parametrize(
+    "give_up",
+    [lambda call: call.talk.close(), _interrupted, lambda call: call.site.balancer.after_fork(), _stuck],
+    ids=["closed", "interrupted", "forked", "stuck"],
+)
 def test_a_reader_that_gives_up_leaves_its_place_to_the_next_caller(give_up: Callable[[Call], None]) -> None:
     site = Site()
     reader = site.call(0)
@@ -276,7 +249,7 @@ def ejected_s(site: Site, endpoint: str) -> float:
 
 
 def test_of_many_asks_under_way_when_a_worker_dies_one_counts() -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     calls = [site.call(n) for n in range(MANY)]
     site.now += ATTEMPT_S
     for call in calls:
@@ -287,7 +260,7 @@ def test_of_many_asks_under_way_when_a_worker_dies_one_counts() -> None:
 
 
 def test_each_ask_that_began_after_the_ejection_counts() -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     for failures in range(1, 5):
         began = site.now
         site.now += ATTEMPT_S
@@ -303,17 +276,17 @@ def test_each_ask_that_began_after_the_ejection_counts() -> None:
 def test_an_endpoint_that_answered_another_ask_while_one_was_lost(
     answered_after_s: float, stays: bool
 ) -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     lost, answered = site.call(0), site.call(1)
     site.now += answered_after_s
-    answered.hear(run())
+    answered.hear(RUN)
     site.now += 1.0 - answered_after_s
     lost.hear(None)
     assert (site.balancer.sticky(site.now) == W1) is stays
 
 
 def test_the_first_ask_of_a_call_tells_when_it_began() -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     asks = [begin(site.balancer, 1, BUDGET_S) for _ in range(MANY)]
     site.now += ATTEMPT_S
     for ask in asks:
@@ -323,9 +296,9 @@ def test_the_first_ask_of_a_call_tells_when_it_began() -> None:
 
 
 def test_a_refusal_counts_however_old_the_ask_is() -> None:
-    site = Site().settled(W1)
+    site = Site().settled()
     refused, answered = site.call(0), site.call(1)
     site.now += 0.1
-    answered.hear(run())
+    answered.hear(RUN)
     refused.hear(error("overloaded"))
     assert site.balancer.sticky(site.now) is None, "or it would be asked again at once"

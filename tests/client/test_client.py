@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,26 +14,23 @@ from typing import Any, Final
 import pytest
 import zmq
 
-from tests.conftest import Connect, Scripts, serving, until
-from zflake import Client, Closed, ConfigError, LayoutError, ProtocolError, Timeout, Unavailable
+from tests.client.answers import LAYOUT, directory, hello
+from tests.conftest import Scripts, serving, until
+from tests.embedded.conftest import ANY, in_child
+from tests.embedded.conftest import delegator as leasing
+from zflake import Client, Closed, ConfigError, ProtocolError, Timeout
 from zflake.client.balancer import Refresh
 from zflake.client.conversation import Ask
-from zflake.core.layout import PRESETS
-from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.start import Wishes
-from zflake.wire.codec import decode_request, encode_error, encode_result
+from zflake.wire.codec import decode_request, encode_result
 from zflake.wire.endpoint import parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig
 
-ANY: Final = parse_endpoint("tcp://127.0.0.1:*", to_bind=True)
-LAYOUT: Final = PRESETS["snowcloud"]
 NOBODY: Final = "tcp://127.0.0.1:1"
 
 
 @pytest.fixture(scope="module")
 def delegator() -> Iterator[str]:
-    config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
-    with serving(lambda alarm: Delegator(config, alarm)) as delegator:
+    with leasing() as delegator:
         yield delegator.address
 
 
@@ -112,24 +110,15 @@ def test_many_threads_share_a_client_and_get_distinct_ids(ids: Client) -> None:
     assert len({i for run in runs + many for i in run}) == threads * each + 4 * 5000
 
 
-def test_a_forked_child_may_use_the_client_and_never_repeats_an_id(ids: Client) -> None:
-    before = [ids.next_id() for _ in range(10)]
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:  # pragma: no cover
-        status = 1
-        try:
-            got = [ids.next_id() for _ in range(50)] + ids.next_ids(500)
-            os.write(write, " ".join(map(str, got)).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    after = [ids.next_id() for _ in range(200)]
-    with os.fdopen(read) as pipe:
-        child = [int(text) for text in pipe.read().split()]
-    assert os.waitpid(pid, 0)[1] == 0
-    assert len(child) == 550
+def test_a_forked_child_may_use_the_client_and_close_it(ids: Client) -> None:
+    def work() -> list[int]:
+        taken = [*(ids.next_id() for _ in range(50)), *ids.next_ids(500)]
+        ids.close()
+        return taken
+
+    before = ids.next_ids(10)
+    child = in_child(os.fork, work)
+    after = ids.next_ids(200)
     assert len({*before, *child, *after}) == 10 + 550 + 200
 
 
@@ -141,32 +130,19 @@ def test_a_fork_in_the_midst_of_calls_leaves_both_sides_working(ids: Client) -> 
         while not stop.is_set():
             taken.append(ids.next_id())
 
-    threads = [threading.Thread(target=take) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    until(lambda: len(taken) > 50)
-    read, write = os.pipe()
-    pids = []
-    for _ in range(4):
-        pid = os.fork()
-        if pid == 0:  # pragma: no cover
-            status = 1
-            try:
-                os.write(write, (" ".join(str(ids.next_id()) for _ in range(20)) + " ").encode())
-                status = 0
-            finally:
-                os._exit(status)
-        pids.append(pid)
-    os.close(write)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
-    with os.fdopen(read) as pipe:
-        children = [int(text) for text in pipe.read().split()]
-    done = len(taken)
-    until(lambda: len(taken) > done + 50)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert len({*taken, *children}) == len(taken) + 4 * 20
+    with ThreadPoolExecutor(4) as pool:
+        takers = [pool.submit(take) for _ in range(4)]
+        try:
+            for _ in range(4):
+                mark = len(taken)
+                until(lambda: len(taken) > mark + 50)  # noqa: B023
+                taken += in_child(os.fork, lambda: [ids.next_id() for _ in range(20)])
+            mark = len(taken)
+            until(lambda: len(taken) > mark + 50)
+        finally:
+            stop.set()
+    assert [taker.exception() for taker in takers] == [None] * 4
+    assert len(set(taken)) == len(taken)
 
 
 # --- closing ---
@@ -189,23 +165,16 @@ def test_a_client_that_was_never_used_closes(delegator: str) -> None:
 
 def test_close_in_the_midst_of_calls_ends_them(delegator: str, workers: list[str]) -> None:
     ids = Client(delegator)
-    raised: list[type[BaseException]] = []
 
     def take() -> None:
-        try:
-            while True:
-                ids.next_id()
-        except BaseException as error:  # noqa: BLE001
-            raised.append(type(error))
+        while True:
+            ids.next_id()
 
-    threads = [threading.Thread(target=take) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    until(lambda: len(ids._transport._idle) > 0)
-    ids.close()
-    for thread in threads:
-        thread.join(5)
-    assert raised == [Closed] * 6
+    with ThreadPoolExecutor(6) as pool:
+        takers = [pool.submit(take) for _ in range(6)]
+        until(lambda: ids._transport._idle)
+        ids.close()
+        assert [type(taker.exception(5)) for taker in takers] == [Closed] * 6
     assert not ids._transport._sockets._open
 
 
@@ -251,67 +220,10 @@ def test_nobody_there_is_a_timeout_within_about_the_budget(timeout: float) -> No
         assert took(ids.next_id, TimeoutError) < timeout + 0.4
 
 
-def test_a_peer_that_never_answers_is_a_timeout_within_about_the_budget(script: Scripts) -> None:
-    with Client(script(lambda *_: None).address, timeout=0.5) as ids:
-        assert took(ids.next_id, Timeout) < 0.9
-
-
-def test_a_port_that_speaks_another_protocol_is_a_timeout(request: pytest.FixtureRequest) -> None:
-    with zmq.Context() as context, context.socket(zmq.STREAM) as web:
-        port = web.bind_to_random_port("tcp://127.0.0.1")
-        with Client(f"tcp://127.0.0.1:{port}", timeout=0.4) as ids:
-            assert took(ids.next_id, Timeout) < 0.8
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda *_: b"hello yourself",
-        lambda *_: b"",
-        lambda *_: b"\x91" * 1015,
-        lambda *asked: encode_result(asked[2], None),
-        lambda *asked: encode_result(asked[2], {"service": "web"}),
-        lambda *asked: encode_error(asked[2], "unknown_method", "no such method"),
-        lambda *asked: encode_result(asked[2], {"service": "worker", "protocol": 1, "layout": None}),
-    ],
-    ids=range(7),
-)
-def test_a_peer_that_is_not_zflake_is_a_protocol_error_that_names_it(
-    script: Scripts, answer: Callable[[str, list[Any], int], bytes]
-) -> None:
-    peer = script(answer)
-    with Client(peer.address, timeout=1.0) as ids:
-        assert took(ids.next_id, ProtocolError) < 2
-
-
-def test_endpoints_of_two_clusters_are_refused(delegator: str, workers: list[str]) -> None:
-    config = WorkerConfig((), ANY, machine=5, layout=PRESETS["twitter"])
-    with serving(lambda alarm: Worker(config, alarm)) as other, Client([delegator, other.address]) as ids:
-        took(ids.next_id, LayoutError)
-
-
 def _worker(method: str, params: list[Any], msgid: int) -> bytes:
     if method == "hello":
-        return encode_result(msgid, {"service": "worker", "protocol": 1, "layout": LAYOUT.to_map()})
+        return encode_result(msgid, hello("worker"))
     return encode_result(msgid, [msgid, 1, 1])
-
-
-def test_a_dead_worker_in_the_directory_is_passed_over_within_the_budget(script: Scripts) -> None:
-    live = script(_worker)
-    mute = script(lambda *_: None)
-    listed = [NOBODY, mute.address, live.address]
-
-    def directory(method: str, params: list[Any], msgid: int) -> bytes:
-        if method == "hello":
-            return encode_result(msgid, {"service": "delegator", "protocol": 1, "layout": LAYOUT.to_map()})
-        return encode_result(msgid, {"workers": [{"address": address} for address in listed]})
-
-    delegator = script(directory)
-    for _ in range(4):
-        with Client(delegator.address, timeout=1.0) as ids:
-            start = time.monotonic()
-            assert ids.next_id() > 0
-            assert time.monotonic() - start < 1.1
 
 
 def test_many_threads_with_a_new_client_read_the_directory_once(
@@ -319,17 +231,16 @@ def test_many_threads_with_a_new_client_read_the_directory_once(
 ) -> None:
     threads = 12
     live = script(_worker)
-    asked: list[str] = []
     waiting: list[Refresh] = []
 
-    def directory(method: str, params: list[Any], msgid: int) -> bytes:
-        asked.append(method)
+    def answer(method: str, params: list[Any], msgid: int) -> bytes:
         if method == "hello":
             until(lambda: len(waiting) == threads - 1)
-            return encode_result(msgid, {"service": "delegator", "protocol": 1, "layout": LAYOUT.to_map()})
-        return encode_result(msgid, {"workers": [{"address": live.address}]})
+            return encode_result(msgid, hello("delegator"))
+        return encode_result(msgid, directory(live.address))
 
-    with Client(script(directory).address, timeout=20.0) as ids, ThreadPoolExecutor(threads) as pool:
+    peer = script(answer)
+    with Client(peer.address, timeout=20.0) as ids, ThreadPoolExecutor(threads) as pool:
         when_over = ids._balancer.when_over
 
         def wait(refresh: Refresh, wake: Callable[[], object]) -> None:
@@ -339,7 +250,7 @@ def test_many_threads_with_a_new_client_read_the_directory_once(
         monkeypatch.setattr(ids._balancer, "when_over", wait)
         futures = [pool.submit(ids.next_id) for _ in range(threads)]
         assert all(future.result(20) > 0 for future in futures)
-    assert asked == ["hello", "cluster.workers"]
+    assert [method for method, _ in peer.asked] == ["hello", "cluster.workers"]
 
 
 class _StopCallError(BaseException):
@@ -369,11 +280,9 @@ def test_a_call_that_an_exception_ends_lets_the_next_one_read_the_directory(
 def test_a_signal_handler_may_take_an_id_while_its_thread_reads_the_directory(script: Scripts) -> None:
     main = threading.get_ident()
     taken: list[int] = []
-    asked: list[str] = []
 
     def answer(method: str, params: list[Any], msgid: int) -> bytes:
-        asked.append(method)
-        if len(asked) == 1:
+        if len(peer.asked) == 1:
             signal.pthread_kill(main, signal.SIGUSR1)
         return _worker(method, params, msgid)
 
@@ -389,15 +298,6 @@ def test_a_signal_handler_may_take_an_id_while_its_thread_reads_the_directory(sc
             signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_delegator_without_workers_is_unavailable(connect: Connect) -> None:
-    config = DelegatorConfig(ANY, "memory:", Wishes(new=True))
-    with (
-        serving(lambda alarm: Delegator(config, alarm)) as delegator,
-        Client(delegator.address, timeout=0.3) as ids,
-    ):
-        assert took(ids.next_id, Unavailable) < 0.7
-
-
 def test_a_worker_that_goes_away_is_left_for_another(delegator: str, workers: list[str]) -> None:
     config = WorkerConfig((), ANY, machine=1000, layout=LAYOUT)
     with Client([delegator, NOBODY], timeout=3.0) as ids:
@@ -411,36 +311,25 @@ def test_a_worker_that_goes_away_is_left_for_another(delegator: str, workers: li
 def test_an_answer_with_frames_that_nobody_asked_for_is_taken_or_a_protocol_error(
     context: zmq.Context[zmq.Socket[bytes]],
 ) -> None:
-    router = context.socket(zmq.ROUTER)
-    port = router.bind_to_random_port("tcp://127.0.0.1")
+    rep = context.socket(zmq.REP)
+    port = rep.bind_to_random_port("tcp://127.0.0.1")
     stop = threading.Event()
 
     def serve() -> None:
         while not stop.is_set():
-            if router.poll(5):
-                *prefix, body = router.recv_multipart()
-                msgid, method, params = decode_request(body)
-                router.send_multipart([*prefix, _worker(method, params, msgid), b"more", b"and more"])
-        router.close(linger=0)
+            if rep.poll(5):
+                msgid, method, params = decode_request(rep.recv())
+                rep.send_multipart([_worker(method, params, msgid), b"more", b"and more"])
+        rep.close(linger=0)
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        with Client(f"tcp://127.0.0.1:{port}", timeout=2.0) as ids:
+    with ThreadPoolExecutor(1) as pool, Client(f"tcp://127.0.0.1:{port}", timeout=2.0) as ids:
+        pool.submit(serve)
+        try:
             for _ in range(3):
-                try:
+                with contextlib.suppress(ProtocolError):
                     assert ids.next_id() > 0
-                except ProtocolError:
-                    continue
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_an_answer_to_another_request_is_never_taken(script: Scripts) -> None:
-    peer = script(lambda method, params, msgid: _worker(method, params, msgid + (method == "ids.next")))
-    with Client(peer.address, timeout=0.4) as ids:
-        took(ids.next_id, ProtocolError, Timeout)
+        finally:
+            stop.set()
 
 
 def test_a_late_answer_is_never_taken_for_a_later_ones(script: Scripts) -> None:

@@ -23,7 +23,7 @@ from tests.jobs.checker import Verdict, leases_in, windows_of
 from tests.places import SERVED
 from tests.proxy import Mode, Proxy
 from tests.servers import Etcd, Postgres, Redis, Server
-from tests.system.daemons import Daemon, Daemons, children_of, status_of, until
+from tests.system.daemons import Daemon, Daemons, children_of, ready_at, status_of, until
 
 TTL_MS: Final = 20_000
 """Milliseconds of a window of the shared cluster: an outage of 6 s ends no window, by far."""
@@ -240,11 +240,6 @@ class Pair:
             if any(lease["ends_in_ms"] < HEALTHY_MS for lease in leases):
                 return False
         return True
-
-
-def ready_at(delegator: Daemon) -> set[str]:
-    """The names of the workers that get requests from the delegator now."""
-    return {lease["name"] for lease in status_of(delegator.address).get("leases", ()) if lease["worker"]}
 
 
 def _has_all(delegator: Daemon, names: set[str]) -> bool:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import pytest
-import zmq
 
-from tests.conftest import Peer
-from tests.system.daemons import Daemon, Daemons, names_of, until
-
-Peers: TypeAlias = Callable[[str], Peer]
+from tests.system.daemons import Daemon, Daemons, ready_at, until
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A delegator and two workers that hold machine IDs."""
+    """A delegator and its workers, which get requests from it."""
 
     delegator: Daemon
     workers: list[Daemon]
@@ -31,9 +26,8 @@ class Cluster:
 def start_cluster(daemons: Daemons, *flags: str, workers: int = 2, ttl: str = "30s") -> Cluster:
     """A delegator with these flags and its workers, once all of them serve."""
     delegator = daemons.delegator(*flags, ttl=ttl)
-    address = delegator.address
-    started = [daemons.worker(to=address) for _ in range(workers)]
-    until(lambda: len(names_of(delegator)) == workers, "all workers to hold a machine ID")
+    started = [daemons.worker(to=delegator) for _ in range(workers)]
+    until(lambda: len(ready_at(delegator)) == workers, "all workers to be ready")
     return Cluster(delegator, started)
 
 
@@ -49,17 +43,3 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster that is shared: tests must leave it serving."""
     with Daemons(tmp_path_factory.mktemp("cluster")) as daemons:
         yield start_cluster(daemons)
-
-
-@pytest.fixture
-def peers(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Peers]:
-    """Connects bare sockets to daemons, and closes them at the end."""
-    made: list[Peer] = []
-
-    def connect(address: str) -> Peer:
-        made.append(Peer(context, address))
-        return made[-1]
-
-    yield connect
-    for peer in made:
-        peer.socket.close(linger=0)

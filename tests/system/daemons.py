@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
+from zflake import Client, LeasedGenerator
 from zflake.cli.status import ask_status
 from zflake.errors import ZflakeError
 
@@ -49,17 +49,40 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return own | dict(extra or {})
 
 
-def tool(*argv: str | Path, within_s: float = WAIT_S) -> subprocess.CompletedProcess[str]:
-    """Run `zflake` to its end."""
+def tool(
+    *argv: str | Path,
+    module: str = "zflake",
+    folder: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    within_s: float = WAIT_S,
+) -> subprocess.CompletedProcess[str]:
+    """Run `zflake`, or another command, to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "zflake", *map(str, argv)],
+        [sys.executable, "-m", module, *map(str, argv)],
         check=False,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env=environment(),
+        cwd=folder,
+        env=environment(env),
         timeout=within_s,
     )
+
+
+def printed(*argv: str | Path, env: Mapping[str, str] | None = None) -> str:
+    """What `zflake` prints, which must end well and complain of nothing."""
+    done = tool(*argv, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def complaint(*argv: str | Path, codes: Collection[int] = (1,), **how: Any) -> str:
+    """The one line that a command says, which must fail with one of these codes and print nothing."""
+    done = tool(*argv, **how)
+    assert done.returncode in codes, done.stdout
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
 
 
 class Process:
@@ -170,9 +193,7 @@ class Daemons:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
     def end(self) -> list[Process]:
@@ -248,8 +269,15 @@ main()
         return process
 
 
+def try_next(ids: Client | LeasedGenerator) -> int | None:
+    """An ID; None if there is none to be had now."""
+    try:
+        return ids.next_id()
+    except ZflakeError:
+        return None
+
+
 def children_of(pid: int) -> list[int]:
-    """The pids of a process's children."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -266,9 +294,13 @@ def is_running(pid: int) -> bool:
 
 
 def resident_mb(pid: int) -> float:
-    """The resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def ready_at(delegator: Daemon) -> set[str]:
+    """The names of the workers that get requests from the delegator now."""
+    return {lease["name"] for lease in status_of(delegator.address).get("leases", ()) if lease["worker"]}
 
 
 def status_of(endpoint: str) -> dict[str, Any]:

@@ -50,8 +50,6 @@ WORKER_POINTS: Final = (
 
 
 class Point:
-    """The point to die at."""
-
     def __init__(self, name: str, times: int) -> None:
         if name not in DELEGATOR_POINTS + WORKER_POINTS:
             raise SystemExit(f"no point {name!r}")
@@ -82,18 +80,24 @@ class Point:
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Put `wrapper`, which is given the old function first, in place of `owner.name`."""
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-
-def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """The same for a method."""
-    original = getattr(owner, name)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
-    setattr(owner, name, method)
+    setattr(owner, name, wrapped)
+
+
+def around(point: Point, what: str, doing: Collection[str] | None = None) -> Callable[..., Any]:
+    """A wrapper that passes the point before and after the old function."""
+
+    def wrapper(original: Any, *args: Any) -> Any:
+        point.passed(f"before {what}", doing)
+        result = original(*args)
+        point.passed(f"after {what}", doing)
+        return result
+
+    return wrapper
 
 
 def kinds_of(swaps: Collection[Swap]) -> set[str]:
@@ -128,11 +132,6 @@ def wrap_store(point: Point) -> None:
             point.passed("after the swap")
             return outcome
 
-    def mark_progress(original: Any, file: DatabaseFile, *args: Any) -> None:
-        point.passed("before the marker")
-        original(file, *args)
-        point.passed("after the marker")
-
     def doing(kind: str) -> Callable[..., Any]:
         def wrapper(original: Any, store: SqliteStore, *args: Any) -> Any:
             with point.while_doing(kind):
@@ -140,19 +139,14 @@ def wrap_store(point: Point) -> None:
 
         return wrapper
 
-    wrap_method(SqliteStore, "swap", swap)
-    wrap_method(SqliteStore, "initialise", doing("initialise"))
-    wrap_method(SqliteStore, "swap_meta", doing("meta"))
-    wrap_method(DatabaseFile, "write_marker", mark_progress)
+    wrap(SqliteStore, "swap", swap)
+    wrap(SqliteStore, "initialise", doing("initialise"))
+    wrap(SqliteStore, "swap_meta", doing("meta"))
+    wrap(DatabaseFile, "write_marker", around(point, "the marker"))
 
 
 def wrap_answers(point: Point) -> None:
     answers = False
-
-    def record_grant(original: Any, request: Any, settled: Any) -> None:
-        point.passed("before the log", ["answer"])
-        original(request, settled)
-        point.passed("after the log", ["answer"])
 
     def store_result(original: Any, *args: Any) -> Any:
         nonlocal answers
@@ -168,7 +162,7 @@ def wrap_answers(point: Point) -> None:
         answers = False
         return sent
 
-    wrap(executor, "_record_grant", record_grant)
+    wrap(executor, "_record_grant", around(point, "the log", ["answer"]))
     wrap(service, "store_result", store_result)
     wrap(server, "send", send)
 
@@ -189,20 +183,12 @@ def wrap_worker(point: Point) -> None:
 
     def accept(original: Any, lessee: Lessee, *args: Any) -> None:
         kinds = [""] if lessee.mint is None else ["renewal"]
-        point.passed("before the grant is taken in", kinds)
-        original(lessee, *args)
-        point.passed("after the grant is taken in", kinds)
+        around(point, "the grant is taken in", kinds)(original, lessee, *args)
 
-    def mint(original: Any, handler: Handler[Any], *args: Any) -> Any:
-        point.passed("before they are minted", ["ids"])
-        answer = original(handler, *args)
-        point.passed("after they are minted", ["ids"])
-        return answer
-
-    wrap_method(LeaseConversation, "_ask", ask)
-    wrap_method(LeaseClient, "service", serve)
-    wrap_method(Lessee, "_accept", accept)
-    wrap_method(Handler, "_mint", mint)
+    wrap(LeaseConversation, "_ask", ask)
+    wrap(LeaseClient, "service", serve)
+    wrap(Lessee, "_accept", accept)
+    wrap(Handler, "_mint", around(point, "they are minted", ["ids"]))
 
 
 def main() -> None:

@@ -54,7 +54,6 @@ class WrongClock:
         fresh.replace(self._path)
 
     def time(self) -> float:
-        """The time that it shows."""
         return time.time() + self.off_s
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import zflake
-from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, resident_mb, status_of, until
+from tests.system.daemons import POLL_S, WAIT_S, Daemon, Daemons, ready_at, resident_mb, until
 
 CLIENTS: Final = 200
 TTL_S: Final = 2
@@ -74,7 +74,7 @@ def run(folder: Path, seconds: float, *, report: Callable[[str], None] = lambda 
     with Daemons(folder) as daemons:
         delegator = daemons.delegator(name="delegator", ttl=f"{TTL_S}s")
         worker = daemons.worker(name="worker", to=delegator)
-        until(lambda: _is_there(delegator), "the worker to be there")
+        until(lambda: ready_at(delegator), "the worker to be there")
         with zflake.Client(delegator.address, route="broker", timeout=WAIT_S) as lone:
             result.before_s = _median_s(lone, CALLS)
             _flood(daemons, delegator, worker, result, report)
@@ -86,10 +86,6 @@ def run(folder: Path, seconds: float, *, report: Callable[[str], None] = lambda 
             result.violations += [f"{daemon.name} logged {event['message']}" for event in bad]
     _judge(result)
     return result
-
-
-def _is_there(delegator: Daemon) -> bool:
-    return bool(status_of(delegator.address).get("broker", {}).get("workers"))
 
 
 def _flood(

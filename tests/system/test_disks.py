@@ -6,12 +6,10 @@ that may have forgotten something grants nothing until that has run out.
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +17,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
 from tests.jobs.load import Load
 from tests.system.conftest import start_cluster
-from tests.system.daemons import Daemon, Daemons, environment, status_of, until
+from tests.system.daemons import Daemon, Daemons, status_of, until
 
 REST_MS: Final = 70_000
 """How long a store rests that may have lost windows; the ttl is shorter here."""
@@ -40,27 +40,10 @@ def _unavailable(delegator: Daemon) -> int:
 
 def _assert_rests(delegator: Daemon) -> None:
     """It grants nothing for about `REST_MS`, and says so, in its log and in its status."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "zflake", "status", "--to", delegator.address, "--json"],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    (facts,) = [facts for facts in [json.loads(shown.stdout)] if facts]
-    rest_ms = _find(facts, "granting_in_ms")
+    rest_ms = status_of(delegator.address)["granting_in_ms"]
     warned = [e["message"] for e in delegator.events() if e["level"] == "warning"]
     assert REST_MS - 10_000 < rest_ms <= REST_MS + 1_000, rest_ms
     assert any("Nothing is granted for" in w or "nothing is granted for" in w for w in warned), warned
-
-
-def _find(facts: Any, key: str) -> Any:
-    """The value of `key`, be it in the answer of one delegator or in a list of them."""
-    if isinstance(facts, list):
-        facts = facts[0]
-    if key in facts:
-        return facts[key]
-    return _find(next(value for value in facts.values() if isinstance(value, dict | list) and value), key)
 
 
 def _lapse(load: Load, worker: Daemon) -> None:
@@ -173,8 +156,36 @@ def test_a_store_that_is_moved_away_and_back_grants_nothing_meanwhile(daemons: D
     assert load.lost() == []
 
 
-def _lose(daemons: Daemons, lose: Callable[[Path, Path], None], *, running: bool) -> None:
-    """Have a store lost under a delegator that runs, or was killed just before; see that no holder is hurt."""
+def _replace(store: Path, backup: Path) -> None:
+    fresh = store.with_suffix(".restored")
+    shutil.copy(backup / store.name, fresh)
+    fresh.replace(store)
+    Path(f"{store}-wal").unlink()
+    Path(f"{store}-shm").unlink()
+
+
+def _overwrite(store: Path, backup: Path) -> None:
+    inode = store.stat().st_ino
+    store.write_bytes((backup / store.name).read_bytes())
+    assert store.stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    ("lose", "running"),
+    [
+        pytest.param(lambda store, _: store.unlink(), True, id="removed under its delegator"),
+        pytest.param(_replace, True, id="replaced under its delegator"),
+        pytest.param(_overwrite, True, id="written over under its delegator"),
+        pytest.param(_overwrite, False, id="written over while its log stays"),
+        pytest.param(lambda store, _: Path(f"{store}-wal").unlink(), False, id="its log removed"),
+        pytest.param(lambda store, _: Path(f"{store}.marker").unlink(), False, id="its marker removed"),
+    ],
+)
+def test_a_store_that_is_lost_is_rested_from_and_no_holder_is_hurt(
+    daemons: Daemons,
+    lose: Callable[[Path, Path], None],
+    running: bool,
+) -> None:
     cluster = start_cluster(daemons, workers=1, ttl="1s")
     store, (worker,) = _store(daemons), cluster.workers
     backup = daemons.folder / "backup"
@@ -223,43 +234,6 @@ def _lose(daemons: Daemons, lose: Callable[[Path, Path], None], *, running: bool
         assert all(end <= granted_to for _, _, _, _, end in _all_grants(again))
     assert load.check(delegators).violations == []
     assert again.terminate() == 0
-
-
-def test_a_store_removed_under_its_delegator_is_rested_from(daemons: Daemons) -> None:
-    _lose(daemons, lambda store, _: store.unlink(), running=True)
-
-
-def test_a_store_replaced_under_its_delegator_is_rested_from(daemons: Daemons) -> None:
-    def replace(store: Path, backup: Path) -> None:
-        fresh = store.with_suffix(".restored")
-        shutil.copy(backup / store.name, fresh)
-        fresh.replace(store)
-        Path(f"{store}-wal").unlink()
-        Path(f"{store}-shm").unlink()
-
-    _lose(daemons, replace, running=True)
-
-
-def test_a_store_written_over_under_its_delegator_is_rested_from(daemons: Daemons) -> None:
-    _lose(daemons, _overwrite, running=True)
-
-
-def test_a_store_written_over_while_its_log_stays_is_rested_from(daemons: Daemons) -> None:
-    _lose(daemons, _overwrite, running=False)
-
-
-def test_a_store_whose_log_is_removed_is_rested_from(daemons: Daemons) -> None:
-    _lose(daemons, lambda store, _: Path(f"{store}-wal").unlink(), running=False)
-
-
-def test_a_store_whose_marker_is_removed_is_rested_from(daemons: Daemons) -> None:
-    _lose(daemons, lambda store, _: Path(f"{store}.marker").unlink(), running=False)
-
-
-def _overwrite(store: Path, backup: Path) -> None:
-    inode = store.stat().st_ino
-    store.write_bytes((backup / store.name).read_bytes())
-    assert store.stat().st_ino == inode
 
 
 def test_a_store_rolled_back_with_its_marker_is_betrayed_by_the_first_renewal(daemons: Daemons) -> None:

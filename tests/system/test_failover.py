@@ -18,17 +18,31 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import pytest
 import zmq
 
 import zflake
+from tests.conftest import Script
+from tests.engines.several import Watch
 from tests.system import flood
 from tests.system.conftest import Cluster, start_cluster
-from tests.system.daemons import WAIT_S, Daemon, Daemons, environment, names_of, status_of, tool, until
+from tests.system.daemons import (
+    WAIT_S,
+    Daemon,
+    Daemons,
+    complaint,
+    environment,
+    names_of,
+    printed,
+    ready_at,
+    status_of,
+    until,
+)
 from zflake.client.balancer import ROUTES
 from zflake.core.layout import DEFAULT
 from zflake.wire.codec import decode_response, encode_request
@@ -36,21 +50,8 @@ from zflake.wire.codec import decode_response, encode_request
 BUDGET_S: Final = 5.0
 
 
-def _workers(delegator: Daemon) -> list[str]:
-    """The names of the workers that get requests from the delegator now."""
-    leases = status_of(delegator.address).get("leases", ())
-    return [lease["name"] for lease in leases if lease["worker"]]
-
-
 def _await_worker(worker: Daemon, delegator: Daemon) -> None:
-    until(lambda: worker.name in _workers(delegator), f"{worker.name} to be ready")
-
-
-def _ready_cluster(daemons: Daemons, *, workers: int, ttl: str = "30s") -> Cluster:
-    cluster = start_cluster(daemons, workers=workers, ttl=ttl)
-    for worker in cluster.workers:
-        _await_worker(worker, cluster.delegator)
-    return cluster
+    until(lambda: worker.name in ready_at(delegator), f"{worker.name} to be ready")
 
 
 # --- frozen ---
@@ -83,7 +84,7 @@ def _ask_all(endpoint: str, requests: int, sent: threading.Barrier) -> list[tupl
 
 
 def test_with_one_of_two_workers_frozen_every_brokered_request_is_answered(daemons: Daemons) -> None:
-    cluster = _ready_cluster(daemons, workers=2)
+    cluster = start_cluster(daemons, workers=2)
     frozen, other = cluster.workers
     frozen.signal(signal.SIGSTOP)
     sent = threading.Barrier(4)
@@ -96,7 +97,7 @@ def test_with_one_of_two_workers_frozen_every_brokered_request_is_answered(daemo
     assert len({response.result[0] for response, _ in answers}) == 200
     facts = status_of(cluster.delegator.address)
     assert facts["broker"]["requeued"] > 0, "the frozen worker had some of them"
-    assert _workers(cluster.delegator) == [other.name]
+    assert ready_at(cluster.delegator) == {other.name}
     # Thawed, it is given requests again, and what it answers too late goes to no client.
     frozen.signal(signal.SIGCONT)
     _await_worker(frozen, cluster.delegator)
@@ -118,55 +119,27 @@ def test_a_flood_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
 # --- restarted ---
 
 
-class Load:
-    """Clients of every route, each in a thread of its own, who take IDs until they are told to stop."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.ids: dict[str, list[int]] = {route: [] for route in ROUTES}
-        self.errors: list[str] = []
-        self.slowest_s = 0.0
-        self._endpoint = endpoint
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._take, args=(route,)) for route in ROUTES]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-
-    def go_on(self) -> None:
-        """Wait until every client has got IDs that it asked for after now."""
-        marks = {route: len(ids) for route, ids in self.ids.items()}
-        until(lambda: all(len(self.ids[route]) > marks[route] + 20 for route in ROUTES), "IDs by every route")
-
-    def _take(self, route: str) -> None:
-        ids = self.ids[route]
-        with zflake.Client(self._endpoint, route=route, timeout=BUDGET_S) as client:
-            while not self._stopping.wait(0.001):
-                begun = time.monotonic()
-                try:
-                    ids += [client.next_id()] if len(ids) % 5 else client.next_ids(10)
-                except Exception as error:  # noqa: BLE001  (whatever it is, it must not be)
-                    self.errors.append(f"{route}: {error!r}")
-                self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
-
-
 def test_rolling_restarts_fail_no_call_by_any_route(daemons: Daemons) -> None:
-    cluster = _ready_cluster(daemons, workers=2)
+    cluster = start_cluster(daemons, workers=2)
     delegator = cluster.delegator
     replaced: list[Daemon] = []
-    with Load(delegator.address) as load:
-        load.go_on()
+    ids: list[int] = []
+
+    def take(client: zflake.Client) -> None:
+        ids.extend([client.next_id(), *client.next_ids(10)])
+
+    with contextlib.ExitStack() as stack:
+        calls: dict[str, Callable[[], object]] = {}
+        for route in ROUTES:
+            client = zflake.Client(delegator.address, route=route, timeout=BUDGET_S)
+            calls[route] = partial(take, stack.enter_context(client))
+        watch = stack.enter_context(Watch(calls, pause_s=0.001))
+        watch.go_on()
         for old in cluster.workers:
             assert old.terminate() == 0
             replaced.append(daemons.worker(name=f"new-{old.name}", to=delegator))
             _await_worker(replaced[-1], delegator)
-            load.go_on()
+            watch.go_on()
         for how in (signal.SIGTERM, signal.SIGKILL):
             delegator.signal(how)
             assert delegator.wait() == (0 if how is signal.SIGTERM else -how)
@@ -175,10 +148,9 @@ def test_rolling_restarts_fail_no_call_by_any_route(daemons: Daemons) -> None:
             )
             for worker in replaced:
                 _await_worker(worker, delegator)
-            load.go_on()
-    assert load.errors == []
-    assert load.slowest_s < BUDGET_S
-    ids = [id_ for taken in load.ids.values() for id_ in taken]
+            watch.go_on()
+    assert watch.errors == []
+    assert max(watch.slowest.values()) < BUDGET_S
     assert len(set(ids)) == len(ids)
 
 
@@ -215,26 +187,12 @@ def _tcp_server(server: socketserver.TCPServer) -> Iterator[str]:
 @contextlib.contextmanager
 def _nonsense() -> Iterator[str]:
     """A ZeroMQ service that answers everything, and never as zflake would."""
-    stopping = threading.Event()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    rep = context.socket(zmq.REP)
-    port = rep.bind_to_random_port("tcp://127.0.0.1")
-
-    def serve() -> None:
-        while not stopping.is_set():
-            if rep.poll(20):
-                rep.recv()
-                rep.send(b"Hello, world")
-        rep.close(linger=0)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"tcp://127.0.0.1:{port}"
-    finally:
-        stopping.set()
-        thread.join()
-        context.term()
+    with zmq.Context() as context:
+        script = Script(context, lambda *_: b"Hello, world")
+        try:
+            yield script.address
+        finally:
+            script.stop()
 
 
 class _Quiet(socketserver.ThreadingTCPServer):
@@ -280,10 +238,7 @@ def test_a_client_gets_past_a_stranger_among_its_endpoints(
 def test_the_tool_says_in_one_line_that_a_stranger_is_one(kind: str) -> None:
     with STRANGERS[kind]() as endpoint:
         for argv in (["next"], ["status"]):
-            done = tool(*argv, "--to", endpoint, "--timeout", "300ms")
-            assert (done.returncode, done.stdout) == (1, "")
-            (line,) = done.stderr.splitlines()
-            assert endpoint in line
+            assert endpoint in complaint(*argv, "--to", endpoint, "--timeout", "300ms")
 
 
 def test_a_worker_gets_past_the_strangers_among_its_delegators(daemons: Daemons) -> None:
@@ -377,8 +332,7 @@ def test_two_workers_of_one_address_give_distinct_ids(daemons: Daemons) -> None:
             ids += client.next_ids(20_000)
     assert len(set(ids)) == len(ids)
     assert len({DEFAULT.decompose(id_).machine for id_ in ids}) == 2, "the broker knows both"
-    shown = tool("status", "--to", delegator.address).stdout
-    assert shown.count(first.address) == 2
+    assert printed("status", "--to", delegator.address).count(first.address) == 2
 
 
 # --- the tool ---
@@ -387,37 +341,29 @@ def test_two_workers_of_one_address_give_distinct_ids(daemons: Daemons) -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_next_takes_ids_by_every_route(route: str, cluster: Cluster) -> None:
     before = status_of(cluster.delegator.address)["broker"]["brokered"]
-    done = tool("next", "-n", "5000", "--route", route, "--to", cluster.delegator.address)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(set(done.stdout.split())) == 5000
+    ids = printed("next", "-n", "5000", "--route", route, "--to", cluster.delegator.address)
+    assert len(set(ids.split())) == 5000
     brokered = status_of(cluster.delegator.address)["broker"]["brokered"] - before
     assert bool(brokered) == (route == "broker")
 
 
 def test_next_by_the_broker_of_a_worker_is_one_clear_line(cluster: Cluster) -> None:
     (worker, *_) = cluster.workers
-    done = tool("next", "--route", "broker", "--to", worker.address, "--timeout", "500ms")
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
+    line = complaint("next", "--route", "broker", "--to", worker.address, "--timeout", "500ms")
     assert "needs a delegator" in line
     assert worker.address in line
 
 
 def test_status_tells_what_the_broker_and_each_worker_do(cluster: Cluster) -> None:
     to = ("--to", cluster.delegator.address)
-    for worker in cluster.workers:
-        _await_worker(worker, cluster.delegator)
-    done = tool("status", "--json", *to)
-    assert (done.returncode, done.stderr) == (0, "")
-    facts = json.loads(done.stdout)
+    facts = json.loads(printed("status", "--json", *to))
     assert facts["broker"]["workers"] == 2
     assert {"queued", "brokered", "requeued", "refused", "expired", "strays"} <= set(facts["broker"])
     for lease in facts["leases"]:
         assert {"ids", "in_flight", "parked", "errors"} <= set(lease["worker"])
-    shown = tool("status", *to)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert "2 workers" in shown.stdout
-    assert shown.stdout.count(" ready") == 2
+    shown = printed("status", *to)
+    assert "2 workers" in shown
+    assert shown.count(" ready") == 2
 
 
 ON_TERMINAL: Final = """
@@ -429,8 +375,6 @@ os.execv(sys.executable, [sys.executable, "-m", "zflake", *sys.argv[1:]])
 
 
 class Terminal:
-    """A terminal on which the tool runs."""
-
     def __init__(self, *argv: str) -> None:
         self.screen = b""
         self._master, slave = os.openpty()
@@ -505,12 +449,11 @@ def test_status_watch_waits_out_an_outage(daemons: Daemons) -> None:
 
 
 def test_a_client_goes_on_where_its_cluster_goes_on_with_another_store(daemons: Daemons) -> None:
-    delegator = daemons.delegator(ttl="1s")
-    worker = daemons.worker(to=delegator)
+    cluster = start_cluster(daemons, workers=1, ttl="1s")
+    delegator, (worker,) = cluster.delegator, cluster.workers
     clients = [zflake.Client(delegator.address, route=route, timeout=10) for route in ROUTES]
-    until(lambda: worker.said("holding machine"), "a lease")
     before = [client.next_id() for client in clients]
-    for daemon in (worker, delegator):
+    for daemon in cluster.all:
         daemon.kill()
     for path in daemons.folder.glob("store.db*"):
         path.unlink()

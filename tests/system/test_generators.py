@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import http.client
 import signal
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tests.system.daemons import Daemon, Daemons, Process, status_of, until
+from tests.system.daemons import Daemon, Daemons, Process, status_of, try_next, until
 from zflake import LeasedGenerator, LeaseExpired, layouts
 
 SNOWCLOUD: Final = layouts["snowcloud"]
@@ -43,7 +42,7 @@ def test_a_killed_delegator_is_survived_to_the_end_of_the_window_and_its_return_
                 errors.append((time.monotonic(), error))
 
     with LeasedGenerator(address, timeout=0.2) as ids:
-        until(functools.partial(_served, ids, got), "the first ID")
+        got.append(until(lambda: try_next(ids), "the first ID"))
         machine = ids.machine
         taker = threading.Thread(target=take, args=(ids,))
         taker.start()
@@ -66,14 +65,6 @@ def test_a_killed_delegator_is_survived_to_the_end_of_the_window_and_its_return_
             taker.join()
         assert ids.machine == machine
     assert got == sorted(set(got))
-
-
-def _served(ids: LeasedGenerator, got: list[int]) -> bool:
-    try:
-        got.append(ids.next_id())
-    except TimeoutError:
-        return False
-    return True
 
 
 # --- Flask under gunicorn ---
@@ -124,12 +115,17 @@ def gunicorn(daemons: Daemons, address: str) -> tuple[Process, int]:
     command += ["--bind", "127.0.0.1:0"]
     process = daemons.process([*command, "zflake.web:create_app()"], env={"ZFLAKE_ENDPOINTS": address})
 
-    def port() -> int | None:
-        _, found, rest = process.log().partition("Listening at: http://127.0.0.1:")
-        assert process.alive, process.log()
-        return int(rest.split()[0]) if found else None
+    return process, port_of(process, "Listening at:")
 
-    return process, until(port, "gunicorn to listen")
+
+def port_of(server: Process, words: str) -> int:
+    """The port at which it says that it serves."""
+
+    def said() -> str:
+        assert server.alive, server.log()
+        return server.log().partition(f"{words} http://127.0.0.1:")[2]
+
+    return int(until(said, "its address").split()[0])
 
 
 def test_gunicorns_preloaded_workers_give_distinct_ids_and_a_reload_gives_their_leases_back(
@@ -169,11 +165,7 @@ def test_the_example_server_serves_and_gives_its_lease_back(daemons: Daemons) ->
     command = [sys.executable, "-m", "zflake.web", "--to", delegator.address, "--bind", "127.0.0.1:0"]
     server = daemons.process(command)
 
-    def port() -> str:
-        assert server.alive, server.log()
-        return server.log().partition("serves at http://127.0.0.1:")[2].strip()
-
-    askers = Askers(int(until(port, "its address")), threads=3)
+    askers = Askers(port_of(server, "serves at"), threads=3)
     until(lambda: len(askers.ids) > 300, "IDs")
     askers.stop()
     assert len(set(askers.ids)) == len(askers.ids)

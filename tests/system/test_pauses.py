@@ -92,22 +92,3 @@ def test_restarts_in_a_row_do_not_carry_the_timeline_ahead(daemons: Daemons) -> 
         assert abs(status_of(delegator.address)["lead_ms"]) < 500
     assert load.check(delegators).violations == []
     assert load.lost() == []
-
-
-def test_a_new_worker_waits_while_all_machine_ids_are_held_and_serves_once_one_leaves(
-    daemons: Daemons,
-) -> None:
-    cluster = start_cluster(daemons, "--machines", "0-2", workers=3, ttl="1s")
-    fourth = daemons.worker(to=cluster.delegator)
-    until(lambda: fourth.said("no_free_machine"), "the fourth to be refused")
-    with Load(cluster.workers) as load:
-        load.go_on()
-        assert fourth.name not in names_of(cluster.delegator)
-        leaver = cluster.workers[0]
-        load.leave(leaver)
-        assert leaver.terminate() == 0
-        load.follow(fourth).go_on("after another left")
-        load.go_on(only=cluster.workers[1:])
-    verdict = load.check([cluster.delegator])
-    assert verdict.violations == []
-    assert set(verdict.by_machine) == {0, 1, 2}

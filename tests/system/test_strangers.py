@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import socket
 import struct
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Final
@@ -16,8 +14,9 @@ import pytest
 import zmq
 
 import zflake
-from tests.system.conftest import Cluster, Peers
-from tests.system.daemons import WAIT_S, Daemon, Daemons, resident_mb, status_of, until
+from tests.conftest import Connect
+from tests.system.conftest import Cluster
+from tests.system.daemons import WAIT_S, Daemon, resident_mb, status_of, until
 
 GROWTH_MB: Final = 40.0
 """Megabytes that hostile input may make a daemon grow by: a few full socket buffers, and no more."""
@@ -122,25 +121,25 @@ def unharmed(cluster: Cluster, victim: Daemon) -> Iterator[None]:
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("kind", BODIES)
-def test_a_body_that_is_no_request_does_no_harm(kind: str, victim: Daemon, peers: Peers) -> None:
+def test_a_body_that_is_no_request_does_no_harm(kind: str, victim: Daemon, connect: Connect) -> None:
     for body in BODIES[kind]:
-        peer = peers(victim.address)
+        peer = connect(victim.address)
         for frames in ([b"", body], [body], [b"a", b"", body], [b"", body, b""]):
             peer.send(*frames)
         # Behind it in the same pipe, unless that was closed for it.
-        fine = peers(victim.address)
+        fine = connect(victim.address)
         assert fine.ask("ping").error is None
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_random_bytes_do_no_harm(victim: Daemon, peers: Peers) -> None:
-    peer = peers(victim.address)
+def test_random_bytes_do_no_harm(victim: Daemon, connect: Connect) -> None:
+    peer = connect(victim.address)
     for body in _random_bodies():
         peer.send(b"", body)
     draw = random.Random(1)
     for _ in range(500):
         peer.send(*(draw.randbytes(draw.randrange(20)) for _ in range(draw.randrange(1, 12))))
-    assert peers(victim.address).ask("ping").error is None
+    assert connect(victim.address).ask("ping").error is None
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -155,8 +154,8 @@ def test_random_bytes_do_no_harm(victim: Daemon, peers: Peers) -> None:
     ],
     ids=["full", "empty", "envelopes", "bodies", "one envelope too many"],
 )
-def test_a_thousand_frames_do_no_harm(frames: list[bytes], victim: Daemon, peers: Peers) -> None:
-    peer = peers(victim.address)
+def test_a_thousand_frames_do_no_harm(frames: list[bytes], victim: Daemon, connect: Connect) -> None:
+    peer = connect(victim.address)
     for _ in range(20):
         peer.send(*frames)
     assert peer.ask("ping").error is None, "the same connection serves on"
@@ -186,8 +185,8 @@ def test_bytes_that_are_not_even_zmtp_do_no_harm(victim: Daemon) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_who_asks_and_never_listens_costs_no_memory(victim: Daemon, peers: Peers) -> None:
-    peer = peers(victim.address)
+def test_who_asks_and_never_listens_costs_no_memory(victim: Daemon, connect: Connect) -> None:
+    peer = connect(victim.address)
     body = _request("cluster.status", [])
     deadline = time.monotonic() + 3.0
     for _ in range(20_000):
@@ -200,8 +199,8 @@ def test_who_asks_and_never_listens_costs_no_memory(victim: Daemon, peers: Peers
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_a_request_that_can_be_read_is_answered_with_its_error(victim: Daemon, peers: Peers) -> None:
-    peer = peers(victim.address)
+def test_a_request_that_can_be_read_is_answered_with_its_error(victim: Daemon, connect: Connect) -> None:
+    peer = connect(victim.address)
     for body, expected, msgid in (
         (_request("ids.next", [10**9, 1000]), "bad_request", 7),
         (_request("ids.next", ["one", 1000]), "bad_request", 7),
@@ -241,74 +240,3 @@ def test_a_bare_req_socket_and_msgpack_are_a_client(
     for daemon in cluster.all:
         kind, msgid, error, result = ask(daemon.address, "no.such.method", [])
         assert (kind, msgid, error[0], result) == (1, 1, "unknown_method", None)
-
-
-# --- the library, by many at once ---
-
-
-def test_threads_share_a_client(cluster: Cluster) -> None:
-    ids: list[list[int]] = [[] for _ in range(16)]
-    errors: list[BaseException] = []
-
-    def take(own: list[int], client: zflake.Client) -> None:
-        try:
-            for k in range(150):
-                own.extend([client.next_id()] if k % 10 else client.next_ids(500))
-        except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-
-    with zflake.Client(cluster.delegator.address, timeout=WAIT_S) as client:
-        threads = [threading.Thread(target=take, args=(own, client)) for own in ids]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not errors
-    assert all(len(own) == 135 + 15 * 500 for own in ids)
-    assert len({id_ for own in ids for id_ in own}) == sum(map(len, ids))
-
-
-FORKING: Final = """
-import os, sys, threading, zflake
-
-client = zflake.Client(sys.argv[1], timeout=30.0)
-ids = client.next_ids(100)
-stop = threading.Event()
-others = [threading.Thread(target=lambda: [ids.append(client.next_id()) for _ in range(300)]) for _ in range(4)]
-for thread in others:
-    thread.start()
-pipes = []
-for _ in range(5):
-    out, into = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.close(out)
-            got = [client.next_id() for _ in range(50)] + client.next_ids(500)
-            with os.fdopen(into, "w") as stream:
-                stream.write(" ".join(map(str, got)))
-            client.close()
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(into)
-    pipes.append((pid, out))
-ids += client.next_ids(1000)
-for pid, out in pipes:
-    with os.fdopen(out) as stream:
-        ids += map(int, stream.read().split())
-    assert os.waitpid(pid, 0)[1] == 0, "a child failed"
-for thread in others:
-    thread.join()
-ids += client.next_ids(1000)
-client.close()
-print(len(ids), len(set(ids)))
-"""
-
-
-def test_the_children_of_a_fork_share_a_client_with_their_parent(cluster: Cluster, daemons: Daemons) -> None:
-    process = daemons.process([sys.executable, "-c", FORKING, cluster.delegator.address])
-    assert process.wait() == 0, process.log()
-    expected = 100 + 4 * 300 + 5 * 550 + 1000 + 1000
-    assert process.out().split() == [str(expected), str(expected)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import pytest
 from flask import Flask
@@ -21,6 +21,7 @@ from zflake.wire.endpoint import parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig
 
 SNOWCLOUD: Final = layouts["snowcloud"]
+Apps: TypeAlias = Callable[..., Flask]
 NOBODY: Final = "tcp://127.0.0.1:1"
 
 
@@ -31,23 +32,23 @@ def shared() -> Iterator[str]:
 
 
 @pytest.fixture
-def apps() -> Iterator[list[Flask]]:
-    """Apps of a test, whose leases are given back at its end."""
-    made: list[Flask] = []
-    yield made
-    for app in made:
+def served() -> Iterator[Apps]:
+    """Takes an app that a test makes, and gives its lease back at the end; without one, makes one of a config."""
+    apps: list[Flask] = []
+
+    def take(app: Flask | None = None, **config: Any) -> Flask:
+        apps.append(app or Flask("app"))
+        apps[-1].config.update(config)
+        return apps[-1]
+
+    yield take
+    for app in apps:
         if "zflake" in app.extensions:
             app.extensions["zflake"].close()
 
 
-def app_of(apps: list[Flask], **config: Any) -> Flask:
-    apps.append(Flask("app"))
-    apps[-1].config.update(config)
-    return apps[-1]
-
-
-def test_an_app_gives_ids_in_and_outside_of_requests(shared: str, apps: list[Flask]) -> None:
-    app = app_of(apps, ZFLAKE_ENDPOINTS=shared)
+def test_an_app_gives_ids_in_and_outside_of_requests(shared: str, served: Apps) -> None:
+    app = served(ZFLAKE_ENDPOINTS=shared)
     ids = ZFlake(app)
 
     @app.get("/")
@@ -60,10 +61,10 @@ def test_an_app_gives_ids_in_and_outside_of_requests(shared: str, apps: list[Fla
     assert len({SNOWCLOUD.decompose(id_).machine for id_ in got}) == 1
 
 
-def test_one_extension_serves_several_apps_each_from_its_own_lease(shared: str, apps: list[Flask]) -> None:
+def test_one_extension_serves_several_apps_each_from_its_own_lease(shared: str, served: Apps) -> None:
     ids = ZFlake()
     got = []
-    for app in (app_of(apps, ZFLAKE_ENDPOINTS=[shared]) for _ in range(3)):
+    for app in (served(ZFLAKE_ENDPOINTS=[shared]) for _ in range(3)):
         ids.init_app(app)
         with app.app_context():
             got += ids.next_ids(10)
@@ -72,18 +73,16 @@ def test_one_extension_serves_several_apps_each_from_its_own_lease(shared: str, 
     assert len({SNOWCLOUD.decompose(id_).machine for id_ in got}) == 3
 
 
-def test_the_threads_of_an_app_share_one_lease(shared: str, apps: list[Flask]) -> None:
-    apps.append(create_app(shared))
-    client = apps[0].test_client
+def test_the_threads_of_an_app_share_one_lease(shared: str, served: Apps) -> None:
+    client = served(create_app(shared)).test_client
     with ThreadPoolExecutor(8) as pool:
         got = [int(text) for text in pool.map(lambda _: client().get("/").text, range(400))]
     assert len(set(got)) == 400
     assert len({SNOWCLOUD.decompose(id_).machine for id_ in got}) == 1
 
 
-def test_a_forked_server_process_takes_a_lease_of_its_own(shared: str, apps: list[Flask]) -> None:
-    apps.append(create_app(shared))
-    client = apps[0].test_client()
+def test_a_forked_server_process_takes_a_lease_of_its_own(shared: str, served: Apps) -> None:
+    client = served(create_app(shared)).test_client()
     got = [int(client.get("/").text)]
     for _ in range(3):
         got += in_child(os.fork, lambda: [int(client.get("/").text) for _ in range(10)])
@@ -91,19 +90,19 @@ def test_a_forked_server_process_takes_a_lease_of_its_own(shared: str, apps: lis
     assert len({SNOWCLOUD.decompose(id_).machine for id_ in got}) == 4
 
 
-def test_the_mode_client_has_workers_mint(shared: str, apps: list[Flask]) -> None:
+def test_the_mode_client_has_workers_mint(shared: str, served: Apps) -> None:
     with serving(lambda waker: Worker(WorkerConfig([parse_endpoint(shared)], ANY), waker)) as worker:
         until(lambda: worker.machine is not None)
         config = {"ZFLAKE_MODE": "client", "ZFLAKE_TIMEOUT": "9", "ZFLAKE_ROUTE": "direct"}
-        app = app_of(apps, ZFLAKE_ENDPOINTS=shared, **config)
+        app = served(ZFLAKE_ENDPOINTS=shared, **config)
         ids = ZFlake(app)
         assert isinstance(ids.source, Client)
         assert SNOWCLOUD.decompose(ids.next_id()).machine == worker.machine
 
 
 @pytest.mark.parametrize("endpoints", ["{0},{1}", "{0} {1}", " {0} ,\n {1} "])
-def test_endpoints_may_come_in_one_text(shared: str, apps: list[Flask], endpoints: str) -> None:
-    app = app_of(apps, ZFLAKE_ENDPOINTS=endpoints.format(NOBODY, shared), ZFLAKE_TIMEOUT=20)
+def test_endpoints_may_come_in_one_text(shared: str, served: Apps, endpoints: str) -> None:
+    app = served(ZFLAKE_ENDPOINTS=endpoints.format(NOBODY, shared), ZFLAKE_TIMEOUT=20)
     assert ZFlake(app).next_id() > 0
 
 
@@ -121,56 +120,55 @@ def test_endpoints_may_come_in_one_text(shared: str, apps: list[Flask], endpoint
     ],
     ids=str,
 )
-def test_a_wrong_config_is_refused_at_the_start(apps: list[Flask], config: dict[str, Any]) -> None:
+def test_a_wrong_config_is_refused_at_the_start(served: Apps, config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        ZFlake(app_of(apps, **config))
+        ZFlake(served(**config))
 
 
-def test_an_app_has_one_source(shared: str, apps: list[Flask]) -> None:
-    app = app_of(apps, ZFLAKE_ENDPOINTS=shared)
+def test_an_app_has_one_source(shared: str, served: Apps) -> None:
+    app = served(ZFLAKE_ENDPOINTS=shared)
     ZFlake(app)
     with pytest.raises(ConfigError, match="once"):
         ZFlake(app)
 
 
-def test_without_an_app_it_says_what_to_do(apps: list[Flask]) -> None:
+def test_without_an_app_it_says_what_to_do(served: Apps) -> None:
     with pytest.raises(RuntimeError, match="app_context"):
         ZFlake().next_id()
-    with app_of(apps).app_context(), pytest.raises(RuntimeError, match="init_app"):
+    with served().app_context(), pytest.raises(RuntimeError, match="init_app"):
         ZFlake().next_id()
 
 
 # --- the example server ---
 
 
-def test_the_example_gives_an_id_as_text_that_nobody_may_cache(shared: str, apps: list[Flask]) -> None:
-    apps.append(create_app([shared]))
-    answer = apps[0].test_client().get("/")
+def test_the_example_gives_an_id_as_text_that_nobody_may_cache(shared: str, served: Apps) -> None:
+    app = served(create_app([shared]))
+    answer = app.test_client().get("/")
     assert (answer.status_code, answer.mimetype) == (200, "text/plain")
     assert answer.headers["Cache-Control"] == "no-store"
-    assert SNOWCLOUD.decompose(int(answer.text)).machine == apps[0].extensions["zflake"].machine
+    assert SNOWCLOUD.decompose(int(answer.text)).machine == app.extensions["zflake"].machine
 
 
 def test_the_example_takes_its_settings_from_the_environment(
-    shared: str, apps: list[Flask], monkeypatch: pytest.MonkeyPatch
+    shared: str, served: Apps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ZFLAKE_ENDPOINTS", shared)
     monkeypatch.setenv("ZFLAKE_PORT", "tcp://10.0.0.1:80")  # what Kubernetes sets for a service
     monkeypatch.setenv("ZFLAKE_IDLE", "9")
-    apps.append(create_app())
-    assert apps[0].config["ZFLAKE_IDLE"] == "9"
-    assert "ZFLAKE_PORT" not in apps[0].config
-    assert apps[0].test_client().get("/").status_code == 200
+    app = served(create_app())
+    assert app.config["ZFLAKE_IDLE"] == "9"
+    assert "ZFLAKE_PORT" not in app.config
+    assert app.test_client().get("/").status_code == 200
 
 
 def test_without_an_id_it_answers_503_and_when_to_come_back(
-    apps: list[Flask], monkeypatch: pytest.MonkeyPatch
+    served: Apps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZFLAKE_TIMEOUT", "0.1")
-    apps.append(create_app(NOBODY))
-    answer = apps[0].test_client().get("/")
+    answer = served(create_app(NOBODY)).test_client().get("/")
     assert (answer.status_code, answer.mimetype) == (503, "text/plain")
     assert int(answer.headers["Retry-After"]) >= 1
     assert NOBODY in answer.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 
 from zflake.client.conversation import Ask
@@ -16,14 +17,11 @@ def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float
 
     Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, and the error that it carries.
     """
-    transport = Transport()
     deadline, outcome = time.monotonic() + timeout_s, None
-    try:
+    with closing(Transport()) as transport:
         # The transport gives a connection up before the time is over, since a client has other endpoints.
         while outcome is None and (left_s := deadline - time.monotonic()) > 0:
             outcome = transport.ask(Ask(endpoint, method, params, left_s))
-    finally:
-        transport.close()
     if outcome is None:
         raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; check that it is running")
     if isinstance(outcome, ProtocolError):

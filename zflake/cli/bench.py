@@ -18,9 +18,9 @@ import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
@@ -51,33 +51,30 @@ while True:
 def run_bench(show: Callable[[str], None]) -> None:
     """Measure, and show a line for each figure."""
     with ExitStack() as stack:
-        echo = stack.enter_context(_server([sys.executable, "-c", ECHO]))
-        static = [sys.executable, "-m", "zflake.cli.worker", "--machine", "1"]
-        worker = stack.enter_context(_server(static))
-        client = stack.enter_context(Client(worker.address, timeout=30, route="direct"))
+        echo, _ = stack.enter_context(_server("-c", ECHO))
+        worker, worker_pid = stack.enter_context(_server("-m", "zflake.cli.worker", "--machine", "1"))
+        client = stack.enter_context(Client(worker, timeout=30, route="direct"))
         show(_line("IDs/s of one worker in runs", "the layout's limit", _bulk(client), "≥ 0.99"))
-        req = stack.enter_context(_req(echo.address))
-        one = _ratio(lambda: _median_us(client.next_id, 3000), lambda: _median_us(_echo_one(req), 3000))
+        req = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.REQ))
+        req.connect(echo)
+        one = _ratio_to_echo(client.next_id, req, 3000)
         show(_line("one ID, median time", "an echo's", one, "≤ 1.15"))
         with ExitStack() as cluster:
-            command = [sys.executable, "-m", "zflake.cli.delegator", "--bind", "tcp://127.0.0.1:*", "--new"]
-            delegator = cluster.enter_context(_server([*command, "--store", "memory:"]))
-            leased = [sys.executable, "-m", "zflake.cli.worker", "--delegator", delegator.address]
-            cluster.enter_context(_server(leased))
-            broker = cluster.enter_context(Client(delegator.address, timeout=30, route="broker"))
+            flags = ("--bind", "tcp://127.0.0.1:*", "--store", "memory:", "--new")
+            delegator, _ = cluster.enter_context(_server("-m", "zflake.cli.delegator", *flags))
+            cluster.enter_context(_server("-m", "zflake.cli.worker", "--delegator", delegator))
+            broker = cluster.enter_context(Client(delegator, timeout=30, route="broker"))
             broker.next_id()
-            brokered = _ratio(
-                lambda: _median_us(broker.next_id, 2000), lambda: _median_us(_echo_one(req), 2000)
-            )
-            generator = cluster.enter_context(LeasedGenerator(delegator.address))
+            brokered = _ratio_to_echo(broker.next_id, req, 2000)
+            generator = cluster.enter_context(LeasedGenerator(delegator))
             minted = _ratio_to_package(generator)
         show(_line("one ID, brokered, median time", "an echo's", brokered, "≤ 2.3"))
         if minted is not None:
             show(_line("LeasedGenerator.next_id(), ns", "snowflake-id's", minted, "≤ 0.8"))
         body = encode_request(1, "ids.next", [1, 10_000])
-        load = _ratio(lambda: _pipelined(worker.address, body), lambda: _pipelined(echo.address, body))
+        load = _ratio(lambda: _pipelined(worker, body), lambda: _pipelined(echo, body))
         show(_line(f"one-ID requests/s at depth {DEPTH}", "an echo's", load, "≥ 0.85"))
-        show(f"{'a worker, resident':<42} {_resident_mb(worker.pid):.0f} MB{'':<24} (≤ 45 MB)")
+        show(f"{'a worker, resident':<42} {_resident_mb(worker_pid):.0f} MB{'':<24} (≤ 45 MB)")
     with tempfile.TemporaryDirectory(prefix="zflake-bench-") as folder:
         path = Path(folder)
         leases = _ratio(lambda: _lease_rate(path), lambda: _commit_rate(path), rounds=3)
@@ -87,50 +84,38 @@ def run_bench(show: Callable[[str], None]) -> None:
     show(f"{'`zflake up` to the first ID':<42} {_first_id_s():.2f} s{'':<23} (≤ 1 s)")
 
 
-class _Server:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stderr is not None
-        self.pid = process.pid
+@contextmanager
+def _server(*arguments: str) -> Iterator[tuple[str, int]]:
+    """Run Python; gives the address at which it says that it serves, and its pid."""
+    process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True)  # noqa: S603
+    assert process.stderr is not None
+    try:
         line = ""
         while "serves at " not in line:
-            line = process.stderr.readline().decode()
-        self.address = line.rpartition("serves at ")[2].split(": ")[0].strip()
-
-
-@contextmanager
-def _server(command: list[str]) -> Iterator[_Server]:
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)  # noqa: S603
-    try:
-        yield _Server(process)
+            line = process.stderr.readline()
+        yield line.rpartition("serves at ")[2].split(": ")[0].strip(), process.pid
     finally:
         process.terminate()
         process.wait()
 
 
-@contextmanager
-def _req(address: str) -> Iterator[zmq.Socket[bytes]]:
-    with zmq.Context() as context, context.socket(zmq.REQ) as req:
-        req.connect(address)
-        yield req
-
-
-def _echo_one(req: zmq.Socket[bytes]) -> Callable[[], object]:
+def _ratio_to_echo(call: Callable[[], object], req: zmq.Socket[bytes], times: int) -> tuple[float, str]:
     body = encode_request(1, "ids.next", [1, 1000])
 
-    def echo() -> bytes:
+    def echo() -> None:
         req.send(body)
-        return req.recv()
+        req.recv()
 
-    return echo
+    return _ratio(lambda: _median_us(call, times), lambda: _median_us(echo, times))
 
 
 def _median_us(call: Callable[[], object], times: int) -> float:
-    clock = time.perf_counter_ns
+    now_ns = time.perf_counter_ns
     took = []
     for _ in range(times):
-        begun = clock()
+        begun = now_ns()
         call()
-        took.append(clock() - begun)
+        took.append(now_ns() - begun)
     return statistics.median(took) / 1000
 
 
@@ -178,19 +163,17 @@ def _pipelined(address: str, body: bytes) -> float:
 
 
 def _commit_rate(folder: Path) -> float:
-    db = sqlite3.connect(folder / "bare.db", isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("CREATE TABLE IF NOT EXISTS bare (key INTEGER PRIMARY KEY, value INTEGER)")
     total = 2000
-    begun = time.perf_counter()
-    for i in range(total):
-        db.execute("BEGIN IMMEDIATE")
-        db.execute("INSERT OR REPLACE INTO bare VALUES (?, ?)", (i % HOLDERS, i))
-        db.execute("COMMIT")
-    rate = total / (time.perf_counter() - begun)
-    db.close()
-    return rate
+    with closing(sqlite3.connect(folder / "bare.db", isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("CREATE TABLE IF NOT EXISTS bare (key INTEGER PRIMARY KEY, value INTEGER)")
+        begun = time.perf_counter()
+        for i in range(total):
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT OR REPLACE INTO bare VALUES (?, ?)", (i % HOLDERS, i))
+            db.execute("COMMIT")
+        return total / (time.perf_counter() - begun)
 
 
 @contextmanager
@@ -271,10 +254,6 @@ def _line(what: str, against: str, figure: tuple[float, str], bar: str) -> str:
     return f"{what:<42} {ratio:5.2f} x {against:<20} {detail:<22} ({bar})"
 
 
-def _environment() -> dict[str, Any]:
-    return {"cpus": os.cpu_count(), "python": sys.version.split()[0], "zmq": zmq.zmq_version()}
-
-
 def headline() -> str:
     """The machine and the versions that were measured."""
-    return ", ".join(f"{key} {value}" for key, value in _environment().items())
+    return f"cpus {os.cpu_count()}, python {sys.version.split()[0]}, zmq {zmq.zmq_version()}"

@@ -8,12 +8,14 @@ import json
 import logging
 import resource
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol, TypedDict, Unpack
 
 import click
 
-from zflake.daemon import Liveness
+from zflake.core.layout import iso
+from zflake.daemon import Liveness, Waker
 from zflake.errors import ConfigError, ZflakeError
 
 FAILED: Final = 1
@@ -23,9 +25,10 @@ MISUSED: Final = 2
 INTERRUPTED: Final = 130
 
 
-def run(command: click.Command, prefix: str) -> NoReturn:
-    """Run a command as a program; environment variables for its options begin with `prefix`."""
+def run(command: click.Command) -> NoReturn:
+    """Run a command as a program; environment variables for its options begin with its name."""
     name = command.name or "zflake"
+    prefix = name.upper().replace("-", "_")
     try:
         code = command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -38,12 +41,9 @@ def run(command: click.Command, prefix: str) -> NoReturn:
         sys.exit(MISUSED)
     except click.Abort:
         sys.exit(INTERRUPTED)
-    except ConfigError as error:
-        _say(name, str(error))
-        sys.exit(MISUSED)
     except ZflakeError as error:
         _say(name, str(error))
-        sys.exit(FAILED)
+        sys.exit(MISUSED if isinstance(error, ConfigError) else FAILED)
     except BrokenPipeError:
         # The reader of the output has enough.  Nothing may be written any more, by the interpreter's exit either.
         sys.stdout = None
@@ -81,14 +81,6 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
-def prepare_daemon(log_format: str, log_level: str) -> None:
-    """Set up logs, and allow a file descriptor for every peer that may come."""
-    set_up_logs(log_format, log_level)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # some systems do not allow what they promise
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 class Daemon(Protocol):
     """A daemon, as `serve` runs it."""
 
@@ -98,15 +90,35 @@ class Daemon(Protocol):
         """Serve until told to stop."""
 
 
-def serve(daemon: Daemon, http: tuple[str, int] | None, metrics: str) -> None:
-    """Run a daemon, with probes and the metrics of the module `metrics` at `http`, if anywhere."""
-    if http is None:
-        daemon.run()
-        return
-    from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
+class DaemonOptions(TypedDict):
+    """The options that mean the same to both daemons, as `daemon_options` reads them."""
 
-    measure = importlib.import_module(metrics).measure
-    with HealthServer(http, daemon.liveness, lambda: measure(daemon)):
+    check: bool
+    http: tuple[str, int] | None
+    follow_stdin: bool
+    log_format: str
+    log_level: str
+
+
+def serve(make: Callable[[Waker], Daemon], metrics: str, **options: Unpack[DaemonOptions]) -> None:
+    """Make a daemon and run it, with probes and the metrics of the module `metrics` if there is a place for them.
+
+    With `check` the caller has checked the configuration, and nothing is made.
+    """
+    if options["check"]:
+        print(f"{click.get_current_context().info_name}: the configuration is sound")
+        return
+    set_up_logs(options["log_format"], options["log_level"])
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems do not allow what they promise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file descriptor for each peer
+    with Waker(follow_stdin=options["follow_stdin"]) as waker, contextlib.ExitStack() as stack:
+        daemon = make(waker)
+        if options["http"] is not None:
+            from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
+
+            measure = importlib.import_module(metrics).measure
+            stack.enter_context(HealthServer(options["http"], daemon.liveness, lambda: measure(daemon)))
         daemon.run()
 
 
@@ -121,6 +133,4 @@ def set_up_logs(kind: str, level: str) -> None:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return (
-        datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )
+    return iso(datetime.fromtimestamp(record.created, UTC))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Unpack
+
 import click
 
-from zflake.cli.conduct import prepare_daemon, run, serve
+from zflake.cli.conduct import DaemonOptions, run, serve
 from zflake.cli.options import BIND, DURATION, EPOCH, LAYOUT, MACHINES, daemon_options
 from zflake.core.layout import Layout
-from zflake.daemon import Waker
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.start import Wishes, check_wishes
 from zflake.stores import check_url
@@ -54,35 +56,27 @@ def command(
     machines: tuple[int, int] | None,
     new: bool,
     accept_clock: bool,
-    check: bool,
     insecure: bool,
-    follow_stdin: bool,
-    log_format: str,
-    log_level: str,
-    http: tuple[str, int] | None,
+    **options: Unpack[DaemonOptions],
 ) -> None:
     """Lease machine IDs to workers, tell clients where these are, and pass requests on to them.
 
     Options come from the command line, else from ZFLAKE_DELEGATOR_... variables, else from --config.
     """
-    prepare_daemon(log_format, log_level)
     wishes = Wishes(layout=layout, epoch_ms=epoch, ttl_ms=ttl, machines=machines, new=new)
     config = DelegatorConfig(
         bind=bind, store=store, wishes=wishes, accept_clock=accept_clock, insecure=insecure
     )
-    if check:
+    if options["check"]:
         check_wishes(wishes)
         check_bind(bind, insecure=insecure)
         check_url(store)
-        print("zflake-delegator: the configuration is sound")
-        return
-    with Waker(follow_stdin=follow_stdin) as waker:
-        serve(Delegator(config, waker), http, "zflake.delegator.metrics")
+    serve(partial(Delegator, config), "zflake.delegator.metrics", **options)
 
 
 def main() -> None:
     """Run the command."""
-    run(command, "ZFLAKE_DELEGATOR")
+    run(command)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 from rich.live import Live
 
@@ -20,15 +22,9 @@ class Lines:
         self._rates = Rates()
         self._said_at = 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def show(self, facts: dict[str, Any]) -> None:
         """Print a line of the status `facts`, every `REPORT_S`."""
-        if not facts or time.monotonic() - self._said_at < REPORT_S:
+        if time.monotonic() - self._said_at < REPORT_S:
             return
         first, self._said_at = not self._said_at, time.monotonic()
         self._rates.update(facts)
@@ -41,22 +37,14 @@ class Lines:
             )
 
 
-class Redrawn:
-    """Figures for a terminal, redrawn in place."""
+@contextmanager
+def redrawn() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows status facts on a terminal, in place of the ones before."""
+    rates = Rates()
+    with Live(auto_refresh=False, redirect_stdout=False) as live:
 
-    def __init__(self) -> None:
-        self._rates = Rates()
-        self._live = Live(auto_refresh=False, redirect_stdout=False)
+        def show(facts: dict[str, Any]) -> None:
+            rates.update(facts)
+            live.update(live_view(facts, rates), refresh=True)
 
-    def __enter__(self) -> Self:
-        self._live.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.__exit__(None, None, None)
-
-    def show(self, facts: dict[str, Any]) -> None:
-        """Redraw the view of the status `facts`."""
-        if facts:
-            self._rates.update(facts)
-            self._live.update(live_view(facts, self._rates), refresh=True)
+        yield show

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from zflake.core.layout import Decomposed, Layout, iso
@@ -54,20 +54,16 @@ def read_id(text: str) -> int:
     return value
 
 
-def show_ids(ids: list[int], layout: Layout) -> Iterator[str]:
-    """Lines that show IDs with their fields."""
-    for id_ in ids:
-        fields = layout.decompose(id_)
-        yield (
-            f"{id_}  {iso(fields.time)}  machine {fields.machine}{show_parts(fields)}  sequence {fields.sequence}"
-        )
+def show_id(fields: Decomposed) -> str:
+    """A line that shows an ID with its fields."""
+    machine = f"machine {fields.machine}{show_parts(fields.parts.items())}"
+    return f"{fields.id}  {iso(fields.time)}  {machine}  sequence {fields.sequence}"
 
 
-def show_parts(fields: Decomposed) -> str:
-    """The parts of a machine ID in brackets, if it has any."""
-    return (
-        f" ({', '.join(f'{name} {value}' for name, value in fields.parts.items())})" if fields.parts else ""
-    )
+def show_parts(parts: Iterable[tuple[str, int]]) -> str:
+    """The parts of a machine ID, or of its bits, in brackets, if it has any."""
+    listed = ", ".join(f"{name} {value}" for name, value in parts)
+    return f" ({listed})" if listed else ""
 
 
 def as_object(fields: Decomposed) -> dict[str, Any]:
@@ -84,9 +80,6 @@ def as_object(fields: Decomposed) -> dict[str, Any]:
 
 def spell_out(layout: Layout) -> str:
     """A layout in words."""
-    parts = f" ({', '.join(f'{name} {bits}' for name, bits in layout.machine_parts)})"
-    fields = ", ".join(
-        f"{name} {bits}{parts if name == 'machine' and layout.machine_parts else ''}"
-        for name, bits in layout.fields
-    )
+    parts = show_parts(layout.machine_parts)
+    fields = ", ".join(f"{name} {bits}{parts if name == 'machine' else ''}" for name, bits in layout.fields)
     return f"{fields} bits; tick {layout.tick_ms} ms; epoch {iso(layout.epoch)}"

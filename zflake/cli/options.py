@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -12,7 +13,7 @@ import click
 
 from zflake.core.layout import Layout, parse, parse_epoch
 from zflake.errors import ConfigError
-from zflake.wire.endpoint import Endpoint, parse_endpoint
+from zflake.wire.endpoint import parse_endpoint
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -64,12 +65,8 @@ def read_http(text: str) -> tuple[str, int]:
     return ("" if endpoint.host == "*" else endpoint.host.strip("[]")), endpoint.port or 0
 
 
-def _bind(text: str) -> Endpoint:
-    return parse_endpoint(text, to_bind=True)
-
-
 ENDPOINT: Final = _Value("endpoint", parse_endpoint)
-BIND: Final = _Value("endpoint", _bind)
+BIND: Final = _Value("endpoint", partial(parse_endpoint, to_bind=True))
 LAYOUT: Final = _Value("layout", parse)
 EPOCH: Final = _Value("epoch", parse_epoch)
 DURATION: Final = _Value("duration", read_duration_ms)

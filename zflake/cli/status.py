@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -51,9 +51,7 @@ def show_status(facts: dict[str, Any]) -> None:
 
 def delegator_table(delegators: list[dict[str, Any]]) -> Table:
     """A table of the delegators on one store."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("delegator", "address", "last mark", "its wall clock"):
-        table.add_column(heading, overflow="fold")
+    table = _table("delegator", "address", "last mark", "its wall clock")
     for there in delegators:
         table.add_row(
             escape(there["name"]),
@@ -66,39 +64,36 @@ def delegator_table(delegators: list[dict[str, Any]]) -> Table:
 
 def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None = None) -> Table:
     """A table of leases and what their holders do; `rates` are IDs a second, by machine."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for heading, right in (
-        ("machine", True),
-        ("name", False),
-        ("address", False),
-        ("process", False),
-        ("window ends in", True),
-        ("IDs", True),
-        ("IDs/s", True),
-        ("in flight", True),
-        ("parked", True),
-        ("errors", True),
-        ("", False),
-    ):
-        if heading != "IDs/s" or rates is not None:
-            # On a narrow terminal an address is folded, never cut: it is what people copy.
-            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    figures = {"IDs": "ids", "in flight": "in_flight", "parked": "parked", "errors": "errors"}
+    headings = [*figures]
+    if rates is not None:
+        headings.insert(1, "IDs/s")
+    right = ("machine", "window ends in", *headings)
+    table = _table("machine", "name", "address", "process", "window ends in", *headings, "", right=right)
     for lease in leases:
         worker = lease["worker"]
-        figures = [""] * (4 if rates is None else 5)
+        cells = [""] * len(headings)
         if worker is not None:
-            figures = [f"{worker[key]:,}" for key in ("ids", "in_flight", "parked", "errors")]
+            cells = [f"{worker[key]:,}" for key in figures.values()]
             if rates is not None:
-                figures.insert(1, f"{rates.get(lease['machine'], 0.0):,.0f}")
+                cells.insert(1, f"{rates.get(lease['machine'], 0.0):,.0f}")
         table.add_row(
             str(lease["machine"]),
             lease["name"],
             lease["address"],
             f"{lease['pid']}@{lease['host']}",
             f"{lease['ends_in_ms'] / 1000:.1f} s",
-            *figures,
+            *cells,
             "ready" if worker else "not there" if lease["address"] else "serves no clients",
         )
+    return table
+
+
+def _table(*headings: str, right: Collection[str] = ()) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        # On a narrow terminal an address is folded, never cut: it is what people copy.
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     return table
 
 
@@ -119,16 +114,14 @@ class Rates:
         now = time.monotonic()
         passed_s = max(now - self._at, 1e-9)
         ids = {lease["machine"]: lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"]}
-        # A worker that was not there at the last look has no rate yet.
-        self.ids = {
-            machine: max(0, count - self._ids.get(machine, count)) / passed_s
-            for machine, count in ids.items()
-        }
-        self.requests = {
-            method: max(0, count - self._requests.get(method, count)) / passed_s
-            for method, count in facts["requests"].items()
-        }
+        self.ids = _rates(ids, self._ids, passed_s)
+        self.requests = _rates(facts["requests"], self._requests, passed_s)
         self._ids, self._requests, self._at = ids, facts["requests"], now
+
+
+def _rates(counts: Mapping[Any, int], before: Mapping[Any, int], passed_s: float) -> dict[Any, float]:
+    # A worker that was not there at the last look has no rate yet.
+    return {key: max(0, count - before.get(key, count)) / passed_s for key, count in counts.items()}
 
 
 def live_view(facts: dict[str, Any], rates: Rates) -> Group:
@@ -145,10 +138,7 @@ def live_view(facts: dict[str, Any], rates: Rates) -> Group:
             f"{sum(rates.ids.values()):,.0f} IDs/s from {broker['workers']} workers; "
             f"{len(facts['leases'])} of {last - first + 1:,} machines held; {facts['backlog']} wait for the store"
         ),
-        (
-            f"broker: {brokered:,.0f} requests/s, {broker['queued']:,} queued, {broker['requeued']:,} taken back, "
-            f"{broker['refused']:,} refused, {broker['expired']:,} expired, {broker['strays']:,} strays"
-        ),
+        f"broker: {brokered:,.0f} requests/s, {broker['queued']:,} queued, {_not_served(broker)}",
         f"errors: {_counts(facts['errors'])}",
         "",
     ]
@@ -171,53 +161,37 @@ def watch(endpoint: str, timeout_s: float) -> None:
             time.sleep(LOOK_S)
 
 
-def _headlines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [
-        (facts["service"], f"{facts['address']}  zflake {facts['version']}, pid {facts['pid']}"),
-        ("up for", _duration(facts["uptime_ms"])),
-    ]
+def _headlines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield facts["service"], f"{facts['address']}  zflake {facts['version']}, pid {facts['pid']}"
+    yield "up for", _duration(facts["uptime_ms"])
     if facts["layout"] is not None:
         layout = Layout.from_map(facts["layout"])
-        lines.append(
-            ("layout", f"{layout.name} ({layout}), epoch {layout.epoch:%FT%TZ}, ends {layout.overflows:%F}")
-        )
+        yield "layout", f"{layout.name} ({layout}), epoch {layout.epoch:%FT%TZ}, ends {layout.overflows:%F}"
     if facts["service"] == "worker":
         machine = "none" if facts["machine"] is None else str(facts["machine"])
-        lines += [
-            ("machine", f"{machine} ({facts['state'].lower()})"),
-            ("minted", f"{facts['ids']:,} IDs in {facts['requests']:,} requests; {facts['parked']} parked"),
-            ("errors", _counts(facts["errors"])),
-        ]
-        return lines
+        yield "machine", f"{machine} ({facts['state'].lower()})"
+        yield "minted", f"{facts['ids']:,} IDs in {facts['requests']:,} requests; {facts['parked']} parked"
+        yield "errors", _counts(facts["errors"])
+        return
     first, last = facts["machines"]
-    lines += [
-        ("store", f"{facts['store']}  (id {facts['store_id']})"),
-        ("machines", f"{first} to {last}, {len(facts['leases'])} held; ttl {facts['ttl_ms'] / 1000:g} s"),
-        ("requests", f"{_counts(facts['requests'])}; {facts['backlog']} wait for the store"),
-        ("errors", _counts(facts["errors"])),
-        ("timeline", f"{facts['lead_ms'] / 1000:+.3f} s against the delegator's wall clock"),
-    ]
+    yield "store", f"{facts['store']}  (id {facts['store_id']})"
+    yield "machines", f"{first} to {last}, {len(facts['leases'])} held; ttl {facts['ttl_ms'] / 1000:g} s"
+    yield "requests", f"{_counts(facts['requests'])}; {facts['backlog']} wait for the store"
+    yield "errors", _counts(facts["errors"])
+    yield "timeline", f"{facts['lead_ms'] / 1000:+.3f} s against the delegator's wall clock"
     broker = facts["broker"]
-    lines.append(
-        (
-            "broker",
-            (
-                f"{broker['workers']} workers, {broker['queued']} queued; so far {broker['brokered']:,} brokered, "
-                f"{broker['requeued']:,} taken back, {broker['refused']:,} refused, {broker['expired']:,} expired, "
-                f"{broker['strays']:,} strays"
-            ),
-        )
-    )
+    so_far = f"so far {broker['brokered']:,} brokered, {_not_served(broker)}"
+    yield "broker", f"{broker['workers']} workers, {broker['queued']} queued; {so_far}"
     if facts.get("outage"):
-        lines.append(("granting", f"nothing now: {facts['outage']}"))
+        yield "granting", f"nothing now: {facts['outage']}"
     if facts["granting_in_ms"]:
-        lines.append(
-            (
-                "granting",
-                f"nothing for {facts['granting_in_ms'] / 1000:.0f} s: the store is new, or may have forgotten leases",
-            )
-        )
-    return lines
+        rest_s = facts["granting_in_ms"] / 1000
+        yield "granting", f"nothing for {rest_s:.0f} s: the store is new, or may have forgotten leases"
+
+
+def _not_served(broker: dict[str, int]) -> str:
+    words = {"requeued": "taken back", "refused": "refused", "expired": "expired", "strays": "strays"}
+    return ", ".join(f"{broker[key]:,} {word}" for key, word in words.items())
 
 
 def _duration(ms: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from zflake import clock
@@ -14,8 +15,7 @@ from zflake.stores import open_store
 
 def facts_of(url: str) -> dict[str, Any]:
     """A store's state.  Raises `StoreError` if it can't be read, or was never initialised."""
-    store = open_store(url, read_only=True)
-    try:
+    with closing(open_store(url, read_only=True)) as store:
         meta, contents = meta_of(store), store.contents()
         records, marks = list(contents.records), list(contents.marks)
         layout = meta.layout
@@ -42,8 +42,6 @@ def facts_of(url: str) -> dict[str, Any]:
             "spans": len(list(contents.spans)),
             "spans_since": iso(layout.time_of(contents.since)) if contents.since else None,
         }
-    finally:
-        store.close()
 
 
 def show_facts(facts: dict[str, Any]) -> None:

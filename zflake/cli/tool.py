@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from zflake.cli.conduct import FAILED, run
-from zflake.cli.ids import as_object, formatter, read_id, show_ids, show_parts, spell_out
+from zflake.cli.ids import as_object, formatter, read_id, show_id, show_parts, spell_out
 from zflake.cli.options import DURATION, EPOCH, LAYOUT, choose_layout
 from zflake.client.balancer import ROUTES
 from zflake.client.sync import Client
@@ -25,14 +26,15 @@ IDS_AT_ONCE: Final = 50_000
 PROGRESS_FROM: Final = 200_000
 """From how many IDs on a terminal is shown how far it is."""
 
-_to = click.option(
+_ids = click.argument("ids", nargs=-1, required=True, metavar="ID...")
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+_to = partial(
+    click.option,
     "--to",
-    multiple=True,
     envvar="ZFLAKE_TO",
-    default=[DEFAULT_DELEGATOR],
+    default=DEFAULT_DELEGATOR,
     show_default=True,
     metavar="ENDPOINT",
-    help="A delegator or a worker; may be given several times.",
 )
 _timeout = click.option(
     "--timeout", type=DURATION, default="5s", show_default=True, help="The whole budget of a request."
@@ -47,7 +49,7 @@ def command() -> None:
 
 def main() -> None:
     """Run the command."""
-    run(command, "ZFLAKE")
+    run(command)
 
 
 @command.command()
@@ -76,8 +78,8 @@ def up(*, workers: int, data: Path | None, store: str | None, delegators: int, n
     with Cluster(workers, data, ephemeral=once, store=store, delegators=delegators, new=new) as cluster:
         if once:
             cluster.wait_until_ready()
-            for line in show_ids(cluster.take(10), cluster.layout):
-                print(line)
+            for id_ in cluster.take(10):
+                print(show_id(cluster.layout.decompose(id_)))
         else:
             cluster.run()
 
@@ -86,7 +88,7 @@ def up(*, workers: int, data: Path | None, store: str | None, delegators: int, n
 @click.option(
     "-n", "--count", type=click.IntRange(1, MAX_IDS), default=1, show_default=True, help="How many IDs."
 )
-@_to
+@_to(multiple=True, default=[DEFAULT_DELEGATOR], help="A delegator or a worker; may be given several times.")
 @click.option("--route", type=click.Choice(ROUTES), default="auto", show_default=True)
 @click.option(
     "--format",
@@ -110,12 +112,12 @@ def next_(*, count: int, to: tuple[str, ...], route: str, format_: str, timeout:
 
 
 @command.command(context_settings={"ignore_unknown_options": True})
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@_ids
 @click.option(
     "--layout", type=LAYOUT, help="A preset or one spelt out.  [default: snowcloud]", metavar="NAME"
 )
 @click.option("--epoch", type=EPOCH, help="Another epoch: an ISO 8601 time or milliseconds since 1970.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+@_json
 def decode(*, ids: tuple[str, ...], layout: Layout | None, epoch: int | None, as_json: bool) -> None:
     """Take IDs apart.  An ID is a decimal number, 0x and hexadecimal, or 13 digits of Crockford's base 32."""
     assumed = choose_layout(layout, epoch, DEFAULT)
@@ -130,12 +132,12 @@ def decode(*, ids: tuple[str, ...], layout: Layout | None, epoch: int | None, as
             f"  layout    {assumed.name}: {spell_out(assumed)}{'' if layout else ' (assumed; see --layout)'}"
         )
         print(f"  time      {iso(fields.time)}")
-        print(f"  machine   {fields.machine}{show_parts(fields)}")
+        print(f"  machine   {fields.machine}{show_parts(fields.parts.items())}")
         print(f"  sequence  {fields.sequence}")
 
 
 @command.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+@_json
 def layouts(*, as_json: bool) -> None:
     """Show the layouts that have a name."""
     if as_json:
@@ -148,48 +150,29 @@ def layouts(*, as_json: bool) -> None:
             }
             print(json.dumps(layout.to_map() | facts))
         return
-    rows = [
-        (
-            "name",
-            "fields, high to low",
-            "epoch",
-            "tick",
-            "machines",
-            "IDs/s each",
-            "ends",
-            "fits bigint until",
-        )
-    ]
-    for layout in PRESETS.values():
-        fields = " ".join(f"{name} {bits}" for name, bits in layout.fields)
-        per_second = layout.ids_per_tick * 1000 // layout.tick_ms
-        dates = [f"{time:%Y-%m-%d}" for time in (layout.overflows, layout.signed_until)]
-        rows.append(
-            (
-                layout.name,
-                fields,
-                iso(layout.epoch),
-                f"{layout.tick_ms} ms",
-                str(layout.machines),
-                f"{per_second:,}",
-                dates[0],
-                dates[1] if dates[1] != dates[0] else "its end",
-            )
-        )
+    shown = [_columns(layout) for layout in PRESETS.values()]
+    rows = [list(shown[0]), *(list(columns.values()) for columns in shown)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _columns(layout: Layout) -> dict[str, str]:
+    ends, signed_until = f"{layout.overflows:%Y-%m-%d}", f"{layout.signed_until:%Y-%m-%d}"
+    return {
+        "name": layout.name,
+        "fields, high to low": " ".join(f"{name} {bits}" for name, bits in layout.fields),
+        "epoch": iso(layout.epoch),
+        "tick": f"{layout.tick_ms} ms",
+        "machines": str(layout.machines),
+        "IDs/s each": f"{layout.ids_per_tick * 1000 // layout.tick_ms:,}",
+        "ends": ends,
+        "fits bigint until": "its end" if signed_until == ends else signed_until,
+    }
+
+
 @command.command()
-@click.option(
-    "--to",
-    envvar="ZFLAKE_TO",
-    default=DEFAULT_DELEGATOR,
-    show_default=True,
-    metavar="ENDPOINT",
-    help="Whom to ask.",
-)
+@_to(help="Whom to ask.")
 @click.option("--watch", is_flag=True, help="A live view, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, as PROTOCOL.md describes it.")
 @_timeout
@@ -204,17 +187,13 @@ def status(*, to: str, watch: bool, as_json: bool, timeout: int) -> None:
             status_.watch(parse_endpoint(to).text, timeout / 1000)
         except KeyboardInterrupt:
             return
-    facts = status_.ask_status(parse_endpoint(to).text, timeout / 1000)
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        status_.show_status(facts)
+    _show(status_.ask_status(parse_endpoint(to).text, timeout / 1000), status_.show_status, as_json=as_json)
 
 
 @command.command(context_settings={"ignore_unknown_options": True})
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@click.option("--to", envvar="ZFLAKE_TO", default=DEFAULT_DELEGATOR, show_default=True, metavar="ENDPOINT")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+@_ids
+@_to()
+@_json
 @_timeout
 def trace(*, ids: tuple[str, ...], to: str, as_json: bool, timeout: int) -> None:
     """Say who minted IDs; if the record does not know (any more), the exit code is 1."""
@@ -222,10 +201,7 @@ def trace(*, ids: tuple[str, ...], to: str, as_json: bool, timeout: int) -> None
 
     traced = trace_ids([read_id(text) for text in ids], parse_endpoint(to).text, timeout / 1000)
     for facts in traced:
-        if as_json:
-            print(json.dumps(facts))
-        else:
-            show_trace(facts)
+        _show(facts, show_trace, as_json=as_json)
     if not all(facts["minted_by"] for facts in traced):
         sys.exit(FAILED)
 
@@ -237,17 +213,13 @@ def store() -> None:
 
 @store.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line.")
+@_json
 def info(*, urls: tuple[str, ...], as_json: bool) -> None:
     """Show what a store says; a delegator may be using it."""
     from zflake.cli import store as store_  # noqa: PLC0415  (it loads what only it needs)
 
     for url in urls:
-        facts = store_.facts_of(url)
-        if as_json:
-            print(json.dumps(facts))
-        else:
-            store_.show_facts(facts)
+        _show(store_.facts_of(url), store_.show_facts, as_json=as_json)
 
 
 @store.command()
@@ -296,6 +268,13 @@ def bench() -> None:
 
     print(headline())
     run_bench(lambda line: print(line, flush=True))
+
+
+def _show(facts: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show(facts)
 
 
 # --- taking many ---

@@ -6,12 +6,12 @@ import contextlib
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from zflake.cli.children import START_S, Children
-from zflake.cli.display import Lines, Redrawn
+from zflake.cli.display import Lines, redrawn
 from zflake.cli.status import LOOK_S, ask_status
 from zflake.client.sync import Client
 from zflake.core.layout import Layout
@@ -40,11 +40,12 @@ class Cluster:
         delegators: int = 1,
         new: bool = False,
     ) -> None:
-        self._temporary = (
-            tempfile.TemporaryDirectory(prefix="zflake-") if data is None and store is None else None
-        )
-        self._data = Path(self._temporary.name) if self._temporary else data
-        self._store = store or f"sqlite:///{self._data and self._data.absolute()}/zflake.db"
+        self._stack = contextlib.ExitStack()
+        self._is_temporary = data is None and store is None
+        if self._is_temporary:
+            data = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="zflake-")))
+        self._data = data
+        self._store = store or f"sqlite:///{data and data.absolute()}/zflake.db"
         if delegators > 1 and self._store.startswith(("sqlite:", "memory:")):
             raise ConfigError(
                 "several delegators need a store that they can share: say --store etcd://..., postgresql://... or"
@@ -57,8 +58,8 @@ class Cluster:
         }
         self._worker_names = [f"worker-{number}" for number in range(1, workers + 1)]
         self._children = Children(self._command_of)
+        self._stack.callback(self._children.stop, self._worker_names, self._binds)
         self._fresh = new
-        self._client: Client | None = None
 
     def __enter__(self) -> Self:
         self._children.heed_signals()
@@ -72,19 +73,12 @@ class Cluster:
         try:
             self._start_all()
         except BaseException:
-            self._stop()
+            self._stack.close()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    @property
-    def address(self) -> str:
-        """Where the first delegator serves."""
-        return self._binds["delegator"]
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     @property
     def addresses(self) -> list[str]:
@@ -94,11 +88,11 @@ class Cluster:
     @property
     def layout(self) -> Layout:
         """The layout of the cluster's IDs."""
-        return self._ids().layout()
+        return self._client.layout()
 
     def take(self, count: int) -> list[int]:
         """IDs from this cluster."""
-        return self._ids().next_ids(count)
+        return self._client.next_ids(count)
 
     def wait_until_ready(self) -> None:
         """Return once every worker holds a machine ID; raises `Unavailable` if that takes too long."""
@@ -122,16 +116,15 @@ class Cluster:
         for address in self.addresses:
             print(f"delegator  {address}")
         print(f"layout     {self.layout.name}: {self.layout}, epoch {self.layout.epoch:%FT%TZ}")
-        print(f"store      {facts.get('store')}{' (temporary)' if self._temporary else ''}")
+        print(f"store      {facts.get('store')}{' (temporary)' if self._is_temporary else ''}")
         for lease in facts.get("leases", ()):
             print(f"worker     {lease['address']}  machine {lease['machine']}  {lease['name']}")
         print("Take IDs with: zflake next -n 5      Stop with Ctrl-C.", flush=True)
-        show = Redrawn() if sys.stdout.isatty() else Lines()
-        with show:
+        with redrawn() if sys.stdout.isatty() else contextlib.nullcontext(Lines().show) as show:
             while not self._children.stopping:
                 self._children.tend(LOOK_S)
-                if not self._children.stopping:
-                    show.show(self._look())
+                if not self._children.stopping and (facts := self._look()):
+                    show(facts)
 
     def _start_all(self) -> None:
         first, *others = self._binds
@@ -152,17 +145,9 @@ class Cluster:
         delegators = [word for address in self.addresses for word in ("--delegator", address)]
         return "zflake.cli.worker", ["--name", name, *delegators]
 
-    def _stop(self) -> None:
-        if self._client is not None:
-            self._client.close()
-        self._children.stop(self._worker_names, self._binds)
-        if self._temporary is not None:
-            self._temporary.cleanup()
-
-    def _ids(self) -> Client:
-        if self._client is None:
-            self._client = Client(self.addresses, timeout=START_S)
-        return self._client
+    @cached_property
+    def _client(self) -> Client:
+        return self._stack.enter_context(Client(self.addresses, timeout=START_S))
 
     def _look(self) -> dict[str, Any]:
         for address in self.addresses:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Unpack
+
 import click
 
-from zflake.cli.conduct import prepare_daemon, run, serve
+from zflake.cli.conduct import DaemonOptions, run, serve
 from zflake.cli.options import BIND, ENDPOINT, EPOCH, LAYOUT, choose_layout, daemon_options
 from zflake.core.layout import DEFAULT, Layout
-from zflake.daemon import Waker
 from zflake.errors import ConfigError
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
@@ -41,18 +43,13 @@ def command(
     machine: int | None,
     layout: Layout | None,
     epoch: int | None,
-    check: bool,
     insecure: bool,
-    follow_stdin: bool,
-    log_format: str,
-    log_level: str,
-    http: tuple[str, int] | None,
+    **options: Unpack[DaemonOptions],
 ) -> None:
     """Hold a machine ID and serve IDs.
 
     Options come from the command line, else from ZFLAKE_WORKER_... variables, else from --config.
     """
-    prepare_daemon(log_format, log_level)
     if machine is not None:
         if delegator:
             raise ConfigError("a worker has a --delegator or a --machine, not both")
@@ -71,18 +68,15 @@ def command(
         layout=layout,
         insecure=insecure,
     )
-    if check:
+    if options["check"]:
         check_addresses(config)
         check_name(name)
-        print("zflake-worker: the configuration is sound")
-        return
-    with Waker(follow_stdin=follow_stdin) as waker:
-        serve(Worker(config, waker), http, "zflake.worker.metrics")
+    serve(partial(Worker, config), "zflake.worker.metrics", **options)
 
 
 def main() -> None:
     """Run the command."""
-    run(command, "ZFLAKE_WORKER")
+    run(command)
 
 
 if __name__ == "__main__":

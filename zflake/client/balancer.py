@@ -33,8 +33,6 @@ _MAX_FAILURES: Final = 10
 
 @dataclass(slots=True)
 class _Health:
-    """How an endpoint fares."""
-
     failures: int = 0
     ejected_until: float = float("-inf")
     settled_at: float = float("-inf")
@@ -162,10 +160,7 @@ class Balancer:
     def refused(self, endpoint: str, for_s: float) -> None:
         """Note an answer without IDs: leave this endpoint alone for `for_s` seconds."""
         with self._lock:
-            now = self.now()
-            health = self._health[endpoint]
-            health.settled_at, health.ejected_until = now, now + for_s
-            self._unstick(endpoint)
+            self._eject(endpoint, for_s)
 
     def failed(self, endpoint: str, began: float) -> None:
         """Eject an endpoint that gave no sound answer to an ask, for longer with each failure.
@@ -178,13 +173,11 @@ class Balancer:
             is_ejected = health.ejected_until > health.settled_at
             if began < health.settled_at and (is_ejected or began + now < 2 * health.settled_at):
                 return
-            eject_s = min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw())
-            health.settled_at, health.ejected_until = now, now + eject_s
+            self._eject(endpoint, min(EJECT_MAX_S, EJECT_S * 2**health.failures) * (0.5 + self._draw()))
             health.failures = min(health.failures + 1, _MAX_FAILURES)
             # The next daemon to serve there may be another one.
             self._services.pop(endpoint, None)
             self._stores.pop(endpoint, None)
-            self._unstick(endpoint)
 
     # --- the directory ---
 
@@ -291,13 +284,9 @@ class Balancer:
 
     def _tiers(self) -> list[list[str]]:
         """The endpoints that the route allows to be asked for IDs, the preferred kind first."""
-        match self.route:
-            case "direct":
-                return [self._workers]
-            case "broker":
-                return [self._brokers]
-            case _:
-                return [self._workers, self._brokers]
+        if self.route == "broker":
+            return [self._brokers]
+        return [self._workers] if self.route == "direct" else [self._workers, self._brokers]
 
     def _is_fit(self, endpoint: str, now: float) -> bool:
         return self._health[endpoint].ejected_until <= now
@@ -305,6 +294,8 @@ class Balancer:
     def _is_refreshing(self, now: float) -> bool:
         return self._refresh is not None and now < self._refresh.until
 
-    def _unstick(self, endpoint: str) -> None:
+    def _eject(self, endpoint: str, for_s: float) -> None:
+        health, now = self._health[endpoint], self.now()
+        health.settled_at, health.ejected_until = now, now + for_s
         if self._sticky == endpoint:
             self._sticky = None

@@ -9,7 +9,7 @@ The balancer remembers between conversations which endpoints there are and how t
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from zflake.client.balancer import PROBE_S, Balancer, Refresh
@@ -24,7 +24,7 @@ from zflake.errors import (
     Unavailable,
     ZflakeError,
 )
-from zflake.wire.cluster import Hello, check_hello
+from zflake.wire.cluster import check_hello
 from zflake.wire.codec import Response
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.ids import MAX_COUNT, check_run
@@ -79,19 +79,20 @@ Conversation: TypeAlias = Generator[Action, Outcome, T]
 
 
 class Budget:
-    """The time of one call, retries included: `total_s` seconds from `began` on."""
+    """The time of one call, retries included: `total_s` seconds from `began` on, by the clock `now`."""
 
-    def __init__(self, total_s: float, began: float) -> None:
+    def __init__(self, total_s: float, began: float, now: Callable[[], float]) -> None:
         self.total_s = total_s
         self.deadline = began + total_s
+        self._now = now
 
-    def left_s(self, now: float) -> float:
+    def left_s(self) -> float:
         """The seconds that are left, 0 or more."""
-        return max(0.0, self.deadline - now)
+        return max(0.0, self.deadline - self._now())
 
-    def attempt_s(self, now: float) -> float:
+    def attempt_s(self) -> float:
         """The seconds that an attempt which begins now may take; the last one takes all that is left."""
-        attempt_s, left_s = _attempt_s(self.total_s), self.left_s(now)
+        attempt_s, left_s = _attempt_s(self.total_s), self.left_s()
         return left_s if left_s < 1.5 * attempt_s else attempt_s
 
 
@@ -119,31 +120,33 @@ def proceed(
     run = _settle(balancer, ask, outcome)
     if type(run) is tuple and run[2] == count:
         return [run]
-    return _take(balancer, count, Budget(timeout_s, ask.began), ask, run)
+    return take(balancer, count, timeout_s, ask, run)
 
 
-def take(balancer: Balancer, count: int, timeout_s: float) -> Conversation[list[Run]]:
+def take(
+    balancer: Balancer,
+    count: int,
+    timeout_s: float,
+    ask: Ask | None = None,
+    run: Run | ZflakeError | None = None,
+) -> Conversation[list[Run]]:
     """Take exactly `count` IDs within `timeout_s` seconds; returns their runs in the order of minting.
+
+    `run` is what came of a first `ask`, if there was one.
 
     Raises, once the budget is spent, the last error that stood in the way: `Timeout` if no endpoint answered,
     `LeaseExpired`, `Overloaded` or `Unavailable` if one did, `ProtocolError` if the answers are not zflake's.
     Raises `AuthError` and `LayoutError` (the endpoints belong to two clusters) at once, since no other try
     would go better.
     """
-    return _take(balancer, count, Budget(timeout_s, balancer.now()), None, None)
-
-
-def _take(
-    balancer: Balancer, count: int, budget: Budget, ask: Ask | None, run: Run | ZflakeError | None
-) -> Conversation[list[Run]]:
-    """Take IDs; `run` is what came of a first `ask`, if there was one."""
+    budget = Budget(timeout_s, balancer.now() if ask is None else ask.began, balancer.now)
     runs: list[Run] = []
     missing = count
     reason: ZflakeError | None = None
     brokered = False
     while missing:
         if ask is None:
-            if balancer.now() >= budget.deadline:
+            if not budget.left_s():
                 raise _spent(balancer, count, missing, budget, reason)
             endpoint = yield from _choose(balancer, budget, brokered=brokered)
             if not isinstance(endpoint, str):
@@ -151,7 +154,7 @@ def _take(
                 continue
             most_s = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
             began = balancer.now()
-            ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s(began)))
+            ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s()))
             run = _settle(balancer, ask, (yield ask))
         if isinstance(run, tuple):
             runs.append(run)
@@ -162,7 +165,7 @@ def _take(
         else:
             reason = run
             if not balancer.has_fit():
-                yield Pause(min(_wait_s(run), budget.left_s(balancer.now())))
+                yield Pause(min(_wait_s(run), budget.left_s()))
         ask = None
     return runs
 
@@ -172,13 +175,13 @@ def fetch_layout(balancer: Balancer, timeout_s: float) -> Conversation[Layout]:
 
     Raises `Timeout` if no seed can tell, `ProtocolError` if the answers are not zflake's.
     """
-    budget = Budget(timeout_s, balancer.now())
+    budget = Budget(timeout_s, balancer.now(), balancer.now)
     while balancer.layout is None:
         reason = yield from _refresh(balancer, budget)
         if balancer.layout is None:
             if isinstance(reason, ProtocolError):
                 raise reason
-            left_s = budget.left_s(balancer.now())
+            left_s = budget.left_s()
             if left_s <= 0:
                 raise _spent(balancer, 0, 0, budget, reason)
             yield Pause(min(PAUSE_S, left_s))
@@ -223,7 +226,6 @@ def _wait_s(error: ZflakeError) -> float:
 
 
 def _attempt_s(total_s: float) -> float:
-    """The seconds that one attempt may take of a budget of `total_s` seconds."""
     return min(ATTEMPT_S, total_s / ATTEMPTS)
 
 
@@ -236,7 +238,7 @@ def _choose(balancer: Balancer, budget: Budget, *, brokered: bool) -> Conversati
         return endpoint
     if isinstance(reason, ProtocolError):
         raise reason
-    yield Pause(min(PAUSE_S, budget.left_s(balancer.now())))
+    yield Pause(min(PAUSE_S, budget.left_s()))
     return reason
 
 
@@ -255,7 +257,7 @@ def _refresh(balancer: Balancer, budget: Budget) -> Conversation[ZflakeError | N
         finally:
             balancer.end_refresh(refresh)
         return refresh.error
-    yield Wait(refresh, budget.attempt_s(balancer.now()))
+    yield Wait(refresh, budget.attempt_s())
     if refresh.error is None or isinstance(refresh.error, _PASSING):
         return refresh.error
     raise _copy(refresh.error, str(refresh.error))  # the traceback of each caller is its own
@@ -274,16 +276,15 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         began = balancer.now()
         try:
             if balancer.service_of(seed) is None or balancer.layout is None:
-                ask = Ask(seed, Method.HELLO, (), min(most_s, budget.attempt_s(began)))
-                balancer.introduce(seed, _hello((yield ask)))
+                hello = yield from _ask_seed(seed, Method.HELLO, most_s, budget)
+                balancer.introduce(seed, check_hello(hello.error, hello.result))
             if balancer.service_of(seed) == "worker":
                 workers.append(seed)
             else:
                 brokers.append(seed)
             if not asked and seed in brokers:
-                began = balancer.now()
-                ask = Ask(seed, Method.CLUSTER_WORKERS, (), min(most_s, budget.attempt_s(began)))
-                workers += _addresses((yield ask))
+                listed = yield from _ask_seed(seed, Method.CLUSTER_WORKERS, most_s, budget)
+                workers += _addresses(listed)
                 asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
             balancer.succeeded(seed)
@@ -297,40 +298,33 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
         balancer.keep()
         return reason
     balancer.update(workers, brokers)
+    wanted, advice = workers, "no worker is ready: start one, or wait for one to get its lease"
     if balancer.route == "broker":
-        return (
-            None
-            if brokers
-            else reason
-            or Unavailable("the route broker needs a delegator's endpoint: name one, or use another route")
-        )
-    return (
-        None
-        if workers
-        else reason or Unavailable("no worker is ready: start one, or wait for one to get its lease")
-    )
+        wanted = brokers
+        advice = "the route broker needs a delegator's endpoint: name one, or use another route"
+    return None if wanted else reason or Unavailable(advice)
 
 
-def _hello(outcome: Outcome) -> Hello:
-    """The hello in an answer; raises the error in its place."""
-    if not isinstance(outcome, Response):
-        raise outcome or Timeout("no answer")
-    return check_hello(outcome.error, outcome.result)
+def _ask_seed(seed: str, method: Method, most_s: float, budget: Budget) -> Conversation[Response]:
+    """The answer of a seed that has `most_s` seconds at most; raises the error in its place."""
+    outcome = yield Ask(seed, method, (), min(most_s, budget.attempt_s()))
+    if isinstance(outcome, Response):
+        return outcome
+    raise outcome or Timeout("no answer")
 
 
-def _addresses(outcome: Outcome) -> list[str]:
-    """The addresses of the workers in a directory."""
+def _addresses(listed: Response) -> list[str]:
     try:
-        addresses = [worker["address"] for worker in _result(outcome)["workers"]]
+        addresses = [worker["address"] for worker in _result(listed)["workers"]]
         return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
     except (KeyError, TypeError, ConfigError) as error:
         raise ProtocolError(f"the directory that it sent can't be read: {error}") from error
 
 
-def _result(outcome: Outcome) -> Any:
+def _result(outcome: Response | ProtocolError) -> Any:
     """The result in an answer; raises the error that came in its place."""
-    if not isinstance(outcome, Response):
-        raise outcome or Timeout("no answer")
+    if isinstance(outcome, ProtocolError):
+        raise outcome
     if outcome.error is not None:
         raise exception_of(outcome.error)
     return outcome.result
@@ -348,7 +342,6 @@ def _copy(error: ZflakeError, message: str) -> ZflakeError:
 def _spent(
     balancer: Balancer, count: int, missing: int, budget: Budget, reason: ZflakeError | None
 ) -> ZflakeError:
-    """The error of a call whose budget is spent."""
     seeds = ", ".join(balancer.seeds)
     if reason is not None and missing == count:
         return _copy(reason, f"{reason} (asked {seeds} for {budget.total_s:g} s)")

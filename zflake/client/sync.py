@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Self, TypeVar
 
 from zflake.client.balancer import ROUTES, Balancer
@@ -99,9 +98,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _take(self, count: int) -> list[Run]:
@@ -140,6 +137,7 @@ _all: weakref.WeakSet[Client] = weakref.WeakSet()
 def _after_fork() -> None:
     for client in list(_all):
         client._balancer.after_fork()  # noqa: SLF001
+        client._transport.after_fork()  # noqa: SLF001
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -7,10 +7,10 @@ none.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
+from collections import defaultdict
 from typing import Final
 
 import zmq
@@ -123,12 +123,11 @@ class _Sockets:
 
 
 class Transport:
-    """A pool of lines, safe to share between threads and usable after a fork."""
+    """A pool of lines, safe to share between threads; a forked child may use it after `after_fork`."""
 
     def __init__(self) -> None:
         self._closed = False
         self._reset()
-        _all.add(self)
 
     def ask(self, ask: Ask) -> Outcome:
         """Send one request and wait for its outcome.  Raises `Closed` after `close`."""
@@ -136,52 +135,43 @@ class Transport:
             line = self._check_out(ask.endpoint)
         except zmq.ZMQError as error:
             return ProtocolError(f"can't connect: {error.strerror}")
+        outcome = None
         try:
             outcome = line.ask(ask)
-        except BaseException:
-            self._discard(line)
-            raise
-        if type(outcome) is Response:
-            self._give_back(ask.endpoint, line)
-        else:
-            self._discard(line)
+        finally:
+            if type(outcome) is Response:
+                self._give_back(ask.endpoint, line)
+            else:
+                self._discard(line)
         return outcome
 
     def close(self) -> None:
         """Close all sockets; the sockets of calls under way in other threads close when those calls end."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            idle = [line for lines in self._idle.values() for line in lines]
-            self._idle.clear()
-            last = self._out == 0
-        for line in idle:
-            self._sockets.close(line.socket)
-        if last:
-            self._finish()
+            for lines in self._idle.values():
+                while lines:
+                    self._sockets.close(lines.pop().socket)
+        self._finish_if_unused()
+
+    def after_fork(self) -> None:
+        """Drop all sockets, which a forked child must neither use nor close."""
+        self._finish.detach()
+        _inherited.append((self._sockets, self._idle))
+        self._reset()
 
     def _check_out(self, endpoint: str) -> Line:
         with self._lock:
             if self._closed:
                 raise Closed("this client is closed: make a new one")
+            lines = self._idle[endpoint]
+            line = lines.pop() if lines else Line(self._sockets.connect(parse_endpoint(endpoint)))
             self._out += 1
-            lines = self._idle.get(endpoint)
-            if lines:
-                return lines.pop()
-        try:
-            with self._lock:
-                return Line(self._sockets.connect(parse_endpoint(endpoint)))
-        except BaseException:
-            with self._lock:
-                self._out -= 1
-            raise
+            return line
 
     def _give_back(self, endpoint: str, line: Line) -> None:
         with self._lock:
-            lines = self._idle.get(endpoint)
-            if lines is None:
-                lines = self._idle[endpoint] = []
+            lines = self._idle[endpoint]
             if not self._closed and len(lines) < MAX_IDLE:
                 self._out -= 1
                 lines.append(line)
@@ -192,14 +182,16 @@ class Transport:
         with self._lock:
             self._sockets.close(line.socket)
             self._out -= 1
-            last = self._closed and self._out == 0
-        if last:
+        self._finish_if_unused()
+
+    def _finish_if_unused(self) -> None:
+        if self._closed and self._out == 0:
             self._finish()
 
     def _reset(self) -> None:
         # Guards all below.  A signal handler may ask for an ID while its own thread holds it, so it is an RLock.
         self._lock = threading.RLock()
-        self._idle: dict[str, list[Line]] = {}
+        self._idle: defaultdict[str, list[Line]] = defaultdict(list)
         self._out = 0
         self._sockets = _Sockets()
         # The garbage collector takes a forgotten transport apart in any order, and a context would wait for
@@ -207,20 +199,6 @@ class Transport:
         self._finish = weakref.finalize(self, self._sockets.close_all)
         self._finish.atexit = False
 
-    def _forked(self) -> None:
-        self._finish.detach()
-        _inherited.append((self._sockets, self._idle))
-        self._reset()
 
-
-_all: weakref.WeakSet[Transport] = weakref.WeakSet()
-# A forked child must neither use nor close the sockets that it inherits.
 _inherited: list[object] = []
-
-
-def _after_fork() -> None:
-    for transport in list(_all):
-        transport._forked()  # noqa: SLF001
-
-
-os.register_at_fork(after_in_child=_after_fork)
+"""The sockets that a forked child dropped, for good: to free one would close it."""

@@ -9,7 +9,6 @@ import logging
 import re
 import signal
 import sys
-from types import FrameType
 from typing import Final
 
 import click
@@ -48,7 +47,7 @@ def main(endpoints: tuple[str, ...], bind: str) -> None:
         server = make_server(match["host"].strip("[]"), int(match["port"]), app, threaded=True)
     except (OSError, OverflowError) as error:
         raise click.ClickException(f"can't bind {bind}: {error}") from error
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stderr.write(f"serves at http://{match['host']}:{server.server_port}\n")
     sys.stderr.flush()
     try:
@@ -58,10 +57,6 @@ def main(endpoints: tuple[str, ...], bind: str) -> None:
     finally:
         server.server_close()
         app.extensions["zflake"].close()
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
