@@ -220,6 +220,11 @@ def test_nobody_there_is_a_timeout_within_about_the_budget(timeout: float) -> No
         assert took(ids.next_id, TimeoutError) < timeout + 0.4
 
 
+def test_a_peer_that_never_answers_is_a_timeout_within_about_the_budget(script: Scripts) -> None:
+    with Client(script(lambda *_: None).address, timeout=0.5) as ids:
+        assert took(ids.next_id, Timeout) < 0.9
+
+
 def _worker(method: str, params: list[Any], msgid: int) -> bytes:
     if method == "hello":
         return encode_result(msgid, hello("worker"))

@@ -22,8 +22,8 @@ GROWTH_MB: Final = 40.0
 """Megabytes that hostile input may make a daemon grow by: a few full socket buffers, and no more."""
 
 
-def _request(method: Any, params: Any, msgid: Any = 7) -> bytes:
-    packed: bytes = msgpack.packb([0, msgid, method, params])
+def _request(method: Any, params: Any) -> bytes:
+    packed: bytes = msgpack.packb([0, 7, method, params])
     return packed
 
 

@@ -282,10 +282,10 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
                 workers.append(seed)
             else:
                 brokers.append(seed)
-            if not asked and seed in brokers:
-                listed = yield from _ask_seed(seed, Method.CLUSTER_WORKERS, most_s, budget)
-                workers += _addresses(listed)
-                asked = bool(workers)  # a delegator that has just started may know none yet
+                if not asked:
+                    listed = yield from _ask_seed(seed, Method.CLUSTER_WORKERS, most_s, budget)
+                    workers += _addresses(listed)
+                    asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
             balancer.succeeded(seed)
         except Timeout:
