@@ -284,13 +284,9 @@ class RowStore(Store):
             return [make(row) for row in self._run(text, values)]
 
 
-def _named(thing: Meta | Record, columns: str) -> dict[str, Any]:
-    """The fields of these names."""
-    return {column: getattr(thing, column) for column in columns.split(", ")}
-
-
 def _meta_values(meta: Meta) -> dict[str, Any]:
-    return _named(meta, META_COLUMNS) | {"layout": json.dumps(meta.layout.to_map())}
+    columns = {column: getattr(meta, column) for column in META_COLUMNS.split(", ")}
+    return columns | {"layout": json.dumps(meta.layout.to_map())}
 
 
 def _mark_values(mark: Mark) -> dict[str, Any]:
@@ -298,7 +294,16 @@ def _mark_values(mark: Mark) -> dict[str, Any]:
 
 
 def _record_values(record: Record) -> dict[str, Any]:
-    return _named(record, RECORD) | {"holder": holder_to_text(record.holder)}
+    return {
+        "machine": record.machine,
+        "fence": record.fence,
+        "gen": record.gen,
+        "token": record.token,
+        "start": record.start,
+        "tenancy_start": record.tenancy_start,
+        "span_start": record.span_start,
+        "holder": holder_to_text(record.holder),
+    }
 
 
 def _span_values(span: Span) -> dict[str, Any]:

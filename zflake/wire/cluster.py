@@ -56,16 +56,20 @@ class Ready(NamedTuple):
     token: bytes
 
 
+_take_ready: Final = fields.taking(machine=fields.number, token=fields.token)
+
+
 def check_ready(params: list[Any]) -> Ready:
     """The params of a `worker.ready`; raises `ProtocolError` if they are not right."""
-    return Ready(*fields.take(params, machine=fields.number, token=fields.token))
+    return Ready(*_take_ready(params))
 
 
 LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
 """Counts that a heartbeat says of a worker, since its start but for `parked`."""
+_take_heartbeat: Final = fields.taking(load=fields.mapping)
 
 
 def check_heartbeat(params: list[Any]) -> dict[str, int]:
     """The load that a heartbeat carries; raises `ProtocolError` if it is not right."""
-    (load,) = fields.take(params, load=fields.mapping)
+    (load,) = _take_heartbeat(params)
     return {key: fields.number(key, load.get(key)) for key in LOAD}

@@ -18,11 +18,16 @@ Check: TypeAlias = Callable[[str, Any], Any]
 """Called with the name of a value, for the error, and the value."""
 
 
-def take(params: list[Any], **checks: Check) -> list[Any]:
-    """The params, each checked under its name."""
-    if len(params) != len(checks):
-        raise ProtocolError(f"params are [{', '.join(checks)}], not {len(params)} values")
-    return [check(name, value) for (name, check), value in zip(checks.items(), params, strict=True)]
+def taking(**checks: Check) -> Callable[[list[Any]], list[Any]]:
+    """What takes a method's params apart, each checked under its name; made once, for it is called for each renewal."""
+    named = tuple(checks.items())
+
+    def take(params: list[Any]) -> list[Any]:
+        if len(params) != len(named):
+            raise ProtocolError(f"params are [{', '.join(checks)}], not {len(params)} values")
+        return [check(name, value) for (name, check), value in zip(named, params, strict=True)]
+
+    return take
 
 
 def pick(values: dict[str, Any], **checks: Check) -> list[Any]:

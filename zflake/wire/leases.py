@@ -6,7 +6,7 @@ Functions come in pairs, one for each side of the wire.  What a peer sends is ch
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from zflake.core.layout import Layout
 from zflake.core.lease import (
@@ -25,8 +25,15 @@ from zflake.core.lease import (
 )
 from zflake.errors import LayoutError, ProtocolError
 from zflake.wire.codec import WireError
-from zflake.wire.fields import address, mapping, number, optional, pick, take, text, token
+from zflake.wire.fields import address, mapping, number, optional, pick, taking, text, token
 from zflake.wire.methods import Method
+
+_take_acquire: Final = taking(next=token, name=text, host=text, pid=number, address=address)
+_take_renew: Final = taking(
+    machine=number, token=token, gen=number, next=token, end=optional(number), store_id=optional(text)
+)
+_take_release: Final = taking(machine=number, token=token, next=optional(token), last=optional(number))
+_take_trace: Final = taking(machine=number, tick=number)
 
 
 def lease_call(request: Request) -> tuple[Method, list[Any]]:
@@ -42,7 +49,7 @@ def lease_call(request: Request) -> tuple[Method, list[Any]]:
 
 def check_acquire(params: list[Any]) -> Acquire:
     """The request of a `lease.acquire`; raises `ProtocolError` if it is not right."""
-    drawn, *holder = take(params, next=token, name=text, host=text, pid=number, address=address)
+    drawn, *holder = _take_acquire(params)
     return Acquire(drawn, Holder(*holder))
 
 
@@ -50,20 +57,17 @@ def check_renew(params: list[Any]) -> Renew:
     """The request of a `lease.renew`; raises `ProtocolError` if it is not right."""
     # A renewal without the last two bears no witness.
     params = [*params, None, None] if len(params) == 4 else params  # noqa: PLR2004
-    end, store_id = optional(number), optional(text)
-    return Renew(
-        *take(params, machine=number, token=token, gen=number, next=token, end=end, store_id=store_id)
-    )
+    return Renew(*_take_renew(params))
 
 
 def check_release(params: list[Any]) -> Release:
     """The request of a `lease.release`; raises `ProtocolError` if it is not right."""
-    return Release(*take(params, machine=number, token=token, next=optional(token), last=optional(number)))
+    return Release(*_take_release(params))
 
 
 def check_trace(params: list[Any]) -> Trace:
     """The request of a `cluster.trace`; raises `ProtocolError` if it is not right."""
-    return Trace(*take(params, machine=number, tick=number))
+    return Trace(*_take_trace(params))
 
 
 def store_result(answer: Grant | Released | Traced, timeline_us: int) -> dict[str, Any]:
