@@ -105,6 +105,8 @@ class Lessee:
         self.state = State.ACQUIRING
         self.token: Token = b""
         """The token in the record of the current tenancy, as far as is known; empty before a first grant."""
+        self.store_id: str | None = None
+        """The store of the current tenancy's record, as the grants say; None if they don't, or without a tenancy."""
         self.send_at_us = 0
         """When `poll` will have something to send (local clock)."""
         self.retry_us = RETRY_US
@@ -116,7 +118,6 @@ class Lessee:
         self._jitter = jitter
         self._layout = layout
         self._gen = 0
-        self._store_id: str | None = None
         self._next: Token | None = None  # drawn and not settled
         self._third_us = MAX_HINT_US  # of the ttl
 
@@ -133,7 +134,7 @@ class Lessee:
             self._next = self._draw_token()
         if self.mint is None:
             return Acquire(self._next, self._holder)
-        return Renew(self.mint.machine, self.token, self._gen, self._next, self.mint.end, self._store_id)
+        return Renew(self.mint.machine, self.token, self._gen, self._next, self.mint.end, self.store_id)
 
     def receive(self, answer: Answer, local_us: int, now: int) -> bool:
         """Take an answer of the delegator's in; `now` is the timeline's tick, which matters for a grant only.
@@ -192,7 +193,7 @@ class Lessee:
             self._forget(local_us + RETRY_US)
             raise ProtocolError(f"dropped the grant of machine {grant.machine}: {error}") from error
         self.token, self._gen, self._next = grant.token, grant.gen, None
-        self._store_id = grant.store_id or None
+        self.store_id = grant.store_id or None
         third_us = self._third_us = grant.ttl * grant.layout.tick_ms * 1000 // 3
         self.retry_us = min(RETRY_US, third_us // 2)
         if grant.end > now:
@@ -217,7 +218,7 @@ class Lessee:
     def _forget(self, send_at_us: int) -> None:
         if self.mint is not None:
             self.mint.close()
-        self.mint = None
+        self.mint = self.store_id = None
         self._next = None
         self.send_at_us = send_at_us
         self._move(Event.LOST)

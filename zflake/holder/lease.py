@@ -66,8 +66,6 @@ class LeaseConversation:
     ) -> None:
         self.clock = clock
         self.lessee = Lessee(holder, draw_token=draw_token, jitter=jitter, layout=layout)
-        self.store_id: str | None = None
-        """The store that the lease is recorded in."""
         self.refusal: Refusal | None = None
         """The last refusal of the present request; None if there was none, or if a delegator has not answered since."""
         self.connection = 0
@@ -84,6 +82,7 @@ class LeaseConversation:
         self._silences = 0  # requests in a row that had no answer in time
         self._trip_us = 0  # what the last answer took
         self._greeted = False
+        self._greeted_from: str | None = None  # the store of the delegator that was greeted last
         self._heard_us = 0  # when a delegator of the lease's cluster answered last
         self._ping_at_us = 0
         self._hold_until_us = 0
@@ -106,6 +105,12 @@ class LeaseConversation:
     def token(self) -> Token:
         """The newest token of the current tenancy; empty before a first grant."""
         return self.lessee.token
+
+    @property
+    def store_id(self) -> str | None:
+        """The store that the lease is recorded in."""
+        # Not what the greeting said, if the grant says it: since then the delegator may have come back with another.
+        return self.lessee.store_id or self._greeted_from
 
     @property
     def state(self) -> str:
@@ -249,7 +254,7 @@ class LeaseConversation:
             # With a machine in hand, one wrong endpoint among others is no reason to stop.
             self._pass_over(local_us, mismatch)
             return
-        self.store_id = hello.store_id
+        self._greeted_from = hello.store_id
         self._greeted = True
         self._heard_us = local_us
 
@@ -275,8 +280,6 @@ class LeaseConversation:
         elif isinstance(answer, Grant):
             self._quiet_until_us = 0
             self.refusal = None
-            # Not what the greeting said: since then the delegator may have come back with another store.
-            self.store_id = answer.store_id or self.store_id
             if before is None:
                 _log.info("holding machine %d, layout %s", answer.machine, answer.layout.name)
             _log.debug("machine %d: window [%d, %d)", answer.machine, answer.start, answer.end)
