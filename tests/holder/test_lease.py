@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from zflake.core.layout import PRESETS, Layout
-from zflake.core.lease import Holder
+from zflake.core.lease import Grant, Holder
 from zflake.core.lessee import MAX_HINT_US, RETRY_US, State
 from zflake.core.mint import Mint
 from zflake.errors import LayoutError
@@ -71,6 +71,8 @@ class Desk:
         if self.refuse is not None:
             code, retry_after_ms = self.refuse
             return encode_error(msgid, code, "because", retry_after_ms)
+        if method == "lease.renew" and params[5] not in (None, self.store_id):
+            return encode_error(msgid, "other_cluster", "that lease is another store's")
         if method == "lease.release":
             return encode_result(msgid, {"machine": params[0], "fence": self._scene.tick, **now})
         token = params[0] if method == "lease.acquire" else params[3]
@@ -453,6 +455,19 @@ def test_a_renewal_that_another_store_answers_makes_it_ask_who_that_is(scene: Sc
     scene.until(lease, lambda: "hello" in [method for method, _ in desk.asked[asked:]])
     assert lease.mint is mint
     assert lease.is_open
+
+
+def test_a_lease_is_of_the_store_that_its_grant_names_however_the_grant_came(scene: Scene) -> None:
+    desk, lease = scene.one()
+    desk.refuse = ("no_free_machine", 1000)
+    scene.until(lease, lambda: lease.refusal is not None)
+    ((token, *_),) = desk.calls("lease.acquire")
+    late = Grant(3, 1, scene.tick, scene.tick + TTL, token, LAYOUT, TTL, "gone")
+    lease.lessee.receive(late, scene.local_us, scene.tick)
+    assert lease.store_id == "gone"
+    desk.refuse, desk.machine = None, 4
+    scene.until(lease, lambda: lease.mint is not None and lease.mint.machine == 4)
+    assert lease.store_id == "here"
 
 
 # --- patience ---
