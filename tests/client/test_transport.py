@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from zflake.client import transport as module
 from zflake.client.conversation import Ask
 from zflake.client.transport import Transport
 from zflake.errors import Closed, ProtocolError
+from zflake.wire import sockets
 from zflake.wire.codec import Response, encode_result
 
 NOBODY: Final = "tcp://127.0.0.1:1"
@@ -67,3 +69,20 @@ def test_a_closed_transport_raises(transport: Transport) -> None:
     transport.close()
     with pytest.raises(Closed):
         transport.ask(Ask(NOBODY, "ping", (), 0.1))
+
+
+def test_a_signal_handler_may_close_the_transport_while_it_connects(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected = sockets.connected
+
+    def interrupted(*given: Any) -> Any:
+        socket = connected(*given)
+        transport.close()  # as a handler in this thread does
+        return socket
+
+    monkeypatch.setattr(module, "connected", interrupted)
+    asking = threading.Thread(target=transport.ask, args=(Ask(NOBODY, "ping", (), 0.1),), daemon=True)
+    asking.start()
+    asking.join(10)
+    assert not asking.is_alive(), "the context waits for the socket of the thread that ends it"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pytest
+import zmq
 
 from tests.conftest import Connect, Scripts, until
 from tests.embedded.conftest import Calls, delegator, in_child, interrupt, libc_fork, taking
@@ -290,6 +291,18 @@ def test_nobody_there_is_a_timeout_with_a_hint() -> None:
             assert 0.15 < seconds < 2
             assert error.retry_after > 0
             assert NOBODY in str(error)
+
+
+def test_close_does_not_wait_for_a_context_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = LeasedGenerator(NOBODY, timeout=0.2)
+    with pytest.raises(Timeout):
+        ids.next_id()
+    may_end = threading.Event()  # a name server that is away keeps a context for as long
+    destroy = zmq.Context.destroy
+    monkeypatch.setattr(zmq.Context, "destroy", lambda context: may_end.wait(10) and destroy(context))
+    ids.close()
+    assert ids._session.done
+    may_end.set()
 
 
 def test_no_free_machine_says_when_there_may_be_one() -> None:

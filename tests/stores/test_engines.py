@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import until
+from tests.places import EtcdPlace
 from tests.servers import Servers
 from tests.stores.made import META, is_as_it_was, leased, made, write
 from zflake.core.lease import Mark
@@ -29,6 +30,14 @@ def etcd(servers: Servers) -> EtcdStore:
 
 
 # --- etcd ---
+
+
+def test_a_key_whose_name_begins_like_metas_is_not_meta(servers: Servers) -> None:
+    place = EtcdPlace(servers.etcd.url, "-beside", "?unchecked=yes")
+    with closing(EtcdStore(place.url)) as etcd:
+        made(etcd)
+        place.put(f"{place.prefix}/meta.bak", "an operator's copy")
+        assert is_as_it_was(etcd)
 
 
 def test_a_revision_that_went_back_is_another_life(etcd: EtcdStore) -> None:

@@ -162,7 +162,7 @@ def wrap_answers(point: Point) -> None:
         answers = False
         return sent
 
-    wrap(executor, "_record_grant", around(point, "the log", ["answer"]))
+    wrap(executor, "_record_lease", around(point, "the log", ["answer"]))
     wrap(service, "store_result", store_result)
     wrap(server, "send", send)
 

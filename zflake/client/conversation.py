@@ -283,6 +283,7 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
             else:
                 brokers.append(seed)
                 if not asked:
+                    began = balancer.now()
                     listed = yield from _ask_seed(seed, Method.CLUSTER_WORKERS, most_s, budget)
                     workers += _addresses(listed)
                     asked = bool(workers)  # a delegator that has just started may know none yet

@@ -2,7 +2,7 @@
 
 A call checks a socket out of the pool and gives it back once the answer has come.  If no answer comes, the
 transport closes the socket, and drops a late answer with it.  No socket crosses a fork: the child starts with
-none.
+none, once its owner has called `after_fork`.
 """
 
 from __future__ import annotations
@@ -164,10 +164,15 @@ class Transport:
         with self._lock:
             if self._closed:
                 raise Closed("this client is closed: make a new one")
-            lines = self._idle[endpoint]
-            line = lines.pop() if lines else Line(self._sockets.connect(parse_endpoint(endpoint)))
+            # Counted first: a signal handler that closes meanwhile must not end the context, or it would wait for
+            # the socket of the very thread that it interrupts.
             self._out += 1
-            return line
+            try:
+                lines = self._idle[endpoint]
+                return lines.pop() if lines else Line(self._sockets.connect(parse_endpoint(endpoint)))
+            except BaseException:
+                self._out -= 1
+                raise
 
     def _give_back(self, endpoint: str, line: Line) -> None:
         with self._lock:

@@ -86,7 +86,9 @@ class LeaseExecutor:
     ) -> None:
         self._store = store
         self.store_url = store.url
+        """Names the store to people."""
         self.clock = clock
+        """The timeline that requests are settled by."""
         self._local_us = clock.local_us
         self._committer = Committer(store, meta, clock, pick=pick, complain=self._complain)
         self.settle = self._committer.settle
@@ -186,7 +188,7 @@ class LeaseExecutor:
         if fresh:
             settled = self._settle_unless_out([ticket.request for ticket in fresh])
             for ticket, outcome in zip(fresh, settled, strict=True):
-                _record_grant(ticket.request, outcome)
+                _record_lease(ticket.request, outcome)
             self._done.extend(zip(fresh, settled, strict=True))
             self._wake()
         if not ends:
@@ -308,7 +310,7 @@ class LeaseExecutor:
         return batch
 
 
-def _record_grant(request: Request | Trace, settled: Settled) -> None:
+def _record_lease(request: Request | Trace, settled: Settled) -> None:
     """Log what was granted before its holder is told of it: the log is complete whenever the process dies."""
     record = settled.record
     if record is None:

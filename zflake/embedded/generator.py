@@ -195,7 +195,7 @@ class LeasedGenerator(_Generator):
         return None if ticks is None or session.over or session.inherited else ticks.machine
 
     def close(self) -> None:
-        """Give the lease back, which waits for the delegator for 2 s at most; calls after this raise `Closed`."""
+        """Give the lease back, which takes 2.5 s at most; calls after this raise `Closed`."""
         super().close()
         session = self._follow()
         if not session.inherited:

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import zmq
@@ -164,16 +164,15 @@ class Session:
             return
         _live.add(self)
         _release_at_exit()
-        try:
+        # What is closed behind `_ending`: a context may take as long as a name server that is away.
+        with contextlib.ExitStack() as later, self._ending():
             ear, self._bell = socket.socketpair()
+            later.enter_context(ear)
+            later.enter_context(self._bell)
             self._bell.setblocking(False)  # noqa: FBT003
             ear.setblocking(False)  # noqa: FBT003
-            with (
-                ear,
-                self._bell,
-                zmq.Context() as context,
-                contextlib.closing(self._client(context)) as client,
-            ):
+            context = later.enter_context(zmq.Context())
+            with contextlib.closing(self._client(context)) as client:
                 self._kept = (context, client, ear)
                 try:
                     self._keep(client, ear)
@@ -182,6 +181,13 @@ class Session:
                     raise
                 finally:
                     self._give_back(client)
+        self._kept = ()
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Say that the lease has ended, and why if that is an error."""
+        try:
+            yield
         except BaseException as error:  # noqa: BLE001
             bug = None if isinstance(error, ZflakeError) else error
             _log.warning("the lease's thread has ended: %s", error, exc_info=bug)
@@ -190,7 +196,6 @@ class Session:
             self.over = True
             if self.ticks is not None:
                 self.ticks.close()
-            self._kept = ()
             self.done = True
             _live.discard(self)
             self.news.spread()

@@ -87,7 +87,7 @@ class EtcdStore(TextStore):
         written = 0
         if meta is None or self._identity.is_suspect:
             meta = None
-            for pair in self._range(META, ("meta", "")):
+            for pair in self._range(META, ("meta\0",)):
                 written = int(pair["mod_revision"])
                 with self._errors():
                     meta = meta_from_text(_text(pair["value"]), self.url)
@@ -149,9 +149,10 @@ class EtcdStore(TextStore):
 
     def _compares(self, name: str, text: str | None) -> list[Op]:
         key = self._b64(name)
-        if not text:  # there is a value, or none
-            result = "EQUAL" if text is None else "GREATER"
-            return [{"key": key, "target": "VERSION", "result": result, "version": 0}]
+        if text is None:
+            return [{"key": key, "target": "VERSION", "result": "EQUAL", "version": 0}]
+        if text == "":  # any value begins with that
+            return [{"key": key, "target": "VERSION", "result": "GREATER", "version": 0}]
         return [
             {"key": key, "target": "VALUE", "result": result, "value": bound}
             for result, bound in zip(("GREATER", "LESS"), _bounds(text), strict=True)

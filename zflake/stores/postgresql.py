@@ -58,6 +58,7 @@ INSERT INTO life VALUES (1);
 )
 # The transaction that wrote the row which is never written again.
 _LIFE: Final = "(SELECT xmin::text FROM life)"
+_DURABLE: Final = {"fsync", "full_page_writes", "synchronous_commit"}
 _NEEDED: Final = {
     (table, name) for table, names in (COLUMNS | {"life": "one"}).items() for name in names.split(", ")
 }
@@ -226,12 +227,9 @@ class PostgresqlStore(RowStore):
             raise StoreError(f"{self.url} is a standby: name the primary")
         if self._unchecked:
             return
-        wrong = db.execute(
-            "SELECT name FROM pg_settings WHERE setting <> 'on'"
-            " AND name IN ('fsync', 'full_page_writes', 'synchronous_commit') ORDER BY name"
-        ).fetchall()
-        if wrong:
-            names = ", ".join(name for (name,) in wrong)
+        on = db.execute("SELECT name FROM pg_settings WHERE setting = 'on'").fetchall()
+        if wrong := _DURABLE - {name for (name,) in on}:
+            names = ", ".join(sorted(wrong))
             raise StoreError(
                 f"{self.url} can lose what it has promised, and with that give IDs twice: turn {names} on;"
                 " or take the risk with ?unchecked=yes in the URL"

@@ -16,7 +16,7 @@ from zflake.wire.endpoint import Endpoint
 from zflake.wire.sockets import NOW, Intake, connected, send
 from zflake.worker.link import Answers, Link
 
-LINGER_MS: Final = 1
+RECEIVE_MS: Final = 1
 """Milliseconds that `receive` waits if it is told to."""
 
 
@@ -25,7 +25,7 @@ class Channel(Intake):
 
     def __init__(self, socket: zmq.Socket[bytes], requests: Requests) -> None:
         super().__init__(socket)
-        socket.setsockopt(zmq.RCVTIMEO, LINGER_MS)
+        socket.setsockopt(zmq.RCVTIMEO, RECEIVE_MS)
         self.socket = socket
         self._requests = requests
 
@@ -35,7 +35,7 @@ class Channel(Intake):
             self._requests.dropped += 1
 
     def flush(self) -> None:
-        """Send the answers that wait."""
+        """Nothing: only a link's answers wait."""
 
 
 class LinkChannel(Channel):
@@ -45,7 +45,7 @@ class LinkChannel(Channel):
         self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, link: Link, requests: Requests
     ) -> None:
         super().__init__(connected(context, zmq.DEALER, endpoint), requests)
-        self.socket.setsockopt(zmq.LINGER, 500)  # its last word may still be sent
+        self.socket.setsockopt(zmq.LINGER, 500)  # `worker.leave` may still wait to be sent
         self._link = link
 
     @property
