@@ -30,7 +30,7 @@ from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
 @click.option("--layout", type=LAYOUT, help="The layout of a new store; checked against an old one's.")
 @click.option("--epoch", type=EPOCH, help="The layout's epoch: an ISO 8601 time or milliseconds since 1970.")
 @click.option(
-    "--ttl", type=DURATION, help="How long a window lasts, such as 30s (the default of a new store)."
+    "--ttl", type=DURATION, help="How far ahead a window ends, such as 30s (the default of a new store)."
 )
 @click.option("--machines", type=MACHINES, help="The machine IDs to lease, such as 0-1023 (default: all).")
 @click.option(

@@ -97,7 +97,7 @@ class Meta:
     store_id: str
     layout: Layout
     ttl: int
-    """The length of a window, in ticks."""
+    """How far ahead of now a window ends when it is granted, in ticks."""
     first_machine: int
     last_machine: int
     """The machine IDs that are leased: first to last, both included."""

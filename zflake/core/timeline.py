@@ -6,11 +6,11 @@ of the wall.  A delegator marks in the store how much of the timeline it has use
 after a restart, and others may follow: a mark that keeps moving is a delegator that runs, and the latest of them is
 the timeline.
 
-A holder never reads a wall clock.  Its time is its local clock plus an offset.  Every message from a
-delegator carries the timeline's now, stamped when it was sent.  (sent - received) is the offset less the
-message's flight, so the largest of the last two seconds' exchanges is the nearest to the truth, and behind
-the timeline by no more than one flight.  The midpoint of request and reply (Cristian's rule) may overshoot,
-and since a mint never goes back, each overshoot would stay.
+A holder never reads a wall clock.  Its time is its local clock plus an offset.  Every answer of a delegator that
+is no error carries the timeline's now, stamped when it was sent.  (sent - received) is the offset less the
+message's flight, so the largest of the last two seconds' exchanges is the nearest to the truth, and behind the
+timeline by no more than one flight.  The midpoint of request and reply (Cristian's rule) may overshoot, and since
+a mint never goes back, each overshoot would stay.
 
 The offset steps forward and slews backward.  Nothing that this module says can make a duplicate: windows
 and the mint's last tick see to that.

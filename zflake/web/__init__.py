@@ -10,7 +10,7 @@
         return {"id": str(ids.next_id())}    # a string: JavaScript's numbers end at 2**53
 
 Each process of the server leases one machine ID, at its first ID, for all its requests and threads; a forked
-one, too, so that `gunicorn --preload` needs nothing special.  When a process ends, it gives the lease back.
+one, too, so that `gunicorn --preload` needs nothing special.  A process that ends in order gives the lease back.
 
 `python -m zflake.web` is a server that gives one ID a request; `zflake.web:create_app()` is the same for a
 server of your choice.
