@@ -344,13 +344,11 @@ class Cluster:
         world.weather = FINE
         world.cut = set()
         self.disk.out = False
+        # A process that is stopped goes on when its pause is over: what it was to do stands in the queue for then.
+        world.run(max(world.true_us, *(p.paused_until_us for p in (*self.serving, *self.workers))))
         for number, delegator in enumerate(self.delegators):
             if delegator is None or delegator.dead:
                 self._start_delegator(number)
-            else:
-                delegator.paused_until_us = 0
-        for worker in self.workers:
-            worker.paused_until_us = 0
         alive = self._staying()
         # There may be no more workers than machines.  Where the store was emptied, clients are restarted: it is
         # another cluster for them.
