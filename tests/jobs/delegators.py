@@ -267,6 +267,10 @@ class Job(job.Job):
     def _settle(self, *, patient: bool) -> None:
         """Wait until all is as it was before the fault."""
         fault = self.faults[-1]
+        if patient:
+            self.wait(lambda: fault.settled_s is not None, "leases for every worker", WAIT_S + REST_S)
+            self.wait(self._is_at_rest, "all delegators to grant, all workers to hold", WAIT_S + REST_S)
+        # Last, for windows may have run out meanwhile: the next fault is to strike while IDs are taken.
         before = [client.taken for client in self.clients]
         self.wait(
             lambda: (
@@ -276,9 +280,6 @@ class Job(job.Job):
             f"IDs for each client after: {fault.what}",
             WAIT_S + REST_S,
         )
-        if patient:
-            self.wait(lambda: fault.settled_s is not None, "leases for every worker", WAIT_S + REST_S)
-            self.wait(self._is_at_rest, "all delegators to grant, all workers to hold", WAIT_S + REST_S)
         self.report(
             f"{self.taken:,} IDs: over"
             + ("" if fault.granted_s is None else f", granted again after {fault.granted_s:.1f} s")
