@@ -237,12 +237,16 @@ class Job(job.Job):
         self.back()
 
     def _kill_delegator(self, k: int, what: str) -> None:
+        self.do_without(what, self._present[k].kill)
+        self._start_delegator(k)
+
+    def do_without(self, what: str, kill: Callable[[], object]) -> None:
+        """Kill one of several, and wait until the others have granted a lease; then it may come back."""
         fault = self.strike(what)
-        self._present[k].kill()
-        self.wait(lambda: fault.granted_s is not None, "another delegator to grant a lease")
+        kill()
+        self.wait(lambda: fault.granted_s is not None, f"a lease from those that are left: {what}")
         self.pause(self.draw.uniform(0.0, 1.0))
         self.back()
-        self._start_delegator(k)
 
     def strike(self, what: str, *, within_s: float = AGAIN_S, stops: bool = False) -> Fault:
         """Note that a fault strikes now."""

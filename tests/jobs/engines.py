@@ -50,11 +50,7 @@ class EtcdJob(Job):
         }
 
     def _kill_node(self, k: int, what: str) -> None:
-        fault = self.strike(what)
-        self.nodes[k].kill()
-        self.wait(lambda: fault.granted_s is not None, "a lease from two nodes")
-        self.pause(self.draw.uniform(0.0, 1.0))
-        self.back()
+        self.do_without(what, self.nodes[k].kill)
         self.nodes[k].start()
         self.wait(self._are_healthy, "the node to be one of three again")
 

@@ -62,10 +62,10 @@ class Directory:
     def replace(self, held: Iterable[Record]) -> None:
         """Take in all leases as they are stored now; any other has been given back."""
         known = self._held
-        self._held = {
-            record.machine: max(record, known.get(record.machine, record), key=lambda each: each.gen)
-            for record in held
-        }
+        self._held = {}
+        for record in held:
+            before = known.get(record.machine)
+            self._held[record.machine] = before if before is not None and before.gen > record.gen else record
 
     def held(self, now: int) -> list[Record]:
         """The records whose window reaches beyond tick `now`, by machine."""

@@ -164,7 +164,7 @@ class Session:
             return
         _live.add(self)
         _release_at_exit()
-        # What is closed behind `_ending`: a context may take as long as a name server that is away.
+        # `_ending` tells the callers first: a context may take as long to close as a name server that is away.
         with contextlib.ExitStack() as later, self._ending():
             ear, self._bell = socket.socketpair()
             later.enter_context(ear)

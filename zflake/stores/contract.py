@@ -82,7 +82,7 @@ class Store(ABC):
     """Records by machine ID and by token, and one `Meta` for the whole."""
 
     advice: ClassVar[str] = "name another"
-    """What to do about a place that holds something else than a store."""
+    """The operator is told to do this about a place that holds something else than a store."""
     exclusive: bool = True
     """Whether no other process can use it meanwhile."""
     half_filled: bool = False

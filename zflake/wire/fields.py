@@ -19,7 +19,7 @@ Check: TypeAlias = Callable[[str, Any], Any]
 
 
 def taking(**checks: Check) -> Callable[[list[Any]], list[Any]]:
-    """What takes a method's params apart, each checked under its name; made once, for it is called for each renewal."""
+    """A function that takes a method's params apart and checks each under its name; made once, for each renewal calls it."""
     named = tuple(checks.items())
 
     def take(params: list[Any]) -> list[Any]:
@@ -31,7 +31,7 @@ def taking(**checks: Check) -> Callable[[list[Any]], list[Any]]:
 
 
 def pick(values: dict[str, Any], **checks: Check) -> list[Any]:
-    """What a map has under these keys, each checked."""
+    """The values that a map has under these keys, each checked."""
     return [check(key, values.get(key)) for key, check in checks.items()]
 
 
