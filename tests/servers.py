@@ -229,11 +229,11 @@ class Etcd(Server):
 
     @classmethod
     def need_durable(cls) -> None:
-        """Skip a test that kills etcd, loudly, if this etcd loses commits then; fail it under CI."""
+        """Skip a test, loudly, if this etcd loses commits when killed (delegators refuse it); fail it under CI."""
         from zflake.stores.etcd import LOSES_COMMITS
 
         if (version := cls.version()) in LOSES_COMMITS:
-            not_tested(f"etcd {version} loses commits when it is killed: what kills it is NOT TESTED")
+            not_tested(f"etcd {version} loses commits when killed: what needs a better one is NOT TESTED")
 
     @property
     def is_healthy(self) -> bool:

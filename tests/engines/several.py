@@ -79,6 +79,8 @@ class Site:
     @cached_property
     def server(self) -> Server:
         kinds: dict[str, type[Server]] = {"redis": Redis, "etcd": Etcd, "postgresql": Postgres}
+        if self.engine == "etcd":
+            Etcd.need_durable()
         server = kinds[self.engine](self.folder / "server")
         self._stack.callback(server.kill)
         server.start()
