@@ -290,6 +290,8 @@ class Checker:
             raise Violation(f"superseded: machine {new.machine} went to a token that nobody drew")
         for other in self._by_token.get(new.token, ()):
             tenancy = other.record.machine, other.record.tenancy_start, other.life
+            if other.end <= other.record.start:
+                continue  # given back unused: another tenancy may begin at the same tick
             if tenancy == (new.machine, new.tenancy_start, self.life) and len(holders) == 1:
                 raise Violation(f"rotated: a second window on machine {new.machine} for one token")
         top = self._ceiling_tick(meta)

@@ -67,10 +67,11 @@ class Disk(MemoryStore):
 class Connection(Disk):
     """A delegator's view of the disk: it shares the disk's contents, and adds what goes wrong."""
 
-    __slots__ = ("_clock", "_disk", "_process", "_world")
+    __slots__ = ("_clock", "_disk", "_process", "_unused_from", "_world")
 
     def __init__(self, world: World, process: Process, disk: Disk, clock: Callable[[], int]) -> None:
         self.__dict__ = disk.__dict__
+        self._unused_from = {}  # what this process has seen
         self._world = world
         self._process = process
         self._disk = disk

@@ -304,6 +304,10 @@ MUTANTS: Final = _mutants("""
 @@ 3.1 (1) @@ overlapping window accepted, and given
 -start = max(now, record.fence, meta.floor)
 +start = max(now, record.start, meta.floor)
+# zflake.delegator.committer
+@@ 3 @@ what a rollback made unused is never found
+-self._store.look_anew()
++pass
 # zflake.delegator.broker
 @@ 5 @@ answers by anybody
 -        job = peer.jobs.get(envelope[0]) if peer is not None and len(envelope) == 2 else None

@@ -88,6 +88,24 @@ def test_a_worker_with_a_window_far_ahead_hears_soon_that_its_lease_was_lost() -
     assert worker.lease.lessee.state.name == "HELD"
 
 
+@pytest.mark.parametrize("loss", ["rollback noticed", "rollback unnoticed"])
+def test_machine_ids_that_a_rollback_made_unused_are_leased_again(loss: str) -> None:
+    sim = Cluster(1, plan=replace(CALM, delegators=1, workers=5))  # one more than there are machine IDs
+    world = sim.world
+    empty = sim.disk.snapshot()
+    world.run(2 * SECOND_US)
+    assert len(sim.disk.held(sim.serving[0].clock.tick())) == 4
+    for worker in list(sim.workers):
+        worker.die()
+    sim.disk.restore(empty)
+    sim.disk.life = "life 1" if loss == "rollback noticed" else "life 0"
+    sim.checker.store_lost({}, sim.disk.meta(), noticed=loss == "rollback noticed")
+    for _ in range(4):
+        sim._start_worker()
+    world.run(world.true_us + 80 * SECOND_US)
+    assert [worker.lease.state for worker in sim.workers[-4:]] == ["HELD"] * 4
+
+
 def test_on_a_good_network_each_holder_acquires_once_and_never_lapses() -> None:
     told: list[str] = []
     sim = Cluster(1, told.append, plan=CALM)

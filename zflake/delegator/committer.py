@@ -170,6 +170,8 @@ class Committer:
                 decision = lessor.acquire(
                     self.meta, now, request, repeat=record, lowest=free, pick=self._pick
                 )
+                if isinstance(decision, Refusal):
+                    self._store.look_anew()  # for the next who asks
             elif isinstance(request, Renew):
                 record = records[request.machine]
                 self._hear_witness(request, record)

@@ -93,7 +93,7 @@ class Store(ABC):
     def __init__(self, url: str) -> None:
         """`url` names the store to people."""
         self.url = url
-        # For the first machine of each range: the first one that may be unused.  No used machine becomes unused again.
+        # For the first machine of each range: the first one that may be unused.
         self._unused_from: dict[int, int] = {}
 
     def _foreign(self) -> StoreError:
@@ -166,6 +166,10 @@ class Store(ABC):
         if limit > 0:
             self._unused_from[first] = unused[0] if unused else max(begin, last + 1)
         return [*map(Record, unused), *self._lowest_used(first, last, limit - len(unused))]
+
+    def look_anew(self) -> None:
+        """Have `lowest` look again at machines that it has seen used: a store that was rolled back knows less."""
+        self._unused_from.clear()
 
     @abstractmethod
     def _unused(self, first: int, last: int, limit: int) -> list[int]:
