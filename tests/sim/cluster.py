@@ -49,6 +49,7 @@ class Cluster:
         WatchedMint.watching = self.checker
         self.disk = Disk(self.checker)
         self.world.note("", f"seed {seed}: {plan}")
+        self._end_us = plan.layout.epoch_us + plan.layout.end_tick * plan.layout.tick_us
         self._steps_us = [0] * plan.delegators
         self.hosts = [self._host() for _ in range(max(plan.delegators, plan.workers))]
         self.workers: list[Worker] = []
@@ -331,7 +332,9 @@ class Cluster:
             return
         self.delegators[number] = delegators.begin(self, number, self._wishes)
         if self.delegators[number] is None:
-            self.world.after(300_000, None, self._start_delegator, number)
+            # Where the store was emptied, nobody founds a cluster whose layout has ended.
+            if self.disk.meta() is not None or self.hosts[number].wall_us() < self._end_us:
+                self.world.after(300_000, None, self._start_delegator, number)
         elif self._wishes.new or self._wishes.layout is not None:
             self._wishes = Wishes()  # from now on the store knows
 
@@ -382,9 +385,7 @@ class Cluster:
 
     def _ends(self) -> bool:
         """Whether the layout ends: then nobody can be served any more."""
-        layout = self.plan.layout
-        end_us = layout.epoch_us + layout.end_tick * layout.tick_us - 5_000_000
-        return any(d is None or d.clock.timeline_us() > end_us for d in self.delegators)
+        return any(d is None or d.clock.timeline_us() > self._end_us - 5_000_000 for d in self.delegators)
 
     def _live(self) -> None:
         world = self.world
