@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Final
@@ -196,6 +199,37 @@ def test_who_asks_and_never_listens_costs_no_memory(victim: Daemon, connect: Con
             if time.monotonic() > deadline:
                 break
             time.sleep(0.001)
+
+
+def _first_identity() -> int:
+    """The number that libzmq gives the first peer without an identity, in a process that did not seed it."""
+    code = (
+        "import zmq; c = zmq.Context(); r = c.socket(zmq.ROUTER); d = c.socket(zmq.DEALER); r.bind('inproc://x');"
+        "d.connect('inproc://x'); d.send(b''); print(int.from_bytes(r.recv()[1:]))"
+    )
+    return int(subprocess.check_output([sys.executable, "-c", code]))
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_stranger_that_takes_the_identities_to_come_ends_no_daemon(
+    victim: Daemon, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    first = _first_identity()
+    with contextlib.ExitStack() as stack:
+        for number in range(first + 40, first + 140):
+            squatter = stack.enter_context(context.socket(zmq.DEALER))
+            squatter.setsockopt(zmq.ROUTING_ID, b"\0" + (number % 2**32).to_bytes(4))
+            assert _pinged(squatter, victim)
+        for _ in range(2_000):
+            with context.socket(zmq.DEALER) as nobody:
+                assert _pinged(nobody, victim)
+
+
+def _pinged(peer: zmq.Socket[bytes], daemon: Daemon) -> bool:
+    peer.setsockopt(zmq.LINGER, 0)
+    peer.connect(daemon.address)
+    peer.send_multipart([b"", _request("ping", [])])
+    return bool(peer.poll(int(WAIT_S * 1000)))
 
 
 @pytest.mark.usefixtures("unharmed")

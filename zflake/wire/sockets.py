@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Final
 
 import zmq
@@ -16,6 +17,11 @@ RECONNECT_MAX_MS = 1000
 
 def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> zmq.Socket[bytes]:
     """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
+    import ctypes  # noqa: PLC0415  (clients, which bind nothing, do without)
+
+    # libzmq numbers the peers that bring no identity, and aborts the process if one of its numbers is the identity that
+    # another peer chose.  It counts from rand(), which it never seeds: any peer would know the numbers to come.
+    ctypes.CDLL(None).srand(secrets.randbits(32))
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 500)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that left fails and is counted
