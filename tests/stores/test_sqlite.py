@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -441,6 +442,52 @@ def test_a_read_only_folder_is_refused(open_folder: Path) -> None:
         finally:
             open_folder.chmod(0o755)
     assert not list(open_folder.iterdir())
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    """Files are made for all users, unless their maker says otherwise."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def used(store: Store) -> None:
+    store.initialise(replace(META, incarnation=store.incarnation()))
+    write(store, leased(1))
+
+
+def modes(path: Path) -> dict[str, int]:
+    return {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+
+
+ALL_FILES: Final = ("store.db", "store.db-wal", "store.db-shm", "store.db.lock", "store.db.marker")
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_a_store_is_made_for_its_user_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Others could read tokens there, which give leases back that are in use."""
+    with closing(SqliteStore(path)) as store:
+        used(store)
+        assert modes(path) == dict.fromkeys(ALL_FILES, 0o600)
+    assert not caplog.messages
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_a_store_that_others_can_read_is_closed_to_them_at_the_start(
+    path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed = tmp_path_factory.mktemp("killed")  # what a process that was killed leaves behind
+    with closing(SqliteStore(path)) as store:
+        used(store)
+        for name in ALL_FILES:
+            shutil.copyfile(path.parent / name, killed / name)
+            (killed / name).chmod(0o664)
+    with closing(SqliteStore(killed / path.name)) as again:
+        assert again.by_machine(1).gen == 1
+        assert modes(killed / path.name) == dict.fromkeys(ALL_FILES, 0o600)
+    told = {message.split(" (mode ")[0] for message in caplog.messages}
+    assert told == {f"other users could read {killed / name}" for name in ALL_FILES}
 
 
 # --- URLs ---

@@ -251,11 +251,15 @@ def test_up_with_data_goes_on_where_it_stopped(daemons: Daemons, tmp_path: Path)
     flags = ("--once", "--workers", "1", "--data", str(tmp_path / "data"))
     first_run = daemons.up(*flags)
     assert first_run.wait() == 0, first_run.log()
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "data").chmod(0o755)
     first = records()
     assert first["gens"] >= 2, "one grant, one release"
     second_run = daemons.up(*flags)
     assert second_run.wait() == 0, second_run.log()
-    assert second_run.log() == "", "it does not say --new again"
+    (line,) = second_run.log().splitlines()  # it does not say --new again
+    assert line == f"other users could read {tmp_path / 'data'} (mode 0755); its mode is 0700 now"
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     second = records()
     assert second["store"] == first["store"]
     assert second["gens"] >= first["gens"] + 2

@@ -16,6 +16,7 @@ from zflake.cli.status import LOOK_S, ask_status
 from zflake.client.sync import Client
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, StoreError, Unavailable, ZflakeError
+from zflake.files import close_to_others
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 
 
@@ -65,7 +66,8 @@ class Cluster:
         self._children.heed_signals()
         if self._data is not None:
             try:
-                self._data.mkdir(parents=True, exist_ok=True)
+                self._data.mkdir(0o700, parents=True, exist_ok=True)
+                close_to_others(self._data)
                 # Only then nothing can have been lost: a folder that has something in it may have had a store.
                 self._fresh = not any(self._data.iterdir())
             except OSError as error:

@@ -168,9 +168,12 @@ class SqliteStore(RowStore):
     # --- opening ---
 
     def _open(self, held: ExitStack) -> sqlite3.Connection:
+        self._file.create()
         db = sqlite3.connect(self._file.path, isolation_level=None, timeout=0, check_same_thread=False)
         held.callback(db.close)
-        if not (schema := self._recognise(db)):
+        schema = self._recognise(db)
+        self._file.close_to_others()
+        if not schema:
             _run_all(db, _CREATE)
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":

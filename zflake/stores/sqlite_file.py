@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zflake.errors import StoreError
+from zflake.files import close_to_others
 
 
 class Progress(NamedTuple):
@@ -70,6 +71,16 @@ class DatabaseFile:
             ) from error
         except OSError as error:
             raise StoreError(f"{self._url}: can't write and lock {path}: {error.strerror}") from error
+
+    def create(self) -> None:
+        """Make the file if there is none: one that others can't read, which goes for its log as well."""
+        if not self.path.exists():
+            self.path.touch(0o600)
+
+    def close_to_others(self) -> None:
+        """Have the file and what lies beside it be this user's alone."""
+        beside = (Path(f"{self.path}{end}") for end in ("-wal", "-shm", ".lock"))
+        close_to_others(self.path, self.marker_path, *beside)
 
     # --- is it still the file that was opened? ---
 
@@ -126,6 +137,7 @@ class DatabaseFile:
         self._overwritten = True
         with contextlib.suppress(OSError):
             self._close_marker()
+            self.marker_path.touch(0o600)
             self.marker_path.write_text("overwritten\n", "ascii")
         return StoreError(
             f"{self._url} was overwritten with an older one, or another, while in use: stop this process; the"
