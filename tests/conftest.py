@@ -92,9 +92,17 @@ def serving(make: Callable[[Waker], D]) -> Iterator[D]:
 class Peer:
     """A socket of a test's own to a server: whole messages out, responses in."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, kind: int = zmq.DEALER) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        kind: int = zmq.DEALER,
+        identity: bytes = b"",
+    ) -> None:
         self.socket = context.socket(kind)
         self.socket.setsockopt(zmq.LINGER, 0)
+        if identity:
+            self.socket.setsockopt(zmq.ROUTING_ID, identity)
         self.socket.connect(address)
         self._msgid = 0
 
@@ -191,7 +199,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 class Connect(Protocol):
-    def __call__(self, address: str, kind: int = ..., /) -> Peer: ...
+    def __call__(self, address: str, kind: int = ..., identity: bytes = ..., /) -> Peer: ...
 
 
 class Scripts(Protocol):
@@ -212,8 +220,8 @@ def connect(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Connect]:
     """Makes peers, and closes them at the end."""
     made: list[Peer] = []
 
-    def make(address: str, kind: int = zmq.DEALER, /) -> Peer:
-        made.append(Peer(context, address, kind))
+    def make(address: str, kind: int = zmq.DEALER, identity: bytes = b"", /) -> Peer:
+        made.append(Peer(context, address, kind, identity))
         return made[-1]
 
     yield make

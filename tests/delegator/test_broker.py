@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.daemon.tools import failure
+from zflake.core.lease import TOKEN_BYTES
 from zflake.delegator import broker as module
 from zflake.delegator.broker import (
     CREDIT,
@@ -37,6 +38,10 @@ SECOND: Final = 1_000_000
 RUN: Final = (1 << 40, 1, 1)
 
 
+def token_of(worker: bytes) -> bytes:
+    return worker.rjust(TOKEN_BYTES)
+
+
 class World:
     """A broker, its clients and its workers; `us` is the delegator's local clock."""
 
@@ -47,7 +52,7 @@ class World:
         self.answers: dict[bytes, list[Response]] = {}
         """What each client was told, by the first frame of its envelope."""
         self.given: list[tuple[bytes, bytes, bytes]] = []
-        """What workers were given: (worker, tag, body)."""
+        """The requests that workers were given: (worker, what the answer goes under, body)."""
         self._numbers = count(1)
         for worker in workers:
             self.join(worker)
@@ -66,10 +71,10 @@ class World:
             identity, tag, _ = prefix
             assert identity == worker
             assert len(tag) == TAG_BYTES
-            self.given.append((identity, tag, body))
+            self.given.append((identity, token_of(worker) + tag, body))
 
     def join(self, worker: bytes) -> None:
-        self.broker.join(worker, self.us)
+        self.broker.join(worker, token_of(worker), self.us)
         self.flush()
 
     def lose(self, worker: bytes) -> None:
@@ -137,6 +142,21 @@ def test_a_request_goes_under_a_tag_and_its_answer_to_the_client_as_it_came() ->
     assert world.broker.outbox == [Outgoing([client, b"hop", b""], encode_result(2**32 - 1, RUN), None)]
     assert (world.broker.counts.brokered, world.broker.counts.strays) == (1, 0)
     assert not world.broker.busy
+
+
+def test_a_worker_that_registers_with_another_token_is_given_its_requests_again() -> None:
+    world = World(b"w")
+    client = world.ask()
+    before = world.given[0]
+    world.broker.join(b"w", b"the newer token.", world.us)
+    world.flush()
+    world.reply(before)
+    assert (world.broker.counts.strays, world.broker.counts.requeued) == (1, 1)
+    _, mark, body = world.given[1]
+    world.say(
+        b"w", [b"the newer token." + mark[-TAG_BYTES:], b""], encode_result(decode_request(body)[0], RUN)
+    )
+    assert world.told(client).result == list(RUN)
 
 
 def test_every_request_has_a_tag_of_its_own() -> None:

@@ -63,19 +63,23 @@ class Played:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
-        self.token = os.urandom(16)
+        self.token = self.shown = os.urandom(16)
         name = f"played-{next(_numbers)}"
         granted = peer.ask("lease.acquire", self.token, name, "host", 1, "tcp://127.0.0.1:9")
         self.machine: int = result(granted)["machine"]
 
     def ready(self) -> Response:
+        self.shown = self.token
         return self.peer.ask("worker.ready", self.machine, self.token)
 
     def beat(self) -> Response:
-        return self.peer.ask("worker.beat", dict.fromkeys(LOAD, 0))
+        return self.peer.ask("worker.beat", dict.fromkeys(LOAD, 0), self.shown)
+
+    def leave(self) -> Response:
+        return self.peer.ask("worker.leave", self.shown)
 
     def take(self) -> tuple[bytes, int]:
-        """The next brokered request: its tag, and its msgid."""
+        """The next brokered request: what its answer goes under, and its msgid."""
         while True:
             assert self.peer.socket.poll(5000)
             frames = self.peer.socket.recv_multipart()
@@ -83,7 +87,7 @@ class Played:
                 tag, empty, body = frames
                 msgid, method, _ = decode_request(body)
                 assert (len(tag), empty, method) == (16, b"", "ids.next")
-                return tag, msgid
+                return self.shown + tag, msgid
 
 
 @pytest.fixture
@@ -134,7 +138,7 @@ def test_a_played_worker_sees_a_tag_and_no_client_and_what_is_left_of_the_budget
     assert (msgid, asked) == (7, 9)
     assert 0 < left_ms <= 1000
     assert b"secret" not in tag + body
-    played.peer.send(tag, b"", encode_result(7, HONEST))
+    played.peer.send(played.token + tag, b"", encode_result(7, HONEST))
     assert client.socket.poll(5000)
     assert client.socket.recv_multipart() == [b"secret", b"hop", b"", encode_result(7, HONEST)]
 
@@ -165,9 +169,11 @@ def test_an_answer_counts_only_from_the_worker_that_holds_the_tag_and_once(
             strays += 1
         forger.send(b"", encode_bundle([(tag, forged), (bytes(16), forged)]))
         strays += 2
-    # The very worker, by anything but the tag.
+    # The very worker, by anything but its token and the tag.
     for envelope in (
         [b""],
+        [tag[16:], b""],
+        [os.urandom(16) + tag[16:], b""],
         [tag[:-1], b""],
         [bytes(16), b""],
         [tag, b"x", b""],
@@ -271,7 +277,8 @@ def test_who_shows_no_lease_s_token_is_no_worker(
         refusal = failure(ask())
         assert refusal.code == "not_ready"
         assert played.token.hex() not in refusal.message
-    assert stranger.peer.ask("worker.leave").error is None  # of itself, whoever that is
+    assert stranger.leave().error is None  # of itself, whoever that is
+    assert played.peer.ask("worker.leave", stranger.token).error is None  # and of nobody else
     assert status(peer)["broker"]["workers"] == 1
     client = connect(delegator.address)
     for _ in range(CREDIT):
@@ -282,6 +289,68 @@ def test_who_shows_no_lease_s_token_is_no_worker(
     for _ in range(CREDIT):
         assert result(client.receive()) == HONEST
     assert stranger.peer.receive(0.02) is None
+
+
+def test_who_takes_the_identity_of_a_worker_that_died_is_not_taken_for_it(
+    connect: Connect, delegator: Delegator, peer: Peer
+) -> None:
+    client = connect(delegator.address)
+
+    def take_over() -> tuple[Played, Peer, int] | None:
+        """A worker that died, and a stranger that is given a request in its place, unless the death was seen first."""
+        worker = Played(connect(delegator.address, zmq.DEALER, b"worker"))
+        assert worker.ready().error is None
+        worker.peer.socket.close(linger=0)
+        stranger = connect(delegator.address, zmq.DEALER, b"worker")
+        stranger.request("ping")
+        if stranger.receive(0.1):
+            msgid = client.request("ids.next", 1, 20_000)
+            if stranger.socket.poll(500):
+                return worker, stranger, msgid
+            failure(client.receive())
+        return None
+
+    worker, stranger, msgid = until(take_over, "a stranger in a worker's place")
+    tag, _, _ = stranger.socket.recv_multipart()
+    forged = encode_result(msgid, FORGED)
+    with working(delegator.address, "w"):
+        for guess in (b"", os.urandom(16)):
+            stranger.send(guess + tag, b"", forged)
+            stranger.send(b"", encode_bundle([(guess + tag, forged)]))
+            assert stranger.ask("worker.leave", guess or bytes(16)).error is None
+        while listed(peer) != ["w"]:  # nor do its messages keep the worker there
+            beat = stranger.ask("worker.beat", dict.fromkeys(LOAD, 0), os.urandom(16))
+            assert failure(beat).code == "not_ready"
+            stranger.send(tag, b"", forged)
+        first, *_ = result(client.receive())
+        assert first != FORGED[0]
+        assert LAYOUT.decompose(first).machine != worker.machine
+    assert client.receive(0.02) is None
+
+
+def test_the_newest_connection_of_a_worker_takes_the_place_of_the_others(
+    connect: Connect, delegator: Delegator, peer: Peer, played: Played
+) -> None:
+    client = connect(delegator.address)
+    client.request("ids.next", 1, 20_000)
+    played.take()
+    former = played.peer
+    for _ in range(40):
+        played.peer = connect(delegator.address)
+        played.peer.request("worker.ready", played.machine, played.token)
+        tag, msgid = played.take()
+        assert status(peer)["broker"]["workers"] == 1
+    played.peer.send(tag, b"", encode_result(msgid, HONEST))
+    assert result(client.receive()) == HONEST
+    msgids = [client.request("ids.next", 1, 20_000) for _ in range(9)]
+    for _ in msgids:
+        tag, msgid = played.take()
+        played.peer.send(tag, b"", encode_result(msgid, HONEST))
+    assert {answer.msgid for _ in msgids if (answer := client.receive())} == {*msgids}
+    newest, played.peer = played.peer, former
+    assert failure(played.beat()).code == "not_ready"
+    played.peer = newest
+    assert played.beat().error is None
 
 
 def test_a_token_that_was_renewed_or_given_back_makes_no_worker(peer: Peer, played: Played) -> None:
@@ -329,7 +398,7 @@ def test_a_worker_that_dies_is_out_soon_and_what_it_had_goes_to_another(
 
 def test_a_worker_that_leaves_is_out_at_once_and_its_lease_runs_on(peer: Peer, played: Played) -> None:
     assert len(listed(peer)) == 1
-    assert played.peer.ask("worker.leave").error is None
+    assert played.leave().error is None
     assert listed(peer) == []
     said = status(peer)
     assert said["broker"]["workers"] == 0
@@ -340,7 +409,7 @@ def test_a_worker_that_leaves_is_out_at_once_and_its_lease_runs_on(peer: Peer, p
 
 
 def test_every_answer_to_a_worker_tells_the_time(played: Played) -> None:
-    for answer in (played.ready(), played.beat(), played.peer.ask("worker.leave")):
+    for answer in (played.ready(), played.beat(), played.leave()):
         assert answer.result["now_us"] > LAYOUT.epoch_us
 
 

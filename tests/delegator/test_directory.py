@@ -87,7 +87,7 @@ def test_a_holder_is_no_worker_until_it_has_shown_its_token() -> None:
 def test_a_wrong_token_lets_nobody_in(wrong: bytes) -> None:
     directory = Directory([record(1)])
     assert not directory.register(b"x", 1, wrong, NOW, 0)
-    assert not directory.hear(b"x", LOAD, 0)
+    assert not directory.proves(b"x", wrong)
     assert present(directory) == []
 
 
@@ -128,7 +128,7 @@ def test_a_renewal_keeps_a_worker_and_a_new_tenancy_puts_it_out() -> None:
     directory.learn(replace(record(1, gen=3, fence=300), tenancy_start=150))
     assert present(directory) == []
     assert directory.sweep(NOW, 0) == [b"1"]
-    assert not directory.hear(b"1", LOAD, 0)
+    assert not directory.proves(b"1", token(1))
 
 
 def test_a_release_puts_a_worker_out() -> None:
@@ -145,27 +145,39 @@ def test_a_worker_that_lapsed_is_out_and_must_introduce_itself_again() -> None:
     assert directory.sweep(99, 0) == []
     assert directory.sweep(100, 0) == [b"1"]
     directory.learn(record(1, gen=2, fence=200))
-    assert not directory.hear(b"1", LOAD, 0)
+    assert not directory.proves(b"1", token(1))
     assert directory.register(b"1", 1, token(2), 100, 0)
 
 
 def test_a_worker_that_missed_its_beats_is_out_at_once_and_given_by_one_sweep() -> None:
     directory = there(1, 2)
-    assert directory.hear(b"2", LOAD, 1)
+    directory.hear(b"2", LOAD, 1)
     assert present(directory, MISSED_US - 1) == [1, 2]
     assert present(directory, MISSED_US) == [2]
     assert directory.sweep(NOW, MISSED_US - 1) == []
     assert directory.sweep(NOW, MISSED_US) == [b"1"]
     assert directory.sweep(NOW, MISSED_US) == []
-    assert not directory.hear(b"1", LOAD, MISSED_US)
+    assert not directory.proves(b"1", token(1))
     assert directory.register(b"1", 1, token(1), NOW, MISSED_US)
     assert present(directory, MISSED_US) == [1, 2]
+
+
+def test_a_worker_proves_itself_by_the_token_that_it_registered_with() -> None:
+    directory = there(1, 2)
+    assert not directory.proves(b"1", token(2))
+    assert not directory.proves(b"1", b"")
+    assert not directory.proves(b"x", token(1))
+    directory.learn(record(1, gen=2, fence=200))
+    assert directory.proves(b"1", token(1)), "it may not have heard of the renewal yet"
+    assert directory.register(b"1", 1, token(2), NOW, 0)
+    assert directory.proves(b"1", token(2))
+    assert not directory.proves(b"1", token(1))
 
 
 def test_a_beat_keeps_a_worker_and_says_how_it_is() -> None:
     directory = there(1)
     for beat in range(1, 20):
-        assert directory.hear(b"1", LOAD | {"ids": beat}, beat * 250_000)
+        directory.hear(b"1", LOAD | {"ids": beat}, beat * 250_000)
         assert directory.sweep(NOW, beat * 250_000) == []
     ((_, worker),) = directory.workers(NOW, 20 * 250_000)
     assert worker.load == LOAD | {"ids": 19}
@@ -173,17 +185,17 @@ def test_a_beat_keeps_a_worker_and_says_how_it_is() -> None:
 
 def test_a_stranger_s_beat_is_nobody_s() -> None:
     directory = there(1)
-    assert not directory.hear(b"x", LOAD, 5)
+    directory.hear(b"x", LOAD, 5)
     assert directory.sweep(NOW, MISSED_US) == [b"1"]
 
 
 def test_who_leaves_is_out_at_once_and_not_given_by_a_sweep() -> None:
     directory = there(1, 2)
-    directory.leave(b"1")
-    directory.leave(b"x")
+    directory.drop(b"1")
+    directory.drop(b"x")
     assert present(directory) == [2]
     assert directory.sweep(NOW, 0) == []
-    assert not directory.hear(b"1", LOAD, 0)
+    assert not directory.proves(b"1", token(1))
     assert len(directory.held(NOW)) == 2  # the lease runs on
 
 
@@ -196,15 +208,18 @@ def test_the_time_that_the_delegator_was_stopped_is_nobody_s_fault_and_no_more_t
     assert directory.sweep(NOW, stop_us + MISSED_US) == [b"1"]
 
 
-def test_a_worker_that_reconnected_is_listed_once_as_it_was_heard_of_last() -> None:
-    directory = there(1)
+def test_a_worker_that_registers_again_takes_the_place_of_its_former_connection() -> None:
+    directory = there(1, 2)
+    assert directory.identity_of(1) == b"1"
     assert directory.register(b"again", 1, token(1), NOW, 10)
-    ((_, worker),) = directory.workers(NOW, 20)
-    assert worker.identity == b"again"
-    assert directory.hear(b"again", LOAD, 500_000)
-    assert directory.sweep(NOW, MISSED_US) == [b"1"]
-    ((_, worker),) = directory.workers(NOW, MISSED_US)
-    assert worker.identity == b"again"
+    assert directory.identity_of(1) == b"again"
+    assert not directory.proves(b"1", token(1))
+    assert [worker.identity for _, worker in directory.workers(NOW, 20)] == [b"again", b"2"]
+    directory.drop(b"1")
+    assert present(directory) == [1, 2]
+    assert directory.register(b"again", 2, token(1), NOW, 20)
+    assert directory.identity_of(1) is None
+    assert present(directory) == [2]
 
 
 def test_workers_are_listed_by_machine() -> None:

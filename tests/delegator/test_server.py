@@ -130,8 +130,8 @@ WRONG: Final[dict[str, list[Any]]] = {
     "lease.release": [3, token(1), 0, None],
     "ids.next": [0, 1000],
     "worker.ready": [3, "x" * 16],
-    "worker.beat": [{"ids": 1}],
-    "worker.leave": [3],
+    "worker.beat": [{"ids": 1}, token(1)],
+    "worker.leave": [],
 }
 """Params of each method that its check refuses."""
 

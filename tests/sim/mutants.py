@@ -309,10 +309,12 @@ MUTANTS: Final = _mutants("""
 -self._store.look_anew()
 +pass
 # zflake.delegator.broker
-@@ 5 @@ answers by anybody
+@@ 5 @@ answers without the worker's token
 -        job = peer.jobs.get(envelope[0]) if peer is not None and len(envelope) == 2 else None
-+        peer = next((p for p in self._peers.values() if envelope[0] in p.jobs), None)
++        envelope[0] = envelope[0][-TAG_BYTES:]
 +        job = peer.jobs.get(envelope[0]) if peer is not None and len(envelope) == 2 else None
+-peer.jobs[peer.token + tag] = job
++peer.jobs[tag] = job
 @@ 5 @@ answer counted twice
 -        del peer.jobs[envelope[0]]
 -        if response.error

@@ -26,7 +26,7 @@ from zflake.core.lease import (
     Renew,
     Request,
 )
-from zflake.wire.cluster import LOAD, check_heartbeat, check_ready
+from zflake.wire.cluster import LOAD, check_heartbeat, check_leave, check_ready
 from zflake.wire.codec import WireError, decode_request, decode_response, encode_request, encode_result
 from zflake.wire.dispatch import METHODS
 from zflake.wire.fields import MAX_TEXT, no_params, timeline_us
@@ -304,27 +304,37 @@ BEAT: Final = dict.fromkeys(LOAD, 7)
 
 
 @thorough
-@given(st.fixed_dictionaries(dict.fromkeys(LOAD, numbers)))
-def test_a_beat_comes_out_of_the_wire_as_it_went_in(load: dict[str, int]) -> None:
-    _, _, params = decode_request(encode_request(1, Method.WORKER_HEARTBEAT, [load]))
-    assert check_heartbeat(params) == load
+@given(st.fixed_dictionaries(dict.fromkeys(LOAD, numbers)), tokens)
+def test_a_beat_comes_out_of_the_wire_as_it_went_in(load: dict[str, int], token: bytes) -> None:
+    _, _, params = decode_request(encode_request(1, Method.WORKER_HEARTBEAT, [load, token]))
+    assert check_heartbeat(params) == (load, token)
 
 
 @pytest.mark.parametrize("key", LOAD)
 def test_a_beat_with_a_wrong_or_no_number_is_refused(key: str) -> None:
     for value in [*NO_NUMBER, None]:
-        refused(check_heartbeat, [BEAT | {key: value}])
-    refused(check_heartbeat, [{other: 7 for other in LOAD if other != key}])
+        refused(check_heartbeat, [BEAT | {key: value}, A])
+    refused(check_heartbeat, [{other: 7 for other in LOAD if other != key}, A])
 
 
-@pytest.mark.parametrize("params", [[], [BEAT, None], [None], [7], [[7] * 5], ["load"], [deep()]], ids=shown)
-def test_a_beat_of_anything_but_one_map_is_refused(params: list[Any]) -> None:
+@pytest.mark.parametrize("load", [None, 7, [7] * 5, "load", deep()], ids=shown)
+def test_a_beat_whose_load_is_no_map_is_refused(load: Any) -> None:
+    refused(check_heartbeat, [load, A])
+
+
+@pytest.mark.parametrize("params", [[], [BEAT], [BEAT, None], [BEAT, b"short"], [BEAT, A, A]], ids=shown)
+def test_a_beat_without_one_token_is_refused(params: list[Any]) -> None:
     refused(check_heartbeat, params)
+
+
+@pytest.mark.parametrize("params", [[], [None], [b"short"], ["x" * 16], [A, A]], ids=shown)
+def test_a_leave_without_one_token_is_refused(params: list[Any]) -> None:
+    refused(check_leave, params)
 
 
 def test_of_a_beat_only_what_is_known_is_kept() -> None:
     # It is shown to people, and kept: nothing of a peer's own making.
-    assert check_heartbeat([BEAT | {"new": "\x1b[31m", 5: 6}]) == BEAT
+    assert check_heartbeat([BEAT | {"new": "\x1b[31m", 5: 6}, A]) == (BEAT, A)
 
 
 # --- lease answers ---

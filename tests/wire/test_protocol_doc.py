@@ -29,7 +29,7 @@ from zflake.delegator.directory import MISSED_US
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.start import Wishes
 from zflake.wire import codec, endpoint, fields, frames, ids
-from zflake.wire.cluster import LOAD, check_ready
+from zflake.wire.cluster import LOAD, check_heartbeat, check_leave, check_ready
 from zflake.wire.codec import (
     REQUEST_HEAD,
     RESPONSE_HEAD,
@@ -201,6 +201,8 @@ def test_the_dumped_params_pass_the_daemons_checks() -> None:
 def test_the_dumped_worker_shows_the_machine_and_the_token_of_the_dumped_grant() -> None:
     grant = result_of("lease.acquire")
     assert check_ready(request_of("worker.ready")) == (grant["machine"], grant["token"])
+    assert check_heartbeat(request_of("worker.beat")).token == grant["token"]
+    assert check_leave(request_of("worker.leave")) == grant["token"]
 
 
 def test_the_brokered_frames_are_what_the_broker_sends_and_takes() -> None:
@@ -211,10 +213,12 @@ def test_the_brokered_frames_are_what_the_broker_sends_and_takes() -> None:
     count, timeout_ms, _ = check_next(params)
     _, _, (_, left_ms) = decode_request(request)
     broker = Broker(lambda _size: tag)
-    broker.join(b"worker", 0)
+    token = request_of("worker.ready")[1]
+    broker.join(b"worker", token, 0)
     broker.submit(client, msgid, count, timeout_ms * 1000, (timeout_ms - left_ms) * 1000)
     assert broker.outbox == [Outgoing([b"worker", tag, b""], request, b"worker")]
     *envelope, response = FRAMES["brokered response"]
+    assert envelope == [token + tag, b""]
     assert response == DUMPS["ids.next response"].body
     assert (request[:2], response[:2]) == (REQUEST_HEAD, RESPONSE_HEAD)
     broker.outbox.clear()
@@ -351,11 +355,11 @@ def test_a_lease_s_answers_and_the_directory_have_the_keys_that_the_tables_list(
     assert delegator.ask("cluster.workers").result["workers"] == []
     (lease,) = delegator.ask("cluster.status").result["leases"]
     assert lease["worker"] is None
-    refused(delegator.ask("worker.beat", dict.fromkeys(LOAD, 0)), Code.NOT_READY)
+    refused(delegator.ask("worker.beat", dict.fromkeys(LOAD, 0), a), Code.NOT_READY)
     refused(delegator.ask("worker.ready", 3, b), Code.NOT_READY)
-    (load,) = request_of("worker.beat")
+    load, _ = request_of("worker.beat")
     assert set(load) == set(LOAD) == keys("`worker.beat`")
-    for method, *params in [("worker.ready", 3, a), ("worker.beat", load)]:
+    for method, *params in [("worker.ready", 3, a), ("worker.beat", load, a)]:
         said = delegator.ask(str(method), *params).result
         assert set(said) == {"now_us"} == set(result_of(str(method)))
 
@@ -371,7 +375,8 @@ def test_a_lease_s_answers_and_the_directory_have_the_keys_that_the_tables_list(
     assert load.items() <= lease["worker"].items()
     assert set(status["broker"]) == {row["key"] for row in table("`cluster.status`", at=1)}
     assert status["broker"]["workers"] == 1
-    assert set(delegator.ask("worker.leave").result) == {"now_us"} == set(result_of("worker.leave"))
+    refused(delegator.ask("worker.beat", load, b), Code.NOT_READY)
+    assert set(delegator.ask("worker.leave", a).result) == {"now_us"} == set(result_of("worker.leave"))
     assert delegator.ask("cluster.workers").result["workers"] == []
     assert delegator.ask("worker.ready", 3, a).error is None
 

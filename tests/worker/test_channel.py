@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from tests.conftest import until
-from tests.worker.test_link import HEARTBEAT, LEAVE, NOW_US, READY, TAG, Stage
+from tests.worker.test_link import HEARTBEAT, LEAVE, NOW_US, READY, TAG, TOKEN, Stage
 from zflake.wire.codec import decode_request, encode_error, encode_request, encode_result
 from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import parse_endpoint
@@ -99,7 +99,7 @@ def test_a_brokered_request_comes_with_its_tag_and_its_answer_goes_under_it(scen
         scene.channel.answer([TAG + b"%d" % number, b""], ANSWER)
         scene.channel.flush()
         assert scene.router.poll(5000)
-        assert scene.router.recv_multipart() == [worker, TAG + b"%d" % number, b"", ANSWER]
+        assert scene.router.recv_multipart() == [worker, TOKEN + TAG + b"%d" % number, b"", ANSWER]
     assert scene.channel.receive() is None
 
 

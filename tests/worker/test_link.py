@@ -56,9 +56,9 @@ class Stage:
         self.link.receive(encode_error(self._msgid, Code.NOT_READY, "m"), self.us)
 
 
-HEARTBEAT: Final = ("worker.beat", [dict.fromkeys(LOAD, 0)])
+HEARTBEAT: Final = ("worker.beat", [dict.fromkeys(LOAD, 0), TOKEN])
 READY: Final = ("worker.ready", [5, TOKEN])
-LEAVE: Final[tuple[str, list[Any]]] = ("worker.leave", [])
+LEAVE: Final = ("worker.leave", [TOKEN])
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def stage() -> Stage:
 def test_it_says_that_it_is_ready_then_sends_heartbeats_with_its_load(stage: Stage) -> None:
     for ids in range(3):
         stage.load["ids"] = ids
-        assert stage.later(HEARTBEAT_US) == ("worker.beat", [dict.fromkeys(LOAD, 0) | {"ids": ids}])
+        assert stage.later(HEARTBEAT_US) == ("worker.beat", [dict.fromkeys(LOAD, 0) | {"ids": ids}, TOKEN])
         stage.accept()
 
 
@@ -97,7 +97,12 @@ def test_a_worker_that_is_not_known_registers_again_with_the_token_of_now(stage:
         assert stage.later(HEARTBEAT_US - 1) is None, "once a heartbeat"
         assert stage.later(1) == ("worker.ready", [5, stage.token])
     stage.accept()
-    assert stage.later(HEARTBEAT_US) == HEARTBEAT
+    registered = stage.token
+    stage.token = bytes(16)  # a renewal: the delegator knows the one before
+    assert stage.later(HEARTBEAT_US) == ("worker.beat", [stage.load, registered])
+    stage.link.answer([TAG, b""], b"answer")
+    assert stage.link.flush() == ([registered + TAG, b""], b"answer", 1)
+    assert stage.said(stage.link.leave()) == ("worker.leave", [registered])
 
 
 @pytest.mark.parametrize(
@@ -174,10 +179,10 @@ def test_a_heartbeat_that_could_not_be_sent_makes_it_register_again(stage: Stage
     assert stage.later(HEARTBEAT_US) == READY
 
 
-def test_one_answer_goes_under_its_tag(stage: Stage) -> None:
+def test_one_answer_goes_under_its_tag_and_the_worker_s_token(stage: Stage) -> None:
     assert stage.link.answer([TAG, b""], b"answer") is None
     message = stage.link.flush()
-    assert message == ([TAG, b""], b"answer", 1)
+    assert message == ([TOKEN + TAG, b""], b"answer", 1)
     assert stage.link.flush() is None
 
 
@@ -187,7 +192,8 @@ def test_answers_that_wait_together_go_in_one_message(stage: Stage) -> None:
     sent.append(stage.link.flush())
     first, second = (message for message in sent if message is not None)
     assert (first.prefix, first.answers, second.prefix, second.answers) == ([b""], MAX_BUNDLE, [b""], 2)
-    assert decode_bundle(first.body) + decode_bundle(second.body) == answers
+    bundled = decode_bundle(first.body) + decode_bundle(second.body)
+    assert bundled == [(TOKEN + tag, answer) for tag, answer in answers]
     assert stage.link.flush() is None
 
 

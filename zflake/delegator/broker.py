@@ -3,8 +3,9 @@
 Three rules:
 
 1. A client's envelope never leaves the broker.  A request travels under a tag, 16 random bytes, and an
-   answer counts only from the worker that was given that tag, and once.  Everything else is counted and
-   dropped: peers' identities can be guessed, and a stranger's forged answer would be a duplicate key.
+   answer counts only from the worker that was given that tag, behind that worker's token, and once.  Everything
+   else is counted and dropped: a peer may take the identity of a worker that has gone, and be given what was meant
+   for that one, and a stranger's forged answer would be a duplicate key.
 2. A worker has so much credit and no more: the requests that a frozen one can swallow are bounded, and are given
    to others as soon as it is found missing.  A later answer of its comes under a tag that is not in use.
 3. A request waits no longer than its budget, in a queue that has an end.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from zflake.core.lease import Token
 from zflake.errors import ProtocolError
 from zflake.wire.codec import Response, decode_response, encode_error, encode_request
 from zflake.wire.methods import Code, Method
@@ -53,8 +55,10 @@ class Peer:
     """A worker as the broker sees it."""
 
     identity: bytes
+    token: Token = b""
+    """The proof that each of its answers begins with."""
     jobs: dict[bytes, Job] = field(default_factory=dict)
-    """The requests that it has under way, by tag."""
+    """The requests that it has under way, by the proof and the tag that are to come back."""
     open: bool = False
     """Whether it takes more."""
 
@@ -105,9 +109,12 @@ class Broker:
 
     # --- workers ---
 
-    def join(self, identity: bytes, local_us: int) -> None:
-        """Give this worker requests from now on, or again."""
+    def join(self, identity: bytes, token: Token, local_us: int) -> None:
+        """Give this worker requests from now on, or again; it is to show this token with each answer."""
         peer = self._peers.setdefault(identity, Peer(identity))
+        if peer.token != token:
+            peer.token = token
+            self._take_back(peer)  # the answers under way show another token
         if not peer.open:
             peer.open = True
             self._open += 1
@@ -125,28 +132,31 @@ class Broker:
         peer = self._peers.get(identity)
         if peer is None:
             return
-        self._take_back(list(peer.jobs.values()))
-        peer.jobs.clear()
+        self._take_back(peer)
         self._close(peer)
         self._dispatch(local_us)
 
-    def answer(self, identity: bytes, envelope: list[bytes], body: bytes, local_us: int) -> None:
-        """Take a worker's answer in; `envelope` is the frames between its identity and the body."""
+    def answer(self, identity: bytes, envelope: list[bytes], body: bytes, local_us: int) -> bool:
+        """Take a worker's answer in; `envelope` is the frames between its identity and the body.
+
+        False if it counts for nothing.
+        """
         peer = self._peers.get(identity)
         job = peer.jobs.get(envelope[0]) if peer is not None and len(envelope) == 2 else None  # noqa: PLR2004
         response = None if job is None else _read(body)
         if peer is None or job is None or response is None or response.msgid != job.msgid:
             self.counts.strays += 1
-            return
+            return False
         del peer.jobs[envelope[0]]
         if response.error is not None and response.error.code in ELSEWHERE:
             self._close(peer)  # until it says that it is ready again
-            self._take_back([job])
+            self._requeue([job])
         else:
             self.counts.brokered += 1
             self.outbox.append(Outgoing(job.client, body, None))
         self._settle(peer)
         self._dispatch(local_us)
+        return True
 
     # --- clients ---
 
@@ -233,13 +243,17 @@ class Broker:
                 self._expire(job)
             else:
                 tag = self._draw(TAG_BYTES)
-                peer.jobs[tag] = job
+                peer.jobs[peer.token + tag] = job
                 left_ms = max(1, (job.deadline_us - local_us) // 1000)
                 body = encode_request(job.msgid, Method.IDS_NEXT, (job.count, left_ms))
                 self.outbox.append(Outgoing([peer.identity, tag, b""], body, peer.identity))
             self._settle(peer)
 
-    def _take_back(self, jobs: list[Job]) -> None:
+    def _take_back(self, peer: Peer) -> None:
+        self._requeue(list(peer.jobs.values()))
+        peer.jobs.clear()
+
+    def _requeue(self, jobs: list[Job]) -> None:
         self.counts.requeued += len(jobs)
         self._queue.extendleft(reversed(jobs))
 

@@ -1,8 +1,9 @@
 """The directory: who holds a lease, and which of the holders are registered to serve.
 
 A *lease* is in the directory as long as its window lasts, as the store says.  A *registered worker* has shown its
-lease's token; it is there until it leaves, misses its heartbeats, lapses, or loses the lease.  Only the token proves
-that a peer is the worker that it claims to be: the holder and the store alone know it.
+lease's token; it is there until it leaves, misses its heartbeats, lapses, loses the lease, or registers again over
+another connection.  Only the token proves that a peer is the worker that it claims to be: the holder and the store
+alone know it.  A routing identity proves nothing, since any peer may take the one of a worker that has gone.
 
 Times are in microseconds on the delegator's local clock; ticks are the timeline's.
 """
@@ -28,6 +29,8 @@ class RegisteredWorker:
     identity: bytes
     """Its routing identity at this delegator."""
     machine: int
+    token: Token
+    """The token that it registered with.  It shows that one until it registers again, though a renewal has another."""
     tenancy_start: int
     """The tenancy of the machine that it showed the token of."""
     heard_us: int
@@ -41,6 +44,7 @@ class Directory:
     def __init__(self, held: Iterable[Record]) -> None:
         self._held = {record.machine: record for record in held}
         self._workers: dict[bytes, RegisteredWorker] = {}
+        self._identities: dict[int, bytes] = {}  # of the workers, by machine ID
 
     @property
     def count(self) -> int:
@@ -75,7 +79,10 @@ class Directory:
     # --- workers ---
 
     def register(self, identity: bytes, machine: int, token: Token, now: int, local_us: int) -> bool:
-        """Take in a worker that says it holds this machine ID; False if its token is not the lease's."""
+        """Take in a worker that says it holds this machine ID, in place of any that did so before.
+
+        False if its token is not the lease's.
+        """
         record = self._held.get(machine)
         if (
             record is None
@@ -84,26 +91,39 @@ class Directory:
             or not hmac.compare_digest(record.token, token)
         ):
             return False
+        self.drop(identity)
+        self.drop(self._identities.get(machine, identity))
         load = dict.fromkeys(LOAD, 0)
-        self._workers[identity] = RegisteredWorker(identity, machine, record.tenancy_start, local_us, load)
+        self._workers[identity] = RegisteredWorker(
+            identity, machine, token, record.tenancy_start, local_us, load
+        )
+        self._identities[machine] = identity
         return True
 
-    def hear(self, identity: bytes, load: dict[str, Any] | None, local_us: int) -> bool:
-        """Take in a worker's sign of life; False if no worker of that identity is registered.
+    def identity_of(self, machine: int) -> bytes | None:
+        """The routing identity of the worker that holds this machine ID; None if it is not registered."""
+        return self._identities.get(machine)
+
+    def proves(self, identity: bytes, token: Token) -> bool:
+        """Whether a worker of that identity registered with this token."""
+        worker = self._workers.get(identity)
+        return worker is not None and hmac.compare_digest(worker.token, token)
+
+    def hear(self, identity: bytes, load: dict[str, Any] | None, local_us: int) -> None:
+        """Take in the sign of life of a worker that has proved itself.
 
         A heartbeat carries a load.  An answer, which has none, counts too: under a flood heartbeats wait behind those.
         """
         worker = self._workers.get(identity)
-        if worker is None:
-            return False
-        worker.heard_us = local_us
-        if load is not None:
-            worker.load = load
-        return True
+        if worker is not None:
+            worker.heard_us = local_us
+            worker.load = worker.load if load is None else load
 
-    def leave(self, identity: bytes) -> None:
-        """Take out a worker that says it goes."""
-        self._workers.pop(identity, None)
+    def drop(self, identity: bytes) -> None:
+        """Take a worker out."""
+        worker = self._workers.pop(identity, None)
+        if worker is not None:
+            del self._identities[worker.machine]
 
     def is_registered(self, identity: bytes) -> bool:
         """Whether a worker of that identity is there."""
@@ -116,7 +136,7 @@ class Directory:
         """
         gone = [w.identity for w in self._workers.values() if not self._is_there(w, now, local_us)]
         for identity in gone:
-            del self._workers[identity]
+            self.drop(identity)
         self._held = {machine: record for machine, record in self._held.items() if record.fence > now}
         return gone
 
@@ -127,10 +147,8 @@ class Directory:
 
     def workers(self, now: int, local_us: int) -> list[tuple[Record, RegisteredWorker]]:
         """The workers that are there to serve, by machine, each with the lease that it serves on."""
-        # One that reconnected is there twice, until it has missed the heartbeats of its former connection.
-        latest = sorted(self._workers.values(), key=lambda w: w.heard_us)
-        there = {w.machine: w for w in latest if self._is_there(w, now, local_us)}
-        return [(self._held[machine], there[machine]) for machine in sorted(there)]
+        there = (w for w in self._workers.values() if self._is_there(w, now, local_us))
+        return [(self._held[w.machine], w) for w in sorted(there, key=lambda w: w.machine)]
 
     def _is_there(self, worker: RegisteredWorker, now: int, local_us: int) -> bool:
         record = self._held.get(worker.machine)

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-from zflake.core.lease import Refusal, Renew, Request, Trace
+from zflake.core.lease import Refusal, Renew, Request, Token, Trace
 from zflake.delegator.broker import Broker, Outgoing
 from zflake.delegator.directory import MISSED_US, Directory
 from zflake.delegator.executor import LeaseExecutor, Ticket
 from zflake.delegator.report import Report
 from zflake.errors import ProtocolError
-from zflake.wire.cluster import Ready
+from zflake.wire.cluster import Heartbeat, Ready
 from zflake.wire.codec import BUNDLE_HEAD, RESPONSE_HEAD, decode_bundle, encode_result
 from zflake.wire.dispatch import Dispatcher, Requests, told
 from zflake.wire.frames import split
@@ -122,7 +122,7 @@ class Service:
         if message.worker is None:
             self.requests.dropped += 1
         else:
-            self.directory.leave(message.worker)
+            self.directory.drop(message.worker)
             self.broker.lose(message.worker, local_us)
 
     # --- inside ---
@@ -146,16 +146,18 @@ class Service:
         self.broker.sweep(local_us)
 
     def _take_answers(self, prefix: list[bytes], body: bytes, local_us: int) -> None:
-        identity = prefix[0]
+        identity, answer = prefix[0], self.broker.answer
         if body[:2] == RESPONSE_HEAD:
-            self.broker.answer(identity, prefix[1:], body, local_us)
+            counts: int = answer(identity, prefix[1:], body, local_us)
         else:
             try:
-                for tag, answer in decode_bundle(body):
-                    self.broker.answer(identity, [tag, b""], answer, local_us)
+                answers = decode_bundle(body)
             except ProtocolError:
                 self.requests.dropped += 1
-        self.directory.hear(identity, None, local_us)
+                return
+            counts = sum(answer(identity, [tag, b""], each, local_us) for tag, each in answers)
+        if counts:
+            self.directory.hear(identity, None, local_us)
 
     def _next(
         self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int
@@ -184,27 +186,32 @@ class Service:
         return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
 
     def _ready(self, asker: Prefix, msgid: int, ready: Ready, _arrived_us: int, local_us: int) -> bytes:
-        identity = asker[0]
-        if not self.directory.register(identity, ready.machine, ready.token, self._leases_at(), local_us):
+        identity, machine, token = asker[0], ready.machine, ready.token
+        before = self.directory.identity_of(machine)
+        if not self.directory.register(identity, machine, token, self._leases_at(), local_us):
             self._executor.hurry()
-            why = f"that is not the token of machine {ready.machine}'s lease"
+            why = f"that is not the token of machine {machine}'s lease"
             return self._refuse(msgid, Code.NOT_READY, why)
-        self.broker.join(identity, local_us)
+        if before is not None and before != identity:
+            self.broker.lose(before, local_us)
+        self.broker.join(identity, token, local_us)
         return self._heard(msgid)
 
     def _heartbeat(
-        self, asker: Prefix, msgid: int, load: dict[str, int], _arrived_us: int, local_us: int
+        self, asker: Prefix, msgid: int, heartbeat: Heartbeat, _arrived_us: int, local_us: int
     ) -> bytes:
-        known = self.directory.hear(asker[0], load, local_us)
-        if not known or not self.broker.is_open(asker[0]):
+        identity = asker[0]
+        if not self.directory.proves(identity, heartbeat.token) or not self.broker.is_open(identity):
             return self._refuse(msgid, Code.NOT_READY, "say worker.ready first")
+        self.directory.hear(identity, heartbeat.load, local_us)
         return self._heard(msgid)
 
-    def _leave(self, asker: Prefix, msgid: int, _none: None, _arrived_us: int, local_us: int) -> bytes:
+    def _leave(self, asker: Prefix, msgid: int, token: Token, _arrived_us: int, local_us: int) -> bytes:
         identity = asker[0]
-        self.directory.leave(identity)
-        self.broker.leave(identity)
-        self._leaving[identity] = local_us + MISSED_US
+        if self.directory.proves(identity, token):
+            self.directory.drop(identity)
+            self.broker.leave(identity)
+            self._leaving[identity] = local_us + MISSED_US
         return self._heard(msgid)
 
     def _heard(self, msgid: int) -> bytes:

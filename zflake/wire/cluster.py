@@ -66,10 +66,28 @@ def check_ready(params: list[Any]) -> Ready:
 
 LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
 """Counts that a heartbeat says of a worker, since its start but for `parked`."""
-_take_heartbeat: Final = fields.taking(load=fields.mapping)
 
 
-def check_heartbeat(params: list[Any]) -> dict[str, int]:
-    """The load that a heartbeat carries; raises `ProtocolError` if it is not right."""
-    (load,) = _take_heartbeat(params)
-    return {key: fields.number(key, load.get(key)) for key in LOAD}
+class Heartbeat(NamedTuple):
+    """A worker lives, and says how it is; it shows the token that it registered with."""
+
+    load: dict[str, int]
+    token: bytes
+
+
+_take_heartbeat: Final = fields.taking(load=fields.mapping, token=fields.token)
+
+
+def check_heartbeat(params: list[Any]) -> Heartbeat:
+    """The params of a `worker.beat`; raises `ProtocolError` if they are not right."""
+    load, token = _take_heartbeat(params)
+    return Heartbeat({key: fields.number(key, load.get(key)) for key in LOAD}, token)
+
+
+_take_leave: Final = fields.taking(token=fields.token)
+
+
+def check_leave(params: list[Any]) -> bytes:
+    """The token that a `worker.leave` shows; raises `ProtocolError` if it is not right."""
+    (token,) = _take_leave(params)
+    return bytes(token)

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from zflake.errors import ProtocolError
 from zflake.wire import fields
-from zflake.wire.cluster import check_heartbeat, check_ready
+from zflake.wire.cluster import check_heartbeat, check_leave, check_ready
 from zflake.wire.codec import MAX_SHOWN, BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.ids import check_next
 from zflake.wire.leases import check_acquire, check_release, check_renew, check_trace
@@ -49,7 +49,7 @@ METHODS: Final[Mapping[Method, Rule]] = {
     Method.LEASE_RELEASE: Rule(check_release),
     Method.WORKER_READY: Rule(check_ready),
     Method.WORKER_HEARTBEAT: Rule(check_heartbeat),
-    Method.WORKER_LEAVE: Rule(fields.no_params),
+    Method.WORKER_LEAVE: Rule(check_leave),
     Method.CLUSTER_WORKERS: Rule(fields.no_params),
     Method.CLUSTER_STATUS: Rule(fields.no_params),
     Method.CLUSTER_TRACE: Rule(check_trace),

@@ -2,6 +2,7 @@
 
 While a window is open the worker is registered at the delegator: by `worker.ready`, which shows the lease's token,
 then by a heartbeat every `HEARTBEAT_US`.  When the window has run out, or the worker ends, `worker.leave` says so.
+Heartbeats and answers show the token that the worker registered with: whoever takes its place on the network can't.
 A delegator that answers with an error was restarted, or has not seen the lease yet: the worker says `worker.ready`
 again.
 """
@@ -12,6 +13,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from zflake.core.lease import Token
 from zflake.errors import ProtocolError
 from zflake.holder.hold import Hold
 from zflake.wire import fields
@@ -49,6 +51,8 @@ class Link:
         self._was_open = False
         self._known_as: int | None = None
         """The machine ID under which the delegator knows this worker."""
+        self._token: Token = b""
+        """The token that it was shown."""
 
     def poll(self, local_us: int) -> bytes | None:
         """The message that is due now, if one is: that this worker is ready, that it lives, or that it leaves."""
@@ -62,16 +66,16 @@ class Link:
         if not due:
             return None
         if self._known_as == mint.machine:
-            return self._say(Method.WORKER_HEARTBEAT, self._load())
-        self._known_as = mint.machine
-        return self._say(Method.WORKER_READY, mint.machine, self._hold.token)
+            return self._say(Method.WORKER_HEARTBEAT, self._load(), self._token)
+        self._known_as, self._token = mint.machine, self._hold.token
+        return self._say(Method.WORKER_READY, mint.machine, self._token)
 
     def leave(self) -> bytes | None:
         """The `worker.leave` to send; None if the delegator does not count on this worker."""
         if self._known_as is None:
             return None
         self._known_as = None
-        return self._say(Method.WORKER_LEAVE)
+        return self._say(Method.WORKER_LEAVE, self._token)
 
     def unsent(self) -> None:
         """Note that what `poll` gave could not be sent: the delegator is away."""
@@ -94,7 +98,7 @@ class Link:
         """
         if len(prefix) != 2:  # noqa: PLR2004  (the tag and the empty frame; anything else goes back as it came)
             return Answers(prefix, answer, 1)
-        self._answers.append((prefix[0], answer))
+        self._answers.append((self._token + prefix[0], answer))
         return self.flush() if len(self._answers) == MAX_BUNDLE else None
 
     def flush(self) -> Answers | None:
