@@ -66,7 +66,7 @@ def test_the_floor_lies_above_every_clock_and_every_end_by_a_rest_and_a_margin()
 def test_while_it_rests_a_further_witness_lifts_the_floor_to_its_end_and_the_margin_only() -> None:
     resting = replace(META, floor=71_001)
     assert witnessed(as_of(9, 71_001), resting, now=2000) is None
-    assert witnessed(as_of(9, 80_000), resting, now=2000) == 90_000
+    assert witnessed(as_of(9, 80_000), resting, now=2000, latest=20_000) == 90_000
 
 
 def test_a_witness_of_a_loss_that_is_over_is_none_and_one_of_a_later_grant_is() -> None:
@@ -75,9 +75,12 @@ def test_a_witness_of_a_loss_that_is_over_is_none_and_one_of_a_later_grant_is() 
     assert witnessed(as_of(9, 71_002), rested, now=80_000) == 80_000 + 1 + REST
 
 
-def test_nobody_makes_a_store_rest_for_longer_than_an_hour_and_a_bit() -> None:
+def test_nobody_makes_a_store_rest_for_longer_than_two_ttls_and_a_bit() -> None:
     end = META.layout.end_tick - 1
-    assert witnessed(as_of(9, end)) == 1000 + 3_600_000 + 1 + REST
+    assert witnessed(as_of(9, end)) == 1000 + 2 * META.ttl + 1 + REST
+    resting = replace(META, floor=REST)
+    assert witnessed(as_of(9, end), resting) == 1000 + 2 * META.ttl + 10_000
+    assert witnessed(as_of(9, end), replace(resting, floor=1000 + 2 * META.ttl + 10_000)) is None
     assert witnessed(as_of(9, end), now=end - 5) == META.layout.end_tick
 
 

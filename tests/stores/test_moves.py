@@ -499,17 +499,39 @@ def test_rewind_sets_the_time_back_and_keeps_every_fence(place: Place) -> None:
     grant = fill(place.url)
     far_us = now_us() + 365 * 86_400_000_000
     meta = settled(place.url)
-    assert "nothing to do" in rewind(place.url)
+    assert "it stays" in rewind(place.url)
     with opened(place.url) as store:
         record = store.by_machine(grant.machine)
         far = replace(record, gen=2, token=b"f" * 16, fence=tick_of(LAYOUT, far_us))
         assert store.swap([Swap(record, far, meta.version)], Mark("here", far_us)) == [True]
     assert "1 leases that reached far ahead were ended" in rewind(place.url)
-    assert "nothing to do" in rewind(place.url)
+    assert "it stays" in rewind(place.url)
     with opened(place.url) as store:
         assert max(mark.timeline_us for mark in store.marks()) <= now_us()
         assert store.by_machine(grant.machine) == replace(far, gen=3, token=None)
         assert store.meta() == meta
+
+
+def test_rewind_brings_a_floor_down_that_its_operator_knows_to_be_wrong(place: Place) -> None:
+    grant = fill(place.url)
+    meta = settled(place.url)
+    high = replace(meta, floor=tick_of(LAYOUT, now_us() + 3_600_000_000), version=meta.version + 1)
+    with opened(place.url) as store:
+        assert store.swap_meta(meta, high)
+    assert "with --floor" in rewind(place.url)
+    assert settled(place.url) == high
+    with running_on(place.url), pytest.raises(StoreError, match="in use"):
+        rewind(place.url, floor=True)
+    assert "grants nothing for 71 s" in rewind(place.url, floor=True)
+    now = tick_of(LAYOUT, now_us())
+    lower = settled(place.url)
+    assert lower == replace(high, floor=lower.floor, version=high.version + 1)
+    assert 60_000 < LAYOUT.ticks_to_ms(lower.floor - now) < 71_000
+    with opened(place.url) as store:
+        assert store.by_machine(grant.machine).gen == grant.gen
+    assert "The floor is no higher" in rewind(place.url, floor=True)
+    assert settled(place.url) == lower
+    assert facts_of(place.url)["is_as_it_was"]
 
 
 def test_rewind_is_refused_while_a_delegator_runs(place: Place) -> None:

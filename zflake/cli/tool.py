@@ -251,14 +251,19 @@ def copy(*, url: str, to: str) -> None:
 
 @store.command()
 @click.argument("url", metavar="URL")
-def rewind(*, url: str) -> None:
+@click.option(
+    "--floor",
+    is_flag=True,
+    help="Bring the floor down as well: you know that no lease runs which reaches further ahead.",
+)
+def rewind(*, url: str, floor: bool) -> None:
     """Set a store's time back to this machine's clock, after a clock far ahead was believed once.
 
     Everything that was granted stays granted: what IDs there are already can't come again.
     """
     from zflake.delegator import moves  # noqa: PLC0415  (it loads what only it needs)
 
-    print(moves.rewind_url(url))
+    print(moves.rewind_url(url, floor=floor))
 
 
 @command.command()

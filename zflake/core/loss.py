@@ -31,8 +31,10 @@ REST_MS: Final = 60_000
 MARGIN_MS: Final = 10_000
 """Milliseconds on top of that, for a timeline that was ahead of the clocks that are left."""
 MAX_AHEAD_MS: Final = 3_600_000
-"""Milliseconds ahead of all clocks that a lost window is waited for, at most.  The holder of one further ahead
-follows this timeline from now on, and its window is reached when that gets there."""
+"""Milliseconds ahead of all other clocks that a mark is believed, at most."""
+REACH: Final = 2
+"""The ttls ahead of all clocks that a witness is believed, at most: anyone may claim a lease, and each window was
+granted one ttl ahead.  A holder that is told `lost` mints in no window, however far ahead."""
 
 
 def is_lost(known: Meta, past: Collection[int], found: Meta, incarnation: str) -> bool:
@@ -73,7 +75,7 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     ours = request.store_id == meta.store_id and request.machine < meta.layout.machines
     if repeat or not ours or not newer or request.end is None or request.end <= meta.floor:
         return None
-    end = min(request.end, latest + meta.layout.ms_to_ticks(MAX_AHEAD_MS))
+    end = min(request.end, latest + REACH * meta.ttl)
     if now < meta.floor:
         floor = min(end + meta.layout.ms_to_ticks(MARGIN_MS), meta.layout.end_tick)
     else:

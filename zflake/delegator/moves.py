@@ -110,28 +110,45 @@ def copy(url: str, to: str) -> str:
     )
 
 
-def rewind_url(url: str) -> str:
+def rewind_url(url: str, *, floor: bool = False) -> str:
     """Set the store's marks back to the wall clock if they are ahead of it; says what was done.
+
+    With `floor` the operator knows that no lease runs which reaches further ahead than this clock allows: a floor
+    above that is brought down to where a loss just now would put it.
 
     Raises `StoreError` if the store can't be used, or a delegator uses it.
     """
     _must_be_there(url)
     with closing(open_store(url)) as store:
-        meta = meta_of(store)
-        wall_us = clock.wall_us()
-        mark_us = max((mark.timeline_us for mark in store.marks()), default=0)
-        if mark_us <= wall_us + LEAD_US:
-            return (
-                f"nothing to do: the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock"
-                + _floor_of(meta, wall_us)
-            )
-        _must_be_idle(store)
-        ended = rewind(store, meta, wall_us)
-        return (
-            f"set the time of {store.url} back from {iso_us(mark_us)} to {iso_us(wall_us)}; "
-            f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
-            + _floor_of(meta, wall_us)
-        )
+        meta, wall_us = meta_of(store), clock.wall_us()
+        done = _rewind_marks(store, meta, wall_us)
+        return f"{done}{(_lower_floor if floor else _tell_floor)(store, meta, wall_us)}"
+
+
+def _rewind_marks(store: Store, meta: Meta, wall_us: int) -> str:
+    mark_us = max((mark.timeline_us for mark in store.marks()), default=0)
+    if mark_us <= wall_us + LEAD_US:
+        return f"the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock: it stays"
+    _must_be_idle(store)
+    ended = rewind(store, meta, wall_us)
+    return (
+        f"set the time of {store.url} back from {iso_us(mark_us)} to {iso_us(wall_us)}; "
+        f"{ended} leases that reached far ahead were ended, and their machine IDs rest until then"
+    )
+
+
+def _lower_floor(store: Store, meta: Meta, wall_us: int) -> str:
+    now = tick_of(meta.layout, wall_us)
+    lower = replace(meta, floor=loss.rest_until(meta.layout, now, meta.ttl), version=meta.version + 1)
+    if meta.floor <= lower.floor:
+        return ". The floor is no higher than after a loss just now: it stays"
+    _must_be_idle(store)
+    if not store.swap_meta(meta, lower):
+        raise StoreError(f"{store.url} was written to meanwhile: stop all delegators first")
+    return (
+        f". Lowered the floor from {iso(meta.layout.time_of(meta.floor))}: a delegator that starts now grants nothing"
+        f" for {loss.resting_s(lower, now)} s"
+    )
 
 
 def meta_of(store: Store) -> Meta:
@@ -161,10 +178,10 @@ def _holds(target: Store, meta: Meta) -> bool:
     return False
 
 
-def _floor_of(meta: Meta, wall_us: int) -> str:
+def _tell_floor(_store: Store, meta: Meta, wall_us: int) -> str:
     if meta.floor <= tick_of(meta.layout, wall_us):
         return ""
     return (
         f". Nothing is granted before {iso(meta.layout.time_of(meta.floor))} all the same: that floor was set when the"
-        " store may have forgotten leases, and stays. If it was set by a wrong clock, begin with a new store"
+        " store may have forgotten leases. If a wrong clock or a forged message set it, bring it down with --floor"
     )
