@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sqlite3
@@ -11,14 +12,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+import zflake
+from tests.conftest import Scripts
 from tests.servers import free_port
 from tests.system.conftest import Cluster, start_cluster
 from tests.system.daemons import WAIT_S, Daemons, complaint, environment, names_of, printed, tool, until
+from zflake.cli.conduct import _Text
+from zflake.cli.status import Rates, ask_status, live_view, plain_console
 from zflake.core.layout import DEFAULT
+from zflake.errors import ZflakeError
+from zflake.wire.codec import encode_error, encode_result
+from zflake.wire.methods import Method
 
 TOOL: Final = "zflake"
 DELEGATOR: Final = "zflake.cli.delegator"
@@ -404,3 +412,52 @@ def test_status_shows_each_worker(cluster: Cluster) -> None:
     for worker in cluster.workers:
         assert worker.address in shown
         assert printed("status", "--to", worker.address)
+
+
+# --- text of peers ---
+
+HOSTILE: Final = "[/boom] [bold]:bee: \u5de5"
+"""A name that a lease may have: markup, an emoji's code, a character that many encodings lack."""
+ESCAPE: Final = "\x1b[2J\x9b2J\rgone\x7f\u202e"
+"""A text that terminals obey."""
+
+
+def test_a_name_is_shown_as_it_is_wherever_people_see_it(
+    daemons: Daemons, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delegator = daemons.delegator()
+    with zflake.LeasedGenerator(delegator.address, name=HOSTILE) as ids:
+        id_ = str(ids.next_id())
+        for command in (["status"], ["trace", id_]):
+            argv = (*command, "--to", delegator.address)
+            assert HOSTILE in printed(*argv)
+            spelt_out = HOSTILE.encode("ascii", "backslashreplace").decode()
+            assert spelt_out in printed(*argv, env={"PYTHONIOENCODING": "ascii"})
+        plain_console().print(live_view(ask_status(delegator.address, WAIT_S), Rates()))
+        assert HOSTILE in capsys.readouterr().out
+
+
+def _lie(method: str, _params: list[Any], msgid: int) -> bytes:
+    """A daemon whose every text is hostile."""
+    if method == Method.CLUSTER_STATUS:
+        lies = {"service": "worker", "uptime_ms": 1, "layout": None, "machine": 1, "ids": 1, "requests": 1}
+        texts = dict.fromkeys(("address", "version", "pid", "state", ESCAPE), ESCAPE)
+        return encode_result(msgid, lies | texts | {"parked": 0, "errors": {ESCAPE: 1}})
+    return encode_error(msgid, ESCAPE, f"{ESCAPE} {method}")
+
+
+def test_no_terminal_obeys_a_server(script: Scripts) -> None:
+    liar = script(_lie)
+    for command, words in ((["status"], "gone"), (["next"], "not a zflake daemon"), (["trace", "1"], "gone")):
+        said = tool(*command, "--to", liar.address, "--timeout", "2s")
+        shown = said.stdout + said.stderr
+        assert words in shown
+        assert all(line.isprintable() for line in shown.split("\n")), shown
+    with zflake.Client(liar.address, timeout=2) as client, pytest.raises(ZflakeError) as caught:
+        client.next_id()
+    assert str(caught.value).isprintable()
+
+
+def test_a_log_in_text_has_a_line_for_each_message() -> None:
+    record = logging.LogRecord("zflake.x", logging.INFO, "", 0, "from %s", ("a\nb\x1b[2J",), None)
+    assert _Text().format(record).endswith(r"INFO    x: from a\nb\x1b[2J")

@@ -28,6 +28,7 @@ from zflake.wire.codec import (
     encode_request,
     encode_result,
     packer,
+    printable,
     show,
 )
 from zflake.wire.frames import MAX_REQUEST_BYTES
@@ -85,7 +86,9 @@ def test_an_error_comes_out_as_it_went_in(
     msgid: int | None, code: str, message: str, retry_after_ms: int | None
 ) -> None:
     body = encode_error(msgid, code, message, retry_after_ms)
-    assert decode_response(body) == Response(msgid, WireError(code, message, retry_after_ms), None)
+    error = WireError(printable(code), printable(message), retry_after_ms)
+    assert decode_response(body) == Response(msgid, error, None)
+    assert printable(error.message) == error.message
 
 
 @thorough
@@ -347,8 +350,25 @@ def test_an_error_hides_the_result_beside_it() -> None:
     assert decode_response(pack([1, 5, ["lost", "m", None], 3])).result is None
 
 
-def test_a_response_without_a_msgid_is_read() -> None:
+def test_a_response_without_a_msgid_is_read_if_it_carries_an_error() -> None:
     assert decode_response(encode_error(None, "bad_request", "m")).msgid is None
+    with pytest.raises(ProtocolError, match="has a msgid"):
+        decode_response(pack([1, None, None, [1, 1, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("worker 1 \u5de5 \U0001f41d", "worker 1 \u5de5 \U0001f41d"),
+        ("a\tb\n", r"a\tb\n"),
+        ("\x1b[31m\x9b\x7f", r"\x1b[31m\x9b\x7f"),
+        ("\u202e\u2028\ud800", r"\u202e\u2028\ud800"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_spelt_out(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert shown.isprintable()
 
 
 # --- messages for people ---

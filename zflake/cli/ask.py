@@ -9,6 +9,7 @@ from typing import Any
 from zflake.client.conversation import Ask
 from zflake.client.transport import Transport
 from zflake.errors import ProtocolError, Timeout
+from zflake.wire.codec import printable
 from zflake.wire.methods import Method, exception_of
 
 
@@ -28,4 +29,16 @@ def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float
         raise ProtocolError(f"{endpoint}: {outcome}")
     if outcome.error is not None:
         raise exception_of(outcome.error)
-    return outcome.result
+    return readable(outcome.result)
+
+
+def readable(value: Any) -> Any:
+    """A value from elsewhere with printable texts only: all that the commands show of peers comes through here."""
+    match value:
+        case str():
+            return printable(value)
+        case list():
+            return [readable(each) for each in value]
+        case dict():
+            return {readable(key): readable(each) for key, each in value.items()}
+    return value

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, Final, TypeAlias
 
 from zflake.errors import Unavailable
+from zflake.wire.codec import printable
 
 START_S: Final = 20.0
 """Seconds that a daemon may take to start."""
@@ -73,7 +74,7 @@ class Child:
                 event = json.loads(line)
                 self.address = event.get("address") or self.address
             except (ValueError, AttributeError):
-                self.last_words.append(line.decode(errors="replace").strip())
+                self.last_words.append(printable(line.decode(errors="replace").strip()))
                 continue
             self._events.put((self.name, event))
         self.process.wait()
@@ -127,7 +128,7 @@ class Children:
             if event is None:
                 self._restart(name)
             elif event.get("level") in ("warning", "error", "critical"):
-                print(f"{name}: {event.get('message')}", file=sys.stderr, flush=True)
+                print(f"{name}: {printable(str(event.get('message')))}", file=sys.stderr, flush=True)
 
     def stop(self, *groups: Iterable[str]) -> None:
         """Stop all children, one group of names after the other."""

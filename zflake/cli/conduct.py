@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import resource
@@ -17,6 +18,7 @@ import click
 from zflake.core.layout import iso
 from zflake.daemon import Liveness, Waker
 from zflake.errors import ConfigError, ZflakeError
+from zflake.wire.codec import printable
 
 FAILED: Final = 1
 """The exit code when something could not be done."""
@@ -28,6 +30,9 @@ INTERRUPTED: Final = 130
 def run(command: click.Command) -> NoReturn:
     """Run a command as a program; environment variables for its options begin with its name."""
     name = command.name or "zflake"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is spelt out
+            stream.reconfigure(errors="backslashreplace")
     prefix = name.upper().replace("-", "_")
     try:
         code = command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
@@ -55,13 +60,14 @@ def run(command: click.Command) -> NoReturn:
 
 
 def _say(name: str, message: str, *, see: str | None = None) -> None:
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     print(f"{name}: {line}{f' (see {see} --help)' if see else ''}", file=sys.stderr)
 
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)} {record.levelname:<7} {record.name.removeprefix('zflake.')}: {record.getMessage()}"
+        message = printable(record.getMessage())
+        line = f"{_time(record)} {record.levelname:<7} {record.name.removeprefix('zflake.')}: {message}"
         return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
 
 

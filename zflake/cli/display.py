@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rich.live import Live
 
-from zflake.cli.status import Rates, live_view
+from zflake.cli.status import Rates, live_view, plain_console
 
 REPORT_S: Final = 10.0
 """Seconds between lines, without a terminal to redraw."""
@@ -41,7 +41,7 @@ class Lines:
 def redrawn() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that shows status facts on a terminal, in place of the ones before."""
     rates = Rates()
-    with Live(auto_refresh=False, redirect_stdout=False) as live:
+    with Live(console=plain_console(), auto_refresh=False, redirect_stdout=False) as live:
 
         def show(facts: dict[str, Any]) -> None:
             rates.update(facts)

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -37,10 +36,9 @@ def ask_status(endpoint: str, timeout_s: float) -> dict[str, Any]:
 
 def show_status(facts: dict[str, Any]) -> None:
     """Print what `ask_status` gave, for people."""
-    # Without a terminal a table has no reason to be narrow.
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    console = plain_console()
     for name, value in _headlines(facts):
-        console.print(f"[bold]{name:<10}[/] {value}")
+        console.print(Text.assemble((f"{name:<10}", "bold"), f" {value}"))
     if facts["service"] == "delegator":
         if len(facts["delegators"]) > 1:
             console.print()
@@ -49,13 +47,20 @@ def show_status(facts: dict[str, Any]) -> None:
         console.print(lease_table(facts["leases"]))
 
 
+def plain_console() -> Console:
+    """The terminal, which shows texts as they are: a worker may be named `[/bold]`, or `:bee:`."""
+    # Without a terminal a table has no reason to be narrow.
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=width)
+
+
 def delegator_table(delegators: list[dict[str, Any]]) -> Table:
     """A table of the delegators on one store."""
     table = _table("delegator", "address", "last mark", "its wall clock")
     for there in delegators:
         table.add_row(
-            escape(there["name"]),
-            escape(there["address"]),
+            there["name"],
+            there["address"],
             f"{there['marked_ms_ago'] / 1000:.1f} s ago",
             f"{-there['lead_ms'] / 1000:+.3f} s against the timeline",
         )
@@ -129,11 +134,9 @@ def live_view(facts: dict[str, Any], rates: Rates) -> Group:
     first, last = facts["machines"]
     broker = facts["broker"]
     brokered = rates.requests.get(Method.IDS_NEXT, 0.0)
+    layout = Layout.from_map(facts["layout"]).name
+    up, lead_s = _duration(facts["uptime_ms"]), facts["lead_ms"] / 1000
     lines = [
-        (
-            f"[bold]{facts['address']}[/]  {Layout.from_map(facts['layout']).name}, up {_duration(facts['uptime_ms'])}, "
-            f"timeline {facts['lead_ms'] / 1000:+.3f} s"
-        ),
         (
             f"{sum(rates.ids.values()):,.0f} IDs/s from {broker['workers']} workers; "
             f"{len(facts['leases'])} of {last - first + 1:,} machines held; {facts['backlog']} wait for the store"
@@ -142,13 +145,14 @@ def live_view(facts: dict[str, Any], rates: Rates) -> Group:
         f"errors: {_counts(facts['errors'])}",
         "",
     ]
-    return Group(*(Text.from_markup(line) for line in lines), lease_table(facts["leases"], rates.ids))
+    head = Text.assemble((facts["address"], "bold"), f"  {layout}, up {up}, timeline {lead_s:+.3f} s")
+    return Group(head, *map(Text, lines), lease_table(facts["leases"], rates.ids))
 
 
 def watch(endpoint: str, timeout_s: float) -> None:
     """Show a delegator live, on a terminal, until interrupted; an outage of it is shown, and waited out."""
     rates = Rates()
-    with Live(auto_refresh=False, screen=True, transient=True) as live:
+    with Live(console=plain_console(), auto_refresh=False, screen=True, transient=True) as live:
         while True:
             try:
                 facts = ask_status(endpoint, timeout_s)

@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from zflake import clock
+from zflake.cli.ask import readable
 from zflake.core import loss
 from zflake.core.layout import iso, iso_us
 from zflake.core.timeline import tick_of
@@ -21,7 +22,7 @@ def facts_of(url: str) -> dict[str, Any]:
         layout = meta.layout
         now = tick_of(layout, max([clock.wall_us(), *(mark.timeline_us for mark in marks)]))
         highest = max((record.fence for record in records), default=0)
-        return {
+        facts = {
             "store": store.url,
             "store_id": meta.store_id,
             "schema": meta.schema,
@@ -42,6 +43,8 @@ def facts_of(url: str) -> dict[str, Any]:
             "spans": len(list(contents.spans)),
             "spans_since": iso(layout.time_of(contents.since)) if contents.since else None,
         }
+    shown: dict[str, Any] = readable(facts)
+    return shown
 
 
 def show_facts(facts: dict[str, Any]) -> None:

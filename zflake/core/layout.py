@@ -255,8 +255,12 @@ class Layout:
             raise LayoutError("not the map of a layout") from error
         texts = [name, *(f.name for f in fields + parts)]
         numbers = [epoch_ms, tick_ms, *(f.bits for f in fields + parts)]
-        if not all(type(text) is str for text in texts) or not all(type(n) is int for n in numbers):
-            raise LayoutError("not the map of a layout: its names are strings, the rest are whole numbers")
+        if not all(type(text) is str and text.isprintable() for text in texts) or not all(
+            type(n) is int for n in numbers
+        ):
+            raise LayoutError(
+                "not the map of a layout: its names are printable strings, the rest are whole numbers"
+            )
         return cls(name, fields, epoch_ms, tick_ms, parts)
 
     def same_ids(self, other: Layout) -> bool:

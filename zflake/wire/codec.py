@@ -45,7 +45,7 @@ Call: TypeAlias = tuple[int, str, list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class WireError:
-    """The error of a response."""
+    """The error of a response; its texts are printable."""
 
     code: str
     message: str
@@ -76,6 +76,13 @@ def show(value: object) -> str:
     """A peer's value for a message: short, and safe even if `repr` itself would recurse too deep."""
     text = _repr.repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """A text with nothing in it that a terminal would obey: such characters are spelt out, as in a literal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 _repr: Final = reprlib.Repr()
@@ -159,12 +166,14 @@ def decode_response(body: bytes) -> Response:
     if msgid is not None and not _is_msgid(msgid):
         raise ProtocolError(f"a response's msgid is a number from 0 to 2**32 - 1, not {show(msgid)}")
     if error is None:
+        if msgid is None:
+            raise ProtocolError("a response that carries a result has a msgid")
         return Response(msgid, None, result)
     match error:
         case [str(code), str(message), retry_after_ms] if retry_after_ms is None or _is_number(
             retry_after_ms
         ):
-            return Response(msgid, WireError(code, message, retry_after_ms), None)
+            return Response(msgid, WireError(printable(code), printable(message), retry_after_ms), None)
     raise ProtocolError(f"a response's error is [code, message, retry_after_ms], not {show(error)}")
 
 
