@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import pytest
 
-from tests.conftest import Scripts
+from tests.conftest import Script, Scripts, until
 from zflake.client import transport as module
-from zflake.client.conversation import Ask
+from zflake.client.conversation import CONNECT_S, Ask
 from zflake.client.transport import Transport
 from zflake.errors import Closed, ProtocolError
 from zflake.wire import sockets
@@ -63,6 +64,65 @@ def test_a_socket_that_can_not_be_had_is_an_error(
     outcome = transport.ask(Ask(NOBODY, "ping", (), 0.1))
     assert isinstance(outcome, ProtocolError)
     assert "can't connect" in str(outcome)
+
+
+def pooled(transport: Transport, peer: Script, lines: int) -> None:
+    """Have so many lines to a peer lie idle."""
+    with ThreadPoolExecutor(lines) as pool:
+        while len(transport._idle[peer.address]) < lines:
+            list(pool.map(transport.ask, [Ask(peer.address, "ping", (), 5.0)] * lines))
+
+
+def test_one_silent_line_closes_those_that_lay_idle_beside_it(transport: Transport, script: Scripts) -> None:
+    said: list[bool] = []
+    peer = script(lambda *asked: None if said else echo(*asked))
+    other = script(echo)
+    pooled(transport, other, 2)
+    pooled(transport, peer, 4)
+    said.append(True)
+    assert transport.ask(Ask(peer.address, "ping", (), CONNECT_S / 2)) is None
+    assert len(transport._idle[peer.address]) == 3, "it may have been too short a time"
+    assert transport.ask(Ask(peer.address, "ping", (), CONNECT_S)) is None
+    assert not transport._idle[peer.address]
+    assert len(transport._idle[other.address]) == len(transport._sockets._open) == 2
+
+
+def test_a_line_that_was_used_since_is_kept(transport: Transport, script: Scripts) -> None:
+    asked: list[str] = []
+
+    def answer(method: str, params: list[Any], msgid: int) -> bytes | None:
+        asked.append(method)
+        return None if params == ["silent"] else echo(method, params, msgid)
+
+    peer = script(answer)
+    pooled(transport, peer, 2)
+    asked.clear()
+    with ThreadPoolExecutor(1) as pool:
+        silent = pool.submit(transport.ask, Ask(peer.address, "ping", ("silent",), 2 * CONNECT_S))
+        until(lambda: asked, "the silent one to be under way")
+        assert isinstance(transport.ask(Ask(peer.address, "ping", (), 5.0)), Response)
+        assert silent.result() is None
+    assert len(transport._idle[peer.address]) == 1
+
+
+def test_the_lines_of_an_endpoint_that_is_not_used_any_more_are_closed(
+    transport: Transport, script: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (script(echo) for _ in range(3))
+    pooled(transport, first, 3)
+    pooled(transport, second, 1)
+    assert len(transport._sockets._open) == 4
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    pooled(transport, third, 1)
+    assert list(transport._idle) == [third.address]
+    assert len(transport._sockets._open) == 1
+
+
+def test_ever_new_host_names_keep_no_context(transport: Transport) -> None:
+    for number in range(20):
+        assert transport.ask(Ask(f"tcp://host-{number}.invalid:7410", "ping", (), 0.01)) is None
+    assert not transport._sockets._contexts
+    assert not transport._idle
 
 
 def test_a_closed_transport_raises(transport: Transport) -> None:

@@ -1,8 +1,8 @@
 """The client's sockets: each is a REQ to one endpoint, and serves one thread at a time.
 
 A call checks a socket out of the pool and gives it back once the answer has come.  If no answer comes, the
-transport closes the socket, and drops a late answer with it.  No socket crosses a fork: the child starts with
-none, once its owner has called `after_fork`.
+transport closes the socket, and drops a late answer with it; the connections that lay idle beside it may be as dead,
+and are closed as well.  No socket crosses a fork: the child starts with none, once its owner has called `after_fork`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MAX_IDLE: Final = 64
 """Number of idle sockets to one endpoint that are kept for the next calls."""
 MAX_SOCKETS: Final = 16_384
 """Number of sockets in one context at most; libzmq's own default is 1,023."""
+IDLE_S: Final = 60.0
+"""Seconds after its last use in which an endpoint's sockets are closed, once another endpoint needs one."""
 SOON_MS: Final = 2
 """Milliseconds within which nearly all answers come; to wait for those in the socket itself is quickest."""
 
@@ -32,10 +34,12 @@ SOON_MS: Final = 2
 class Line:
     """A connected REQ, with one request under way at a time; of no use after an answer did not come."""
 
-    __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "socket")
+    __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "asked_at", "socket")
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
+        self.asked_at = 0.0
+        """When its last request was sent (monotonic, s)."""
         self._send = socket.send
         self._recv = socket.recv
         self._pack = packer()
@@ -48,7 +52,8 @@ class Line:
     def ask(self, ask: Ask) -> Outcome:
         """The outcome of one request."""
         _, method, params, timeout_s, _ = ask
-        deadline = time.monotonic() + timeout_s
+        self.asked_at = now = time.monotonic()
+        deadline = now + timeout_s
         self._msgid = msgid = (self._msgid + 1) & 0xFFFF_FFFF
         try:
             if not self._connected:
@@ -90,12 +95,12 @@ class _Sockets:
     """The contexts and sockets of a transport; they outlive it until they are closed.
 
     A context resolves host names in the one thread that also moves its messages, and may take seconds for a
-    name that does not resolve: each endpoint with a host name has a context of its own.
+    name that does not resolve: each endpoint with a host name has a context of its own, while it has sockets.
     """
 
     def __init__(self) -> None:
         self._contexts: dict[str, zmq.Context[zmq.Socket[bytes]]] = {}
-        self._open: set[zmq.Socket[bytes]] = set()
+        self._open: dict[zmq.Socket[bytes], str] = {}
 
     def connect(self, endpoint: Endpoint) -> zmq.Socket[bytes]:
         key = endpoint.text if endpoint.is_name else ""
@@ -104,22 +109,21 @@ class _Sockets:
             context = self._contexts[key] = zmq.Context()
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         socket = connected(context, zmq.REQ, endpoint)
-        self._open.add(socket)
+        self._open[socket] = key
         return socket
 
     def close(self, socket: zmq.Socket[bytes]) -> None:
-        self._open.discard(socket)
+        key = self._open.pop(socket, "")
         socket.close(linger=0)
+        if key and key not in self._open.values():
+            # The context may be waiting for a name server, and the caller should not.
+            threading.Thread(target=self._contexts.pop(key).term, daemon=True).start()
 
     def close_all(self) -> None:
         for socket in list(self._open):
             self.close(socket)
-        for key, context in self._contexts.items():
-            if key:
-                # The context may be waiting for a name server, and the caller should not.
-                threading.Thread(target=context.term, daemon=True).start()
-            else:
-                context.term()
+        for context in self._contexts.values():
+            context.term()
 
 
 class Transport:
@@ -143,6 +147,8 @@ class Transport:
                 self._give_back(ask.endpoint, line)
             else:
                 self._discard(line)
+                if outcome is None and ask.timeout_s >= CONNECT_S:
+                    self._drop_idle(ask.endpoint, line.asked_at)
         return outcome
 
     def close(self) -> None:
@@ -168,8 +174,11 @@ class Transport:
             # the socket of the very thread that it interrupts.
             self._out += 1
             try:
-                lines = self._idle[endpoint]
-                return lines.pop() if lines else Line(self._sockets.connect(parse_endpoint(endpoint)))
+                if lines := self._idle[endpoint]:
+                    return lines.pop()
+                for other in list(self._idle):
+                    self._drop_idle(other, time.monotonic() - IDLE_S)
+                return Line(self._sockets.connect(parse_endpoint(endpoint)))
             except BaseException:
                 self._out -= 1
                 raise
@@ -182,6 +191,16 @@ class Transport:
                 lines.append(line)
                 return
         self._discard(line)
+
+    def _drop_idle(self, endpoint: str, before: float) -> None:
+        """Close the idle lines to an endpoint that were last used before that time."""
+        with self._lock:
+            lines = self._idle.pop(endpoint, [])
+            if kept := [line for line in lines if line.asked_at >= before]:
+                self._idle[endpoint] = kept
+            for line in lines:
+                if line.asked_at < before:
+                    self._sockets.close(line.socket)
 
     def _discard(self, line: Line) -> None:
         with self._lock:
