@@ -279,6 +279,18 @@ def test_up_killed_by_sigkill_leaves_no_process_behind(daemons: Daemons, tmp_pat
     _assert_gone(pids)
 
 
+def test_up_shows_its_store_on_no_command_line_but_its_own(daemons: Daemons, tmp_path: Path) -> None:
+    """The URL may have a password in it."""
+    store = f"sqlite:///{tmp_path}/secret.db"
+    up = daemons.up("--store", store, "--new", "--workers", "1", port=free_port())
+    until(lambda: "Ctrl-C" in up.out(), "the cluster")
+    assert store in up.out()
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children_of(up.pid)]
+    assert len(commands) == 2
+    assert not [command for command in commands if "secret" in command]
+    up.terminate()
+
+
 @pytest.mark.timeout(120)
 def test_up_restarts_children_and_ends_with_ctrl_c(daemons: Daemons) -> None:
     up = daemons.up("--workers", "2", port=(port := free_port()))

@@ -167,6 +167,15 @@ def test_an_advertised_port_stands_as_it_is() -> None:
         assert worker.address == "tcp://ids.example.org:80"
 
 
+def test_an_ipc_path_that_is_advertised_stands_as_it_is_and_serves(connect: Connect, tmp_path: Path) -> None:
+    bind = parse_endpoint(f"ipc://{tmp_path}/worker", to_bind=True)
+    for advertise in (None, bind):
+        with working(static(bind=bind, advertise=advertise)) as worker:
+            assert worker.address == bind.text
+            one_id(connect(worker.address))
+    refused(static(bind=bind, advertise=parse_endpoint("tcp://localhost:*", to_bind=True)), "has no port")
+
+
 def test_a_port_in_use_is_refused(worker: Worker) -> None:
     refused(static(bind=parse_endpoint(worker.address)), "can't bind")
 

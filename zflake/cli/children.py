@@ -14,9 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from zflake.errors import Unavailable
 from zflake.wire.codec import printable
@@ -28,6 +28,16 @@ STOP_S: Final = 5.0
 CALM_S: Final = 10.0
 """Seconds after whose run a child that ended is started again at once."""
 
+
+class Command(NamedTuple):
+    """How a daemon is started."""
+
+    module: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = {}
+    """Beside this process's own: options that `ps` shows to nobody else."""
+
+
 LogEvent: TypeAlias = tuple[str, dict[str, Any] | None]
 """A child's name and a line of its log, or None when it has ended."""
 
@@ -35,9 +45,7 @@ LogEvent: TypeAlias = tuple[str, dict[str, Any] | None]
 class Child:
     """One daemon and its log."""
 
-    def __init__(
-        self, name: str, module: str, arguments: Sequence[str], events: queue.SimpleQueue[LogEvent]
-    ) -> None:
+    def __init__(self, name: str, command: Command, events: queue.SimpleQueue[LogEvent]) -> None:
         self.name = name
         self.address: str | None = None
         """Where it serves, once it does."""
@@ -47,7 +55,16 @@ class Child:
         self.started_at = time.monotonic()
         # Its own process group: Ctrl-C goes to this process alone, which stops the children in order.
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", module, *arguments, "--follow-stdin", "--log-format", "json"],
+            [
+                sys.executable,
+                "-m",
+                command.module,
+                *command.arguments,
+                "--follow-stdin",
+                "--log-format",
+                "json",
+            ],
+            env={**os.environ, **command.environment},
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
@@ -84,10 +101,10 @@ class Child:
 class Children:
     """Starts daemons, repeats their complaints, starts again what ends, and stops all in order.
 
-    `command_of` gives the module and the arguments of the daemon of a name, anew for each start.
+    `command_of` gives the command of the daemon of a name, anew for each start.
     """
 
-    def __init__(self, command_of: Callable[[str], tuple[str, list[str]]]) -> None:
+    def __init__(self, command_of: Callable[[str], Command]) -> None:
         self.stopping = False
         """Whether a signal asked this process to stop, or `stop` did."""
         self._command_of = command_of
@@ -101,8 +118,9 @@ class Children:
 
     def start(self, name: str, *extra: str) -> None:
         """Start the daemon of that name, this time with `extra` arguments."""
-        module, arguments = self._command_of(name)
-        self._children[name] = Child(name, module, [*arguments, *extra], self._events)
+        command = self._command_of(name)
+        command = command._replace(arguments=[*command.arguments, *extra])
+        self._children[name] = Child(name, command, self._events)
 
     def await_address(self, name: str) -> str:
         """Where the daemon of that name serves; raises `Unavailable` if it does not start."""

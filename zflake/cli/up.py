@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from zflake.cli.children import START_S, Children
+from zflake.cli.children import START_S, Children, Command
 from zflake.cli.display import Lines, redrawn
 from zflake.cli.status import LOOK_S, ask_status
 from zflake.client.sync import Client
@@ -141,11 +141,12 @@ class Cluster:
         for name in self._worker_names:
             self._children.start(name)
 
-    def _command_of(self, name: str) -> tuple[str, list[str]]:
+    def _command_of(self, name: str) -> Command:
         if name in self._binds:
-            return "zflake.cli.delegator", ["--bind", self._binds[name], "--store", self._store]
+            environment = {"ZFLAKE_DELEGATOR_STORE": self._store}  # it may have a password in it
+            return Command("zflake.cli.delegator", ["--bind", self._binds[name]], environment)
         delegators = [word for address in self.addresses for word in ("--delegator", address)]
-        return "zflake.cli.worker", ["--name", name, *delegators]
+        return Command("zflake.cli.worker", ["--name", name, *delegators])
 
     @cached_property
     def _client(self) -> Client:

@@ -271,6 +271,15 @@ def check_addresses(config: WorkerConfig) -> None:
         raise ConfigError(
             f"clients can't connect to {config.advertise}: advertise one host's name or address"
         )
+    if (
+        config.advertise is not None
+        and config.advertise.host
+        and not config.advertise.port
+        and not config.bind.host
+    ):
+        raise ConfigError(
+            f"{config.bind} has no port for {config.advertise}: advertise a port, or the path itself"
+        )
     if config.advertise is None and config.bind.is_wildcard:
         raise ConfigError(
             f"{config.bind} is every interface, and no address that clients could connect to: say which with "
@@ -281,5 +290,6 @@ def check_addresses(config: WorkerConfig) -> None:
 def _advertised(config: WorkerConfig, bound: str) -> str:
     if config.advertise is None:
         return bound
-    port = parse_endpoint(bound).port
-    return config.advertise.text if config.advertise.port else f"tcp://{config.advertise.host}:{port}"
+    if config.advertise.port or not config.advertise.host:
+        return config.advertise.text
+    return f"tcp://{config.advertise.host}:{parse_endpoint(bound).port}"
