@@ -8,7 +8,8 @@ guards against that: meta's *floor*, below which no window begins.
    that one of them shows, the longest ttl, and a margin for a timeline that ran ahead of all that are left.
 2. A loss shows in three ways: the store's incarnation is not the one that meta names (`is_lost`), meta itself is
    one of the past (`is_lost`), or a holder shows a grant that the record lacks (`witnessed`).
-3. The floor is durable before anything is granted again, and never goes down.
+3. The floor is durable before anything is granted again, and no delegator lowers it: only an operator may, who knows that
+   it is wrong.
 
 Nothing ends a rest: the timeline reaches the floor.  Until then `lessor.acquire` refuses, and `lessor.renew` grants
 no window that begins below the floor.
