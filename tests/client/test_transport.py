@@ -112,7 +112,7 @@ def test_the_lines_of_an_endpoint_that_is_not_used_any_more_are_closed(
     pooled(transport, first, 3)
     pooled(transport, second, 1)
     assert len(transport._sockets._open) == 4
-    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    monkeypatch.setattr(module, "UNUSED_S", 0.0)
     pooled(transport, third, 1)
     assert list(transport._idle) == [third.address]
     assert len(transport._sockets._open) == 1

@@ -25,7 +25,7 @@ MAX_IDLE: Final = 64
 """Number of idle sockets to one endpoint that are kept for the next calls."""
 MAX_SOCKETS: Final = 16_384
 """Number of sockets in one context at most; libzmq's own default is 1,023."""
-IDLE_S: Final = 60.0
+UNUSED_S: Final = 60.0
 """Seconds after its last use in which an endpoint's sockets are closed, once another endpoint needs one."""
 SOON_MS: Final = 2
 """Milliseconds within which nearly all answers come; to wait for those in the socket itself is quickest."""
@@ -177,7 +177,7 @@ class Transport:
                 if lines := self._idle[endpoint]:
                     return lines.pop()
                 for other in list(self._idle):
-                    self._drop_idle(other, time.monotonic() - IDLE_S)
+                    self._drop_idle(other, time.monotonic() - UNUSED_S)
                 return Line(self._sockets.connect(parse_endpoint(endpoint)))
             except BaseException:
                 self._out -= 1

@@ -128,9 +128,7 @@ def rewind_url(url: str, *, floor: bool = False) -> str:
 def _rewind_marks(store: Store, meta: Meta, wall_us: int) -> str:
     mark_us = max((mark.timeline_us for mark in store.marks()), default=0)
     if mark_us <= wall_us + LEAD_US:
-        return (
-            f"the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock: it stays"
-        )
+        return f"nothing to do: the last mark of {store.url} is {iso_us(mark_us)}, which is not ahead of this clock"
     _must_be_idle(store)
     ended = rewind(store, meta, wall_us)
     return (
