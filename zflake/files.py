@@ -1,4 +1,4 @@
-"""Files that are the business of one user alone: whoever reads a store can give its leases back."""
+"""A store's files belong to one user alone: another who can read its tokens can give its leases back."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Command(NamedTuple):
     module: str
     arguments: Sequence[str]
     environment: Mapping[str, str] = {}
-    """Beside this process's own: options that `ps` shows to nobody else."""
+    """Variables beside this process's own: unlike arguments, `ps` does not show them to other users."""
 
 
 LogEvent: TypeAlias = tuple[str, dict[str, Any] | None]

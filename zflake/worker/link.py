@@ -2,7 +2,7 @@
 
 While a window is open the worker is registered at the delegator: by `worker.ready`, which shows the lease's token,
 then by a heartbeat every `HEARTBEAT_US`.  When the window has run out, or the worker ends, `worker.leave` says so.
-Heartbeats and answers show the token that the worker registered with: whoever takes its place on the network can't.
+Heartbeats and answers show the token that the worker registered with, which a stranger in its place can't.
 A delegator that answers with an error was restarted, or has not seen the lease yet: the worker says `worker.ready`
 again.
 """
