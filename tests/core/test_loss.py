@@ -34,17 +34,29 @@ def witnessed(
 
 @pytest.mark.parametrize(
     "request_",
-    [as_of(4), as_of(9), as_of(4, shown=A), as_of(3)],
-    ids=["above", "far above", "above with the record's token", "the same with another token"],
+    [as_of(4), as_of(9), as_of(4, shown=A), as_of(3), as_of(3, shown=A)],
+    ids=[
+        "above",
+        "far above",
+        "above with the record's token",
+        "the same, another token",
+        "the same, another end",
+    ],
 )
-def test_a_gen_that_the_store_has_not_given_yet_is_a_witness(request_: Renew) -> None:
+def test_a_grant_that_is_neither_the_records_nor_an_earlier_one_is_a_witness(request_: Renew) -> None:
     assert witnessed(request_) == 5000 + 1 + REST
     assert witnessed(request_, replace(META, floor=5000 + 1 + REST)) is None, "it is known now"
 
 
 @pytest.mark.parametrize(
     "request_",
-    [as_of(2), as_of(1), as_of(3, shown=A), as_of(4, end=None), Renew(2, B, 9, A, 5000, META.store_id)],
+    [
+        as_of(2),
+        as_of(1),
+        as_of(3, KNOWN.fence, A),
+        as_of(4, end=None),
+        Renew(2, B, 9, A, 5000, META.store_id),
+    ],
     ids=["older", "much older", "the holder of the record", "without an end", "a repeat"],
 )
 def test_what_an_honest_store_can_meet_is_no_witness(request_: Renew) -> None:

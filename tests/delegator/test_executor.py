@@ -617,6 +617,19 @@ def test_a_witness_is_told_lost_and_nothing_is_granted_below_the_floor(
     assert d.granted(acquire(9)).start >= meta.floor
 
 
+def test_a_holder_whose_acquire_was_granted_anew_after_a_loss_is_a_witness(d: Desk) -> None:
+    d.granted(acquire(1))
+    before = d.store.contents()
+    held = d.granted(acquire(2))
+    d.store.close()
+    d.store.initialise(META, before)
+    d.now += 1
+    late = d.granted(acquire(2))  # a late copy: the same token and the same gen again, another window
+    assert (late.machine, late.token, late.gen) == (held.machine, held.token, held.gen)
+    refused(d.one(replace(renewal(held, 3), end=held.end, store_id=META.store_id)), Refused.TOO_EARLY)
+    assert d.executor.meta.floor > held.end
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_who_comes_in_one_batch_with_a_witness_is_granted_nothing_below_the_floor(
     d: Desk, witness: Renew, place: int

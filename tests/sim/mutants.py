@@ -150,7 +150,7 @@ MUTANTS: Final = _mutants("""
 +
 # zflake.core.loss
 @@ 3.4 @@ witness ignored
--newer = request.gen > record.gen or (request.gen == record.gen and record.token != request.token)
+-newer = request.gen > record.gen or (request.gen == record.gen and shown != granted)
 +newer = False
 # zflake.delegator.start
 @@ 3.4 @@ incarnation ignored

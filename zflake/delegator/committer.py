@@ -198,8 +198,8 @@ class Committer:
             self._raise_floor(
                 self.meta,
                 replace(new, version=self._pick(VERSIONS)),
-                f"has lost leases: machine {request.machine} was renewed as of gen {request.gen}, and the store "
-                f"knows of gen {record.gen}",
+                f"has lost leases: machine {request.machine} was renewed by a grant (gen {request.gen}) that it does "
+                "not know of",
             )
             self.follow_meta()
 
