@@ -442,6 +442,39 @@ def test_no_token_matches_a_record_that_has_none() -> None:
     assert refusal(desk.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
 
 
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    "stolen",
+    [
+        Acquire(A, replace(ME, key="thief")),
+        Renew(2, A, 1, B, key="thief"),
+        Renew(2, B, 1, A, key="thief"),
+        Release(2, A, None, None, "thief"),
+        Release(2, B, A, None, "thief"),
+        Renew(2, A, 1, B),
+        Release(2, A, None, None),
+    ],
+    ids=["acquire", "renewal", "its repeat", "release", "of a renewal", "renewal by none", "release by none"],
+)
+def test_a_token_is_worth_nothing_to_another_key(stolen: Request) -> None:
+    desk = Desk(META)
+    of(Grant, desk.ask(Acquire(A, replace(ME, key="key")), 100))
+    before = desk.snapshot()
+    assert refusal(desk.ask(stolen, 110)).reason is Refused.LOST
+    assert desk.snapshot() == before
+
+
+def test_the_key_that_acquired_renews_repeats_and_releases() -> None:
+    desk = Desk(META)
+    acquired = Acquire(A, replace(ME, key="key"))
+    assert of(Grant, desk.ask(acquired, 100)) == of(Grant, desk.ask(acquired, 110))
+    of(Grant, desk.ask(Renew(2, A, 1, B, key="key"), 110))
+    assert desk.store.by_machine(2).holder.key == "key"
+    assert desk.ask(Release(2, B, None, 115, "key"), 116) == Released(2, 116)
+
+
 # --- races ---
 
 

@@ -8,25 +8,29 @@ from typing import Any
 
 from zflake.client.conversation import Ask
 from zflake.client.transport import Transport
-from zflake.errors import ProtocolError, Timeout
+from zflake.errors import AuthError, ProtocolError, Timeout
+from zflake.keys import Keys
 from zflake.wire.codec import printable
 from zflake.wire.methods import Method, exception_of
 
 
-def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float) -> Any:
+def ask(
+    endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float, keys: Keys | None = None
+) -> Any:
     """The result of a request.
 
-    Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, and the error that it carries.
+    Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, `AuthError` if the connection is refused,
+    and the error that the answer carries.
     """
     deadline, outcome = time.monotonic() + timeout_s, None
-    with closing(Transport()) as transport:
+    with closing(Transport(keys)) as transport:
         # The transport gives a connection up before the time is over, since a client has other endpoints.
         while outcome is None and (left_s := deadline - time.monotonic()) > 0:
             outcome = transport.ask(Ask(endpoint, method, params, left_s))
     if outcome is None:
         raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; check that it is running")
-    if isinstance(outcome, ProtocolError):
-        raise ProtocolError(f"{endpoint}: {outcome}")
+    if isinstance(outcome, AuthError | ProtocolError):
+        raise type(outcome)(f"{endpoint}: {outcome}")
     if outcome.error is not None:
         raise exception_of(outcome.error)
     return readable(outcome.result)

@@ -96,7 +96,15 @@ def daemon_options(command: _Command) -> _Command:
                 "--check", is_flag=True, allow_from_autoenv=False, help="Check the options and exit."
             ),
             click.option(
-                "--insecure", is_flag=True, help="Allow binding an address that other machines reach."
+                "--keys",
+                type=click.Path(file_okay=False, path_type=Path),
+                metavar="DIR",
+                help="The folder of its keys, as zflake keygen makes it: who comes must then have a key, too.",
+            ),
+            click.option(
+                "--insecure",
+                is_flag=True,
+                help="Allow binding an address that other machines reach, without keys.",
             ),
             click.option(
                 "--http", type=HTTP, metavar="ENDPOINT", help="Where to serve /livez, /readyz and /metrics."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Unpack
 
 import click
@@ -11,10 +12,11 @@ from zflake.cli.conduct import DaemonOptions, run, serve
 from zflake.cli.options import BIND, ENDPOINT, EPOCH, LAYOUT, choose_layout, daemon_options
 from zflake.core.layout import DEFAULT, Layout
 from zflake.errors import ConfigError
+from zflake.keys import Keys
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
 from zflake.wire.fields import check_name
-from zflake.worker.server import Worker, WorkerConfig, check_addresses
+from zflake.worker.server import Worker, WorkerConfig, check_config
 
 
 @click.command("zflake-worker", context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +45,7 @@ def command(
     machine: int | None,
     layout: Layout | None,
     epoch: int | None,
+    keys: Path | None,
     insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
@@ -67,9 +70,10 @@ def command(
         machine=machine,
         layout=layout,
         insecure=insecure,
+        keys=None if keys is None else Keys(keys),
     )
     if options["check"]:
-        check_addresses(config)
+        check_config(config)
         check_name(name)
     serve(partial(Worker, config), "zflake.worker.metrics", **options)
 

@@ -92,7 +92,8 @@ def check_bind(endpoint: Endpoint, *, insecure: bool) -> None:
     if not endpoint.is_local and not insecure:
         raise ConfigError(
             f"refused to bind {endpoint}: other machines could reach it, and nothing checks who they are. "
-            "Bind a loopback address, or say --insecure if the network keeps strangers out"
+            "Give it --keys (see zflake keygen), bind a loopback address, or say --insecure if the network keeps "
+            "strangers out"
         )
     if endpoint.text.startswith("ipc://") and _is_served(Path(endpoint.text.removeprefix("ipc://"))):
         raise ConfigError(f"{endpoint} is in use: another process serves at that path")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from typing import Final
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from zflake.errors import ConfigError
 from zflake.wire.endpoint import Endpoint
@@ -13,10 +18,31 @@ from zflake.wire.frames import MAX_FRAMES, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
+ZAP_DOMAIN: Final = "zflake"
+"""What a server's handshakes are asked under; without a domain libzmq would ask nobody, and let everybody in."""
 
 
-def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> zmq.Socket[bytes]:
-    """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
+class Curve(NamedTuple):
+    """The keys of a connection, in Z85."""
+
+    public: str
+    secret: str
+    server: str = ""
+    """The public key of the server to connect to; empty for the server itself."""
+
+
+def no_keys() -> tuple[None]:
+    """What a `Dialer` tries in a cluster without keys."""
+    return (None,)
+
+
+def bound_router(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, curve: Curve | None = None
+) -> zmq.Socket[bytes]:
+    """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address).
+
+    With `curve`, whose keys are the server's, peers prove their keys, and a ZAP handler in the context decides on them.
+    """
     import ctypes  # noqa: PLC0415  (clients, which bind nothing, do without)
 
     # libzmq numbers the peers that bring no identity, and aborts the process if one of its numbers is the identity that
@@ -33,6 +59,10 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
     router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
     router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    if curve is not None:
+        router.setsockopt(zmq.CURVE_SERVER, 1)
+        router.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
+        router.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
     try:
         router.bind(endpoint.text)
     except zmq.ZMQError as error:
@@ -41,10 +71,15 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
     return router
 
 
-def connected(
-    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: Endpoint, *, queue: bool = False
+def connecting(
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    endpoint: Endpoint,
+    curve: Curve | None = None,
+    *,
+    queue: bool = False,
 ) -> zmq.Socket[bytes]:
-    """A REQ or DEALER (`kind`) to one peer.
+    """A REQ or DEALER (`kind`) that is to connect to one peer.
 
     A message that is sent while the peer is away is lost, or with `queue` waits until it is back.
 
@@ -58,8 +93,97 @@ def connected(
     asking.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     asking.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     asking.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
-    asking.connect(endpoint.text)
+    if curve is not None:
+        asking.setsockopt_string(zmq.CURVE_PUBLICKEY, curve.public)
+        asking.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
+        asking.setsockopt_string(zmq.CURVE_SERVERKEY, curve.server)
     return asking
+
+
+_REFUSALS: Final = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "it does not know this key, or not any more",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "one side has keys and the other has none",
+    # libzmq learns no more if the server's key is another one.  The end of a server looks the same.
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "its own key is none of those that are trusted here",
+}
+_WRONG_KEY: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+
+
+class Dialer:
+    """Connects a REQ or DEALER to one peer, by the first of `curves` that has the peer's key.
+
+    `socket` is another one after each wrong key.  A peer that refuses says so by ending the handshake, which only the
+    socket's monitor shows: `refusal` and `wait` look there, until `done` or `close`.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,
+        endpoint: Endpoint,
+        curves: Sequence[Curve | None],
+        *,
+        queue: bool = False,
+    ) -> None:
+        self._make = partial(connecting, context, kind, endpoint, queue=queue)
+        self._endpoint = endpoint
+        self._curves = iter(curves)
+        self._monitor: zmq.Socket[bytes] | None
+        self.socket, self._monitor = self._dial(next(self._curves))
+
+    def refusal(self) -> str | None:
+        """Why the peer refuses every key that was tried; None while it may yet take the connection."""
+        monitor = self._monitor
+        while monitor is not None and monitor.poll(0):
+            event = recv_monitor_message(monitor)["event"]
+            another = next(self._curves, None) if event == _WRONG_KEY else None
+            if another is None:
+                return _REFUSALS[event]
+            self.close()
+            self.socket, self._monitor = self._dial(another)
+            monitor = self._monitor
+        return None
+
+    def wait(self, timeout_s: float) -> str | None:
+        """Wait until the peer has taken the connection; gives why, if it refuses.
+
+        Raises `zmq.Again` if it does neither within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        refusal = None
+        while refusal is None and (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
+            poller = zmq.Poller()
+            poller.register(self.socket, zmq.POLLOUT)
+            poller.register(self._monitor, zmq.POLLIN)
+            if self.socket in dict(poller.poll(left_ms)):
+                self.done()
+                return None
+            refusal = self.refusal()
+        if refusal is None:
+            raise zmq.Again
+        return refusal
+
+    def done(self) -> None:
+        """Note that the peer has taken the connection."""
+        if self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+
+    def close(self, *, linger_ms: int = 0) -> None:
+        """Close the socket; what it has still to send has so many milliseconds."""
+        self.done()
+        self.socket.close(linger=linger_ms)
+
+    def _dial(self, curve: Curve | None) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        with contextlib.ExitStack() as undo:
+            socket = self._make(curve)
+            undo.callback(socket.close, linger=0)
+            monitor = socket.get_monitor_socket(sum(_REFUSALS))
+            undo.callback(monitor.close, linger=0)
+            socket.connect(self._endpoint.text)
+            undo.pop_all()
+        return socket, monitor
 
 
 # Plain numbers: to combine zmq's flags, which are enums, takes as long as to send a frame.
@@ -73,12 +197,16 @@ class Intake:
 
     Of a message with more frames than the protocol knows only the first ones are kept, and it is skipped in
     pieces: one peer with a million frames must not keep the others waiting.
+
+    Of a `keyed` socket `sender` is the key by which the last message came.
     """
 
-    __slots__ = ("_more", "_recv", "_skipping")
+    __slots__ = ("_first", "_more", "_recv", "_skipping", "sender")
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], *, keyed: bool = False) -> None:
+        self.sender = ""
         self._recv = socket.recv
+        self._first = self._receive_keyed if keyed else socket.recv
         self._more = socket.getsockopt
         self._skipping = False
 
@@ -91,7 +219,7 @@ class Intake:
             return None
         recv, more = self._recv, self._more
         try:
-            frames = [recv(flags)]
+            frames = [self._first(flags)]
         except zmq.Again:
             return None
         while more(zmq.RCVMORE):
@@ -101,6 +229,11 @@ class Intake:
                 self._skip()
                 break
         return frames
+
+    def _receive_keyed(self, flags: int) -> bytes:
+        frame = self._recv(flags, copy=False)
+        self.sender = str(frame.get("User-Id"))
+        return frame.bytes
 
     def _skip(self) -> bool:
         for _ in range(SKIPPED_AT_ONCE):

@@ -5,29 +5,45 @@ None of them is the lease's: a flood of requests may delay a heartbeat, never a 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import zmq
 
 from zflake import clock
+from zflake.daemon.gate import Gate
+from zflake.wire.callers import ANYONE, BROKER, Caller
 from zflake.wire.codec import REQUEST_HEAD
 from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.sockets import NOW, Intake, connected, send
+from zflake.wire.sockets import NOW, Curve, Dialer, Intake, no_keys, send
 from zflake.worker.link import Answers, Link
 
 RECEIVE_MS: Final = 1
 """Milliseconds that `receive` waits if it is told to."""
+LEAVE_MS: Final = 500
+"""Milliseconds that a last `worker.leave` may take to be sent."""
+LOOK_US: Final = 50_000
+"""Microseconds between looks whether a delegator refuses the connection."""
+
+_log = logging.getLogger("zflake.worker")
 
 
 class Channel(Intake):
     """A socket that requests come in by and answers go out by; `requests` counts the answers that are lost."""
 
-    def __init__(self, socket: zmq.Socket[bytes], requests: Requests) -> None:
-        super().__init__(socket)
+    caller: Caller = ANYONE
+    """Whose message came last."""
+
+    def __init__(self, socket: zmq.Socket[bytes], requests: Requests, *, keyed: bool = False) -> None:
+        self._requests = requests
+        self._use(socket, keyed=keyed)
+
+    def _use(self, socket: zmq.Socket[bytes], *, keyed: bool = False) -> None:
+        super().__init__(socket, keyed=keyed)
         socket.setsockopt(zmq.RCVTIMEO, RECEIVE_MS)
         self.socket = socket
-        self._requests = requests
 
     def answer(self, prefix: list[bytes], answer: bytes) -> None:
         """Answer a request, at the next `flush` at the latest."""
@@ -37,16 +53,44 @@ class Channel(Intake):
     def flush(self) -> None:
         """Nothing: only a link's answers wait."""
 
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
+
+
+class GatedChannel(Channel):
+    """A ROUTER whose peers prove their keys."""
+
+    def __init__(self, socket: zmq.Socket[bytes], requests: Requests, gate: Gate) -> None:
+        super().__init__(socket, requests, keyed=True)
+        self._gate = gate
+
+    @property
+    def caller(self) -> Caller:  # type: ignore[override]
+        """Whose message came last, as far as the gate knows it now."""
+        return self._gate.caller(self.sender)
+
 
 class LinkChannel(Channel):
-    """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`."""
+    """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`.
+
+    `socket` is another one after each key that was wrong; `curves` gives those that may be right.
+    """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, link: Link, requests: Requests
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: Endpoint,
+        link: Link,
+        requests: Requests,
+        curves: Callable[[], Sequence[Curve | None]] = no_keys,
     ) -> None:
-        super().__init__(connected(context, zmq.DEALER, endpoint), requests)
-        self.socket.setsockopt(zmq.LINGER, 500)  # `worker.leave` may still wait to be sent
         self._link = link
+        self._endpoint = endpoint
+        self._dialer = Dialer(context, zmq.DEALER, endpoint, curves())
+        self._look_at_us = 0
+        super().__init__(self._dialer.socket, requests)
+        self.caller = BROKER if link.keyed else ANYONE
 
     @property
     def wake_us(self) -> int:
@@ -55,7 +99,26 @@ class LinkChannel(Channel):
 
     def service(self, local_us: int) -> None:
         """Say what is due."""
+        if local_us >= self._look_at_us:
+            self._look(local_us)
         self._say(self._link.poll(local_us))
+
+    def _look(self, local_us: int) -> None:
+        """See whether the delegator refuses the connection; the dialer tries another key then, if there is one."""
+        self._look_at_us = local_us + LOOK_US
+        if (refusal := self._dialer.refusal()) is not None:
+            _log.warning("the delegator at %s refuses the connection: %s", self._endpoint, refusal)
+        if self._dialer.socket is not self.socket:
+            self._use(self._dialer.socket)
+
+    @property
+    def callers(self) -> Mapping[str, Caller] | None:
+        """Who may ask this worker, as the delegator says; None if that is not known, or while it does not answer."""
+        return self._link.callers
+
+    def close(self) -> None:
+        """Close the socket, once what waits is sent."""
+        self._dialer.close(linger_ms=LEAVE_MS)
 
     def leave(self) -> None:
         """Say that this worker takes no more requests."""

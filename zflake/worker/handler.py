@@ -12,6 +12,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from zflake.core.timeline import tick_of, us_until
 from zflake.holder.hold import Hold
+from zflake.wire.callers import ANYONE, Caller, sees_all
 from zflake.wire.codec import packer
 from zflake.wire.dispatch import Dispatcher, Requests, told
 from zflake.wire.ids import NextIds
@@ -106,7 +107,9 @@ class Handler(Generic[A]):
         """Requests that wait for the next tick."""
         return len(self._parked)
 
-    def _next(self, asker: A, msgid: int, request: NextIds, arrived_us: int, local_us: int) -> bytes | None:
+    def _next(
+        self, asker: A, msgid: int, request: NextIds, arrived_us: int, local_us: int, _caller: Caller
+    ) -> bytes | None:
         count, timeout_ms, store_id = request
         deadline_us = arrived_us + timeout_ms * 1000
         if store_id is not None and self._hold.store_id not in (None, store_id):
@@ -147,21 +150,22 @@ class Handler(Generic[A]):
         why = "this worker holds no open window; ask another"
         return self._refuse(msgid, Code.LEASE_EXPIRED, why, self._hold.retry_after_ms(local_us))
 
-    def _ping(self) -> dict[str, Any]:
+    def _ping(self, _caller: Caller = ANYONE) -> dict[str, Any]:
         return {"now_us": self._timeline_us()}
 
-    def _hello(self) -> dict[str, Any]:
+    def _hello(self, caller: Caller = ANYONE) -> dict[str, Any]:
         mint = self._hold.mint
-        return {
+        hello = {
             "service": "worker",
             "protocol": PROTOCOL_VERSION,
             "layout": None if mint is None else mint.layout.to_map(),
-            "machine": None if mint is None else mint.machine,
             "store_id": self._hold.store_id,
-            "state": self._hold.state,
             **self._ping(),
-            **self._describe(),
         }
+        if sees_all(caller):
+            machine = None if mint is None else mint.machine
+            hello |= {"machine": machine, "state": self._hold.state, **self._describe()}
+        return hello
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self, _caller: Caller) -> dict[str, Any]:
         return self._hello() | self.load() | {"errors": dict(self.requests.errors)}
