@@ -56,7 +56,6 @@ def command(
     machines: tuple[int, int] | None,
     new: bool,
     accept_clock: bool,
-    insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
     """Lease machine IDs to workers, tell clients where these are, and pass requests on to them.
@@ -65,11 +64,11 @@ def command(
     """
     wishes = Wishes(layout=layout, epoch_ms=epoch, ttl_ms=ttl, machines=machines, new=new)
     config = DelegatorConfig(
-        bind=bind, store=store, wishes=wishes, accept_clock=accept_clock, insecure=insecure
+        bind=bind, store=store, wishes=wishes, accept_clock=accept_clock, insecure=options["insecure"]
     )
     if options["check"]:
         check_wishes(wishes)
-        check_bind(bind, insecure=insecure)
+        check_bind(bind, insecure=options["insecure"])
         check_url(store)
     serve(partial(Delegator, config), "zflake.delegator.metrics", **options)
 

@@ -43,7 +43,6 @@ def command(
     machine: int | None,
     layout: Layout | None,
     epoch: int | None,
-    insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
     """Hold a machine ID and serve IDs.
@@ -66,7 +65,7 @@ def command(
         name=name,
         machine=machine,
         layout=layout,
-        insecure=insecure,
+        insecure=options["insecure"],
     )
     if options["check"]:
         check_addresses(config)
