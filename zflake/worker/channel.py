@@ -24,10 +24,13 @@ class Channel(Intake):
     """A socket that requests come in by and answers go out by; `requests` counts the answers that are lost."""
 
     def __init__(self, socket: zmq.Socket[bytes], requests: Requests) -> None:
+        self._requests = requests
+        self._use(socket)
+
+    def _use(self, socket: zmq.Socket[bytes]) -> None:
         super().__init__(socket)
         socket.setsockopt(zmq.RCVTIMEO, RECEIVE_MS)
         self.socket = socket
-        self._requests = requests
 
     def answer(self, prefix: list[bytes], answer: bytes) -> None:
         """Answer a request, at the next `flush` at the latest."""
@@ -39,14 +42,18 @@ class Channel(Intake):
 
 
 class LinkChannel(Channel):
-    """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`."""
+    """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`.
+
+    `service` may put another socket in the place of `socket`.
+    """
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, link: Link, requests: Requests
     ) -> None:
         super().__init__(connected(context, zmq.DEALER, endpoint), requests)
-        self.socket.setsockopt(zmq.LINGER, 500)  # `worker.leave` may still wait to be sent
+        self._context, self._endpoint = context, endpoint
         self._link = link
+        self._connection = link.connection
 
     @property
     def wake_us(self) -> int:
@@ -55,10 +62,18 @@ class LinkChannel(Channel):
 
     def service(self, local_us: int) -> None:
         """Say what is due."""
-        self._say(self._link.poll(local_us))
+        body = self._link.poll(local_us)
+        if self._connection != self._link.connection:
+            self._connection = self._link.connection
+            self.socket.close(linger=0)
+            self._use(connected(self._context, zmq.DEALER, self._endpoint))
+        self._say(body)
 
     def leave(self) -> None:
         """Say that this worker takes no more requests."""
+        self.socket.setsockopt(
+            zmq.LINGER, 500
+        )  # the message may still wait to be sent when the socket closes
         self._say(self._link.leave())
 
     def receive(self, flags: int = NOW) -> list[bytes] | None:

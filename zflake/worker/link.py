@@ -4,7 +4,8 @@ While a window is open the worker is registered at the delegator: by `worker.rea
 then by a heartbeat every `HEARTBEAT_US`.  When the window has run out, or the worker ends, `worker.leave` says so.
 Heartbeats and answers show the token that the worker registered with, which a stranger in its place can't.
 A delegator that answers with an error was restarted, or has not seen the lease yet: the worker says `worker.ready`
-again.
+again.  If none of `PATIENCE` heartbeats in a row is answered, the connection may have died without a word (a router
+forgot it, the name has moved on to another machine): the link gives it up, and the owner makes another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from zflake.wire.methods import Method
 
 HEARTBEAT_US: Final = 250_000
 """Microseconds between heartbeats."""
+PATIENCE: Final = 4
+"""Heartbeats without an answer after which a connection is given up; twice as many after each that gave none."""
+MAX_PATIENCE: Final = 32
+"""The same at most, so that a delegator that is merely away is not given a connection every second."""
 MAX_BUNDLE: Final = 64
 """Answers in one message."""
 
@@ -37,13 +42,17 @@ class Answers(NamedTuple):
 class Link:
     """The worker's side of the talk with one delegator.
 
-    `load` gives what a heartbeat says of the worker.  The owner sends what the methods give, and calls `poll` at
-    `wake_us` and whenever the hold may have opened or closed.
+    `load` gives what a heartbeat says of the worker.  The owner sends what the methods give, over a new connection
+    whenever `connection` has changed, and calls `poll` at `wake_us` and whenever the hold may have opened or closed.
     """
 
     def __init__(self, hold: Hold, load: Callable[[], dict[str, int]]) -> None:
         self.wake_us = 0
         """When `poll` is due (local clock)."""
+        self.connection = 0
+        """Number of the connection that `poll` speaks of; one more after each that was given up."""
+        self._silences = 0  # heartbeats in a row that had no answer yet
+        self._patience = PATIENCE
         self._hold = hold
         self._load = load
         self._answers: list[tuple[bytes, bytes]] = []
@@ -65,6 +74,11 @@ class Link:
             return self.leave()
         if not due:
             return None
+        if self._silences >= self._patience:
+            self.connection += 1
+            self._silences, self._patience = 0, min(2 * self._patience, MAX_PATIENCE)
+            self._known_as = None
+        self._silences += 1
         if self._known_as == mint.machine:
             return self._say(Method.WORKER_HEARTBEAT, self._load(), self._token)
         self._known_as, self._token = mint.machine, self._hold.token
@@ -85,6 +99,7 @@ class Link:
         """Take in an answer of the delegator's."""
         with contextlib.suppress(ProtocolError):
             response = decode_response(body)
+            self._silences, self._patience = 0, PATIENCE
             if response.error is not None:
                 self._known_as = None
             elif (timeline_us := fields.timeline_us(response.result)) is not None:

@@ -105,10 +105,8 @@ class Worker:
         self._busy_channel: Channel | None = None
         self._busy_since_us = 0  # from when on requests have come in by that channel only
         self._poller = zmq.Poller()
-        for channel in self._channels:
-            self._poller.register(channel.socket, zmq.POLLIN)
         self._waker.register(self._poller)
-        self._polled: zmq.Socket[bytes] | None = None
+        self._polled: list[zmq.Socket[bytes] | None] = []
         # When the loop was stopped last, and until when messages of that time turn up.
         self._stalled_us = (0, 0)
 
@@ -168,7 +166,7 @@ class Worker:
         self._answer_parked(local_us)
 
     def _poll(self) -> dict[Any, int]:
-        self._follow_socket()
+        self._follow_sockets()
         wake_us = min([self._holding.wake_us, *(link.wake_us for link in self._links)])
         sleep_us = min(max(0, wake_us - clock.local_us()), IDLE_US)
         poll_ms = -(-sleep_us // 1000)
@@ -191,13 +189,16 @@ class Worker:
             self._arrived_us = self._stalled_us[0]
         return events
 
-    def _follow_socket(self) -> None:
-        current = self._holding.socket
-        if current is not self._polled:
-            if self._polled is not None:
-                self._poller.unregister(self._polled)
-            if current is not None:
-                self._poller.register(current, zmq.POLLIN)
+    def _follow_sockets(self) -> None:
+        """Have the poller look at the sockets of now: a connection that died is replaced by its owner."""
+        current = [self._holding.socket, *[channel.socket for channel in self._channels]]
+        if current != self._polled:
+            for socket in self._polled:
+                if socket is not None:
+                    self._poller.unregister(socket)
+            for socket in current:
+                if socket is not None:
+                    self._poller.register(socket, zmq.POLLIN)
             self._polled = current
 
     def _answer(self, channel: Channel, *, linger: bool) -> int:
@@ -245,7 +246,7 @@ class Worker:
             self._answer_parked(clock.local_us())
         self.handler.draining = True  # requests that come now are sent to another worker
         self._holding.release(clock.local_us() + RELEASE_US)
-        self._follow_socket()
+        self._follow_sockets()
         self._answer_parked(clock.local_us())  # those that are parked still are sent there too
         until_us = clock.local_us() + DRAIN_US
         while (left_us := until_us - clock.local_us()) > 0:
