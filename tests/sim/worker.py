@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from tests.sim.checker import Checker, Violation, WatchedMint
@@ -97,7 +98,7 @@ class Worker(Process):
     def _start(self) -> None:
         """Let the loop run."""
         self.identity = b"w%d" % self.number
-        self.handler: Handler[Asker] = Handler(self.lease, dict)
+        self.handler: Handler[Asker] = Handler(self.lease, dict, itemgetter(0))
         links = self.cluster.plan.delegators if self.cluster.plan.clients else 0
         self.links = [Link(self.lease, self.handler.load) for _ in range(links)]
         self.cluster.peers[self.identity] = self

@@ -5,6 +5,7 @@ None of them is the lease's: a flood of requests may delay a heartbeat, never a 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Final
 
 import zmq
@@ -36,6 +37,10 @@ class Channel(Intake):
         """Answer a request, at the next `flush` at the latest."""
         if not send(self.socket, prefix, answer):
             self._requests.dropped += 1
+
+    def peer_of(self, prefix: list[bytes]) -> Hashable:
+        """The peer that sent a request behind this prefix."""
+        return prefix[0]
 
     def flush(self) -> None:
         """Nothing: only a link's answers wait."""
@@ -83,6 +88,10 @@ class LinkChannel(Channel):
             self.flush()
             frames = self._next_request(flags)
         return frames
+
+    def peer_of(self, prefix: list[bytes]) -> Hashable:  # noqa: ARG002
+        """The delegator: a tag tells nothing of the client that asked it."""
+        return self
 
     def answer(self, prefix: list[bytes], answer: bytes) -> None:
         """Answer a brokered request, at the next `flush` at the latest."""

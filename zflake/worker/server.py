@@ -93,7 +93,9 @@ class Worker:
             router = bound_router(self._context, config.bind)
             self.address = _advertised(config, address_of(router))
             self._hold, self._holding = self._take_hold()
-            self.handler: Handler[Asker] = Handler(self._hold, self._describe)
+            self.handler: Handler[Asker] = Handler(
+                self._hold, self._describe, lambda asker: asker[0].peer_of(asker[1])
+            )
             self._links = [
                 LinkChannel(
                     self._outward, delegator, Link(self._hold, self.handler.load), self.handler.requests
