@@ -144,7 +144,7 @@ def test_a_peer_that_reads_no_answer_has_no_longer_than_others(
         b"POST /livez HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\0\xff" * 9,
         b"\xff\xfe \0 \xfd\r\n\r\n",
-        b"A" * 10 * health.MAX_REQUEST_BYTES,
+        b"A" * 10 * health.MAX_HEAD_BYTES,
     ],
     ids=range(8),
 )
@@ -171,7 +171,7 @@ def test_what_is_no_request_is_told_what_is_one(
     monkeypatch.setattr(health, "REQUEST_S", 3600)
     assert ask(server, "/livez", "POST")[0] == 400
     with connect(server) as peer:
-        peer.sendall(b"A" * (health.MAX_REQUEST_BYTES + 1))
+        peer.sendall(b"A" * (health.MAX_HEAD_BYTES + 1))
         assert peer.recv(100).startswith(b"HTTP/1.1 400 ")
 
 

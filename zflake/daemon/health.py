@@ -35,7 +35,7 @@ ACCEPTED: Final = 32
 """Connections accepted at a time; fewer than may be open, so that none is closed before it was read."""
 BACKLOG: Final = 1024
 """Connections that may wait to be accepted; the system makes those above wait for a second and more."""
-MAX_REQUEST_BYTES: Final = 8192
+MAX_HEAD_BYTES: Final = 8192
 
 _PATHS: Final = b"/livez, /readyz, /metrics\n"
 
@@ -84,7 +84,7 @@ class _Exchange(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._request += data
         head, end, _ = self._request.partition(b"\r\n\r\n")
-        if end or len(self._request) > MAX_REQUEST_BYTES:
+        if end or len(self._request) > MAX_HEAD_BYTES:
             line = head.partition(b"\r\n")[0]
             status, kind, body = self._server.answer(line)
             said = (
