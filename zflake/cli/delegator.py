@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Unpack
 
 import click
@@ -57,8 +56,6 @@ def command(
     machines: tuple[int, int] | None,
     new: bool,
     accept_clock: bool,
-    keys: Path | None,
-    insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
     """Lease machine IDs to workers, tell clients where these are, and pass requests on to them.
@@ -71,8 +68,8 @@ def command(
         store=store,
         wishes=wishes,
         accept_clock=accept_clock,
-        insecure=insecure,
-        keys=None if keys is None else Keys(keys),
+        insecure=options["insecure"],
+        keys=None if options["keys"] is None else Keys(options["keys"]),
     )
     if options["check"]:
         check_config(config)

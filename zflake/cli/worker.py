@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Unpack
 
 import click
@@ -45,8 +44,6 @@ def command(
     machine: int | None,
     layout: Layout | None,
     epoch: int | None,
-    keys: Path | None,
-    insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
     """Hold a machine ID and serve IDs.
@@ -69,8 +66,8 @@ def command(
         name=name,
         machine=machine,
         layout=layout,
-        insecure=insecure,
-        keys=None if keys is None else Keys(keys),
+        insecure=options["insecure"],
+        keys=None if options["keys"] is None else Keys(options["keys"]),
     )
     if options["check"]:
         check_config(config)

@@ -83,6 +83,32 @@ if no answer came in time."""
 Conversation: TypeAlias = Generator[Action, Outcome, T]
 
 
+class Ascent:
+    """Checks the runs of one call: what an endpoint gives of one machine ID ascends.
+
+    A machine ID's (tick, sequence) only grows, in a tenancy and from one to the next, and a call asks for a run after it
+    has the one before.  So a run that does not lie wholly above the last one repeats IDs, or is made up.
+
+    Runs of two machine IDs are not compared.  A delegator passes a call's requests on to several workers, and a worker
+    that was restarted during the call may have another machine ID.  Their clocks may be apart by a message's flight, so
+    the later run may be lower even in time, and yet be right.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int], int] = {}
+
+    def check(self, endpoint: str, run: Run, layout: Layout | None) -> None:
+        """Take in the next run.  Raises `ProtocolError` if it does not lie above those before."""
+        first, step, count = run
+        # Without a layout, a worker has just got its first lease; time is the highest field of any.
+        machine = -1 if layout is None else first >> layout.machine_shift & layout.machines - 1
+        if first <= self._last.get((endpoint, machine), -1):
+            raise ProtocolError(
+                f"it gave IDs from {first} on after higher ones: they may have been given before"
+            )
+        self._last[endpoint, machine] = first + step * (count - 1)
+
+
 class Budget:
     """The time of one call, retries included: `total_s` seconds from `began` on, by the clock `now`."""
 
@@ -146,6 +172,9 @@ def take(
     """
     budget = Budget(timeout_s, balancer.now() if ask is None else ask.began, balancer.now)
     runs: list[Run] = []
+    ascent = Ascent()
+    if ask is not None and isinstance(run, tuple):
+        ascent.check(ask.endpoint, run, balancer.layout)
     missing = count
     reason: ZflakeError | None = None
     brokered = False
@@ -160,7 +189,7 @@ def take(
             most_s = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
             began = balancer.now()
             ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s()))
-            run = _settle(balancer, ask, (yield ask))
+            run = _settle(balancer, ask, (yield ask), ascent)
         if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
@@ -202,7 +231,9 @@ def _ask_ids(balancer: Balancer, endpoint: str, count: int, began: float, timeou
     return Ask(endpoint, "ids.next", params, timeout_s, began, balancer.key_of(endpoint))
 
 
-def _settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError | None:
+def _settle(
+    balancer: Balancer, ask: Ask, outcome: Outcome, ascent: Ascent | None = None
+) -> Run | ZflakeError | None:
     """The run that came of an ask for IDs, or the error in its place; None if nothing came.
 
     The balancer learns how the endpoint fared.  Raises the errors that no other try would mend.
@@ -213,6 +244,8 @@ def _settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError
         return None
     try:
         run = check_run(_result(outcome), ask.params[0])
+        if ascent is not None:
+            ascent.check(endpoint, run, balancer.layout)
     except ProtocolError as nonsense:
         # The endpoint is not what the directory takes it for: as good as away.
         balancer.failed(endpoint, ask.began)

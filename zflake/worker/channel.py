@@ -6,7 +6,7 @@ None of them is the lease's: a flood of requests may delay a heartbeat, never a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Final
 
 import zmq
@@ -50,6 +50,10 @@ class Channel(Intake):
         if not send(self.socket, prefix, answer):
             self._requests.dropped += 1
 
+    def peer_of(self, prefix: list[bytes]) -> Hashable:
+        """The peer that sent a request behind this prefix."""
+        return prefix[0]
+
     def flush(self) -> None:
         """Nothing: only a link's answers wait."""
 
@@ -74,7 +78,7 @@ class GatedChannel(Channel):
 class LinkChannel(Channel):
     """A DEALER to one delegator, for brokered requests; its owner calls `service` at input and at `wake_us`.
 
-    `socket` is another one after each key that was wrong; `curves` gives those that may be right.
+    `service` may put another socket in the place of `socket`; `curves` gives the keys that may be the delegator's.
     """
 
     def __init__(
@@ -86,8 +90,9 @@ class LinkChannel(Channel):
         curves: Callable[[], Sequence[Curve | None]] = no_keys,
     ) -> None:
         self._link = link
-        self._endpoint = endpoint
-        self._dialer = Dialer(context, zmq.DEALER, endpoint, curves())
+        self._connection = link.connection
+        self._context, self._endpoint, self._curves = context, endpoint, curves
+        self._dialer = self._dial()
         self._look_at_us = 0
         super().__init__(self._dialer.socket, requests)
         self.caller = BROKER if link.keyed else ANYONE
@@ -99,22 +104,30 @@ class LinkChannel(Channel):
 
     def service(self, local_us: int) -> None:
         """Say what is due."""
+        body = self._link.poll(local_us)
+        if self._connection != self._link.connection:
+            self._connection = self._link.connection
+            self._dialer.close()
+            self._dialer = self._dial()
         if local_us >= self._look_at_us:
             self._look(local_us)
-        self._say(self._link.poll(local_us))
+        if self._dialer.socket is not self.socket:
+            self._use(self._dialer.socket)
+        self._say(body)
 
     def _look(self, local_us: int) -> None:
         """See whether the delegator refuses the connection; the dialer tries another key then, if there is one."""
         self._look_at_us = local_us + LOOK_US
         if (refusal := self._dialer.refusal()) is not None:
             _log.warning("the delegator at %s refuses the connection: %s", self._endpoint, refusal)
-        if self._dialer.socket is not self.socket:
-            self._use(self._dialer.socket)
 
     @property
     def callers(self) -> Mapping[str, Caller] | None:
         """Who may ask this worker, as the delegator says; None if that is not known, or while it does not answer."""
-        return self._link.callers
+        return self._link.callers if self._link.hears else None
+
+    def _dial(self) -> Dialer:
+        return Dialer(self._context, zmq.DEALER, self._endpoint, self._curves())
 
     def close(self) -> None:
         """Close the socket, once what waits is sent."""
@@ -131,6 +144,10 @@ class LinkChannel(Channel):
             self.flush()
             frames = self._next_request(flags)
         return frames
+
+    def peer_of(self, prefix: list[bytes]) -> Hashable:  # noqa: ARG002
+        """The delegator: a tag tells nothing of the client that asked it."""
+        return self
 
     def answer(self, prefix: list[bytes], answer: bytes) -> None:
         """Answer a brokered request, at the next `flush` at the latest."""

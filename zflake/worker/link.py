@@ -4,7 +4,8 @@ While a window is open the worker is registered at the delegator: by `worker.rea
 then by a heartbeat every `HEARTBEAT_US`.  When the window has run out, or the worker ends, `worker.leave` says so.
 Heartbeats and answers show the token that the worker registered with, which a stranger in its place can't.
 A delegator that answers with an error was restarted, or has not seen the lease yet: the worker says `worker.ready`
-again.
+again.  If none of `PATIENCE` heartbeats in a row is answered, the connection may have died without a word (a router
+forgot it, the name has moved on to another machine): the link gives it up, and the owner makes another.
 
 In a cluster with keys the delegator tells the worker who may ask it for IDs: before the first `worker.ready`, and again
 when the answer to a sign of life has another version of that list.
@@ -27,6 +28,10 @@ from zflake.wire.methods import Method
 
 HEARTBEAT_US: Final = 250_000
 """Microseconds between heartbeats."""
+PATIENCE: Final = 4
+"""Heartbeats without an answer after which a connection is given up; twice as many after each that gave none."""
+MAX_PATIENCE: Final = 32
+"""The same at most, so that a delegator that is merely away is not given a connection every second."""
 MAX_BUNDLE: Final = 64
 """Answers in one message."""
 
@@ -42,8 +47,9 @@ class Answers(NamedTuple):
 class Link:
     """The worker's side of the talk with one delegator.
 
-    `load` gives what a heartbeat says of the worker.  The owner sends what the methods give, and calls `poll` at
-    `wake_us` and whenever the hold may have opened or closed.  With `keyed` the cluster has keys.
+    `load` gives what a heartbeat says of the worker.  The owner sends what the methods give, over a new connection
+    whenever `connection` has changed, and calls `poll` at `wake_us` and whenever the hold may have opened or closed.
+    With `keyed` the cluster has keys.
     """
 
     def __init__(self, hold: Hold, load: Callable[[], dict[str, int]], *, keyed: bool = False) -> None:
@@ -51,6 +57,10 @@ class Link:
         """Who may ask this worker for IDs, by key, as the delegator said last."""
         self.wake_us = 0
         """When `poll` is due (local clock)."""
+        self.connection = 0
+        """Number of the connection that `poll` speaks of; one more after each that was given up."""
+        self._silences = 0  # heartbeats in a row that had no answer yet
+        self._patience = PATIENCE
         self._hold = hold
         self._load = load
         self._answers: list[tuple[bytes, bytes]] = []
@@ -75,12 +85,22 @@ class Link:
             return self.leave()
         if not due:
             return None
+        if self._silences >= self._patience:
+            self.connection += 1
+            self._silences, self._patience = 0, min(2 * self._patience, MAX_PATIENCE)
+            self._known_as = None
+        self._silences += 1
         if self.keyed and self._version is None:
             return self._say(Method.WORKER_CALLERS)
         if self._known_as == mint.machine:
             return self._say(Method.WORKER_HEARTBEAT, self._load(), self._token)
         self._known_as, self._token = mint.machine, self._hold.token
         return self._say(Method.WORKER_READY, mint.machine, self._token)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the delegator answers."""
+        return self._silences < PATIENCE
 
     def leave(self) -> bytes | None:
         """The `worker.leave` to send; None if the delegator does not count on this worker."""
@@ -97,6 +117,7 @@ class Link:
         """Take in an answer of the delegator's."""
         with contextlib.suppress(ProtocolError):
             response = decode_response(body)
+            self._silences, self._patience = 0, PATIENCE
             if response.error is not None:
                 self._known_as = None
                 return

@@ -102,7 +102,9 @@ class Worker:
             router = bound_router(self._context, config.bind, None if keys is None else keys.as_server())
             self.address = _advertised(config, address_of(router))
             self._hold, self._holding = self._take_hold()
-            self.handler: Handler[Asker] = Handler(self._hold, self._describe)
+            self.handler: Handler[Asker] = Handler(
+                self._hold, self._describe, lambda asker: asker[0].peer_of(asker[1])
+            )
             self._links = [
                 LinkChannel(
                     self._outward,
@@ -122,12 +124,10 @@ class Worker:
         self._busy_channel: Channel | None = None
         self._busy_since_us = 0  # from when on requests have come in by that channel only
         self._poller = zmq.Poller()
-        for channel in self._channels:
-            self._poller.register(channel.socket, zmq.POLLIN)
         if self._gate is not None:
             self._gate.register(self._poller)
         self._waker.register(self._poller)
-        self._polled: zmq.Socket[bytes] | None = None
+        self._polled: list[zmq.Socket[bytes] | None] = []
         # When the loop was stopped last, and until when messages of that time turn up.
         self._stalled_us = (0, 0)
 
@@ -194,7 +194,7 @@ class Worker:
         self._answer_parked(local_us)
 
     def _poll(self) -> dict[Any, int]:
-        self._follow_socket()
+        self._follow_sockets()
         wake_us = min([self._holding.wake_us, *(link.wake_us for link in self._links)])
         sleep_us = min(max(0, wake_us - clock.local_us()), IDLE_US)
         poll_ms = -(-sleep_us // 1000)
@@ -218,19 +218,22 @@ class Worker:
         return events
 
     def _follow_callers(self, gate: Gate) -> None:
-        """Let those in whom a delegator names that this worker is registered at; else whom it named last."""
+        """Let those in whom a delegator names that answers; if none does, whom they named last."""
         named = [link.callers for link in self._links if link.callers is not None]
-        if named != self._named:
+        if named and named != self._named:
             self._named = named
             gate.callers = {key: caller for callers in named for key, caller in callers.items()}
 
-    def _follow_socket(self) -> None:
-        current = self._holding.socket
-        if current is not self._polled:
-            if self._polled is not None:
-                self._poller.unregister(self._polled)
-            if current is not None:
-                self._poller.register(current, zmq.POLLIN)
+    def _follow_sockets(self) -> None:
+        """Have the poller look at the sockets of now: a connection that died is replaced by its owner."""
+        current = [self._holding.socket, *[channel.socket for channel in self._channels]]
+        if current != self._polled:
+            for socket in self._polled:
+                if socket is not None:
+                    self._poller.unregister(socket)
+            for socket in current:
+                if socket is not None:
+                    self._poller.register(socket, zmq.POLLIN)
             self._polled = current
 
     def _answer(self, channel: Channel, *, linger: bool) -> int:
@@ -278,7 +281,7 @@ class Worker:
             self._answer_parked(clock.local_us())
         self.handler.draining = True  # requests that come now are sent to another worker
         self._holding.release(clock.local_us() + RELEASE_US)
-        self._follow_socket()
+        self._follow_sockets()
         self._answer_parked(clock.local_us())  # those that are parked still are sent there too
         until_us = clock.local_us() + DRAIN_US
         while (left_us := until_us - clock.local_us()) > 0:
