@@ -22,7 +22,7 @@ from zflake.delegator.start import Wishes, check_wishes, start
 from zflake.errors import StoreError
 from zflake.stores import check_url, open_store
 from zflake.wire.endpoint import Endpoint, check_bind
-from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
+from zflake.wire.sockets import NOW, Intake, LargeAnswers, address_of, bound_router
 
 BROKERING_US: Final = 10_000
 """Microseconds after an ID request for which the loop lingers at its socket."""
@@ -75,6 +75,7 @@ class Delegator:
             self._router = bound_router(self._context, config.bind)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._intake = Intake(self._router)
+            self._answers = LargeAnswers(self._router)
             self.address = address_of(self._router)
             self._store = store = open_store(config.store)
             undo.callback(store.close)
@@ -88,7 +89,7 @@ class Delegator:
             held = store.held(self.clock.tick())
             undo.pop_all()
         self.executor = LeaseExecutor(store, meta, self.clock, wake=waker.wake)
-        self.service = Service(self.executor, Directory(held), secrets.token_bytes)
+        self.service = Service(self.executor, Directory(held), secrets.token_bytes, self._answers.has_room)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         waker.register(self._poller)
@@ -161,7 +162,7 @@ class Delegator:
         service = self.service
         while messages := service.collect():
             for message in messages:
-                if not send(self._router, message.prefix, message.body):
+                if not self._answers.send(message.prefix, message.body):
                     service.unsent(message, clock.local_us())
 
     def _drain(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from zflake.errors import ProtocolError
 from zflake.wire import fields
-from zflake.wire.cluster import check_heartbeat, check_leave, check_ready
+from zflake.wire.cluster import check_heartbeat, check_leave, check_ready, check_status
 from zflake.wire.codec import MAX_SHOWN, BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.ids import check_next
 from zflake.wire.leases import check_acquire, check_release, check_renew, check_trace
@@ -51,7 +51,7 @@ METHODS: Final[Mapping[Method, Rule]] = {
     Method.WORKER_HEARTBEAT: Rule(check_heartbeat),
     Method.WORKER_LEAVE: Rule(check_leave),
     Method.CLUSTER_WORKERS: Rule(fields.no_params),
-    Method.CLUSTER_STATUS: Rule(fields.no_params),
+    Method.CLUSTER_STATUS: Rule(check_status),
     Method.CLUSTER_TRACE: Rule(check_trace),
 }
 
@@ -121,9 +121,9 @@ class Dispatcher(Generic[A]):
 
 
 def told(tell: Callable[[], Any]) -> MethodHandler[Any]:
-    """The handler of a method without params, which answers with what `tell` gives."""
+    """The handler of a method that answers with what `tell` gives, whatever its params."""
 
-    def handler(_asker: Any, msgid: int, _none: None, _arrived_us: int, _local_us: int) -> bytes:
+    def handler(_asker: Any, msgid: int, _params: Any, _arrived_us: int, _local_us: int) -> bytes:
         return encode_result(msgid, tell())
 
     return handler

@@ -14,6 +14,27 @@ from zflake.wire.frames import MAX_FRAMES, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
 
+# libzmq counts messages, for each peer.  It learns only after each half of a mark that some were taken, so of a mark only
+# half is certain.
+UNTAKEN: Final = 256
+"""Answers and brokered requests that may wait for one peer; a further one is dropped.  Half of it is more than a peer
+that takes its answers can have waiting: a worker's credit, or a pipeline of 64 requests, with heartbeats beside them."""
+UNTAKEN_LARGE: Final = 4
+"""Answers of `LARGE_BYTES` or more that may wait for one peer; a page of leases may have 20 kB."""
+LARGE_BYTES: Final = 1024
+SWEEP_AT: Final = 256
+"""Peers with large answers at which a first look is taken whether they have got them."""
+UNREAD: Final = 32
+"""Messages of one peer that a server has not read; further ones wait in the kernel, and then at the peer."""
+UNREAD_ANSWERS: Final = 4
+"""Messages that a socket with one request under way has not read: one is wanted."""
+KERNEL_BYTES: Final = 64 * 1024
+"""Bytes that the kernel is asked to keep for one connection, in and out each; Linux takes twice as many."""
+STUCK_MS: Final = 20_000
+"""Milliseconds without progress after which a peer that takes no bytes is let go, with all that waits for it."""
+HANDSHAKE_MS: Final = 10_000
+"""Milliseconds that a peer has for its handshake."""
+
 
 def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> zmq.Socket[bytes]:
     """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
@@ -26,6 +47,12 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
     router.setsockopt(zmq.LINGER, 500)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that left fails and is counted
     router.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+    router.setsockopt(zmq.SNDHWM, UNTAKEN)
+    router.setsockopt(zmq.RCVHWM, UNREAD)
+    router.setsockopt(zmq.SNDBUF, KERNEL_BYTES)
+    router.setsockopt(zmq.RCVBUF, KERNEL_BYTES)
+    router.setsockopt(zmq.TCP_MAXRT, STUCK_MS)
+    router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     router.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
     router.setsockopt(zmq.BACKLOG, 1024)
     # A peer whose machine vanished holds its connection, and a file descriptor, until this notices.
@@ -42,11 +69,18 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
 
 
 def connected(
-    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: Endpoint, *, queue: bool = False
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    endpoint: Endpoint,
+    *,
+    queue: bool = False,
+    unread: int = UNREAD_ANSWERS,
+    most_bytes: int = MAX_RESPONSE_BYTES,
 ) -> zmq.Socket[bytes]:
     """A REQ or DEALER (`kind`) to one peer.
 
-    A message that is sent while the peer is away is lost, or with `queue` waits until it is back.
+    A message that is sent while the peer is away is lost, or with `queue` waits until it is back.  The peer can make
+    this process hold `unread` messages of `most_bytes` each, wanted or not.
 
     One peer a socket, always: over several, messages are dealt out in turn, to the dead as well.
     No ZMTP heartbeats: on the connecting side they can abort the process (libzmq issue 3937).
@@ -54,7 +88,10 @@ def connected(
     asking = context.socket(kind)
     asking.setsockopt(zmq.LINGER, 0)
     asking.setsockopt(zmq.IMMEDIATE, int(not queue))
-    asking.setsockopt(zmq.MAXMSGSIZE, MAX_RESPONSE_BYTES)
+    asking.setsockopt(zmq.MAXMSGSIZE, most_bytes)
+    asking.setsockopt(zmq.RCVHWM, unread)
+    asking.setsockopt(zmq.SNDHWM, unread)
+    asking.setsockopt(zmq.RCVBUF, KERNEL_BYTES)
     asking.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     asking.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     asking.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
@@ -111,18 +148,57 @@ class Intake:
         return False
 
 
-def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:
+def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes | zmq.Frame) -> bool:
     """Send a message, never waiting; False if the peer has gone or takes no more."""
     # Not send_multipart(), which costs more than its parts.
     try:
         for frame in prefix:
             socket.send(frame, _MORE)
-        socket.send(body, NOW)
+        socket.send(body, NOW, copy=type(body) is bytes)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             raise
         return False
     return True
+
+
+class LargeAnswers:
+    """Sends answers of any size by a ROUTER: of the large ones a peer has only so many, until it takes them.
+
+    A peer that asks and reads nothing would else have `UNTAKEN` of them.
+    """
+
+    def __init__(self, router: zmq.Socket[bytes]) -> None:
+        self._router = router
+        self._untaken: dict[bytes, list[zmq.MessageTracker]] = {}
+        self._sweep_at = SWEEP_AT
+
+    def has_room(self, identity: bytes) -> bool:
+        """Whether this peer may be sent one more."""
+        untaken = self._untaken.get(identity)
+        if untaken is None:
+            return True
+        untaken[:] = [tracker for tracker in untaken if not tracker.done]
+        if not untaken:
+            del self._untaken[identity]
+        return len(untaken) < UNTAKEN_LARGE
+
+    def send(self, prefix: list[bytes], body: bytes) -> bool:
+        """Send an answer, never waiting; False if the peer has gone or takes no more."""
+        if len(body) < LARGE_BYTES:
+            return send(self._router, prefix, body)
+        identity = prefix[0]
+        if not self.has_room(identity):
+            return False
+        frame = zmq.Frame(body, track=True, copy=False, copy_threshold=0)
+        if not send(self._router, prefix, frame):
+            return False
+        self._untaken.setdefault(identity, []).append(frame.tracker)
+        if len(self._untaken) >= self._sweep_at:
+            for each in list(self._untaken):
+                self.has_room(each)
+            self._sweep_at = 2 * len(self._untaken) + SWEEP_AT
+        return True
 
 
 def address_of(router: zmq.Socket[bytes]) -> str:

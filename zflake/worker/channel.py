@@ -13,7 +13,8 @@ from zflake import clock
 from zflake.wire.codec import REQUEST_HEAD
 from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.sockets import NOW, Intake, connected, send
+from zflake.wire.frames import MAX_REQUEST_BYTES
+from zflake.wire.sockets import NOW, UNTAKEN, Intake, connected, send
 from zflake.worker.link import Answers, Link
 
 RECEIVE_MS: Final = 1
@@ -44,7 +45,9 @@ class LinkChannel(Channel):
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, link: Link, requests: Requests
     ) -> None:
-        super().__init__(connected(context, zmq.DEALER, endpoint), requests)
+        super().__init__(
+            connected(context, zmq.DEALER, endpoint, unread=UNTAKEN, most_bytes=MAX_REQUEST_BYTES), requests
+        )
         self.socket.setsockopt(zmq.LINGER, 500)  # `worker.leave` may still wait to be sent
         self._link = link
 
