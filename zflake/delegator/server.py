@@ -13,7 +13,7 @@ from typing import Final
 import zmq
 
 from zflake import clock
-from zflake.daemon import Liveness, Waker
+from zflake.daemon import Door, Liveness, Waker
 from zflake.delegator.clock import begin_timeline
 from zflake.delegator.directory import Directory
 from zflake.delegator.executor import LeaseExecutor
@@ -72,7 +72,8 @@ class Delegator:
         with contextlib.ExitStack() as undo:
             undo.callback(self._context.destroy, linger=0)
             # Before the store is touched: a delegator that can't serve changes nothing.
-            self._router = bound_router(self._context, config.bind)
+            self._door = Door(self._context)
+            self._router = bound_router(self._context, config.bind, self._door.watch)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._intake = Intake(self._router)
             self._answers = LargeAnswers(self._router)
@@ -93,6 +94,7 @@ class Delegator:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         waker.register(self._poller)
+        self._door.register(self._poller)
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
@@ -115,6 +117,7 @@ class Delegator:
             self.liveness.stop()
             self._drain()
         finally:
+            self._door.close()
             self._router.close()
             self._context.term()
 
@@ -130,6 +133,7 @@ class Delegator:
         if overslept_us > STOPPED_US:
             service.directory.excuse(overslept_us)
         self._waker.take(events)
+        self._door.take(events)
         service.turn(woke_us)
         emptied = self._router not in events or self._receive(woke_us - overslept_us)
         self._flush()

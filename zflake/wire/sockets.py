@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Final
 
 import zmq
@@ -32,12 +33,18 @@ KERNEL_BYTES: Final = 64 * 1024
 """Bytes that the kernel is asked to keep for one connection, in and out each; Linux takes twice as many."""
 STUCK_MS: Final = 20_000
 """Milliseconds without progress after which a peer that takes no bytes is let go, with all that waits for it."""
+BACKLOG: Final = 256
+"""Connections that the kernel accepts before libzmq does."""
 HANDSHAKE_MS: Final = 10_000
 """Milliseconds that a peer has for its handshake."""
 
 
-def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> zmq.Socket[bytes]:
-    """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
+def bound_router(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: Endpoint,
+    watch: Callable[[zmq.Socket[bytes]], None] = lambda _: None,
+) -> zmq.Socket[bytes]:
+    """A server's ROUTER, handed to `watch` before it binds.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
     import ctypes  # noqa: PLC0415  (clients, which bind nothing, do without)
 
     # libzmq numbers the peers that bring no identity, and aborts the process if one of its numbers is the identity that
@@ -54,12 +61,13 @@ def bound_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) ->
     router.setsockopt(zmq.TCP_MAXRT, STUCK_MS)
     router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     router.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
-    router.setsockopt(zmq.BACKLOG, 1024)
+    router.setsockopt(zmq.BACKLOG, BACKLOG)
     # A peer whose machine vanished holds its connection, and a file descriptor, until this notices.
     router.setsockopt(zmq.TCP_KEEPALIVE, 1)
     router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
     router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    watch(router)
     try:
         router.bind(endpoint.text)
     except zmq.ZMQError as error:

@@ -17,7 +17,7 @@ import zmq
 from zflake import clock
 from zflake.core.layout import Layout
 from zflake.core.lease import Holder
-from zflake.daemon import Liveness, Waker
+from zflake.daemon import Door, Liveness, Waker
 from zflake.errors import ConfigError
 from zflake.holder.hold import Hold
 from zflake.holder.lease_client import LeaseClient
@@ -90,7 +90,8 @@ class Worker:
         with contextlib.ExitStack() as undo:
             undo.callback(self._context.destroy, linger=0)
             undo.callback(self._outward.destroy, linger=0)
-            router = bound_router(self._context, config.bind)
+            self._door = Door(self._context)
+            router = bound_router(self._context, config.bind, self._door.watch)
             self.address = _advertised(config, address_of(router))
             self._hold, self._holding = self._take_hold()
             self.handler: Handler[Asker] = Handler(self._hold, self._describe)
@@ -108,6 +109,7 @@ class Worker:
         for channel in self._channels:
             self._poller.register(channel.socket, zmq.POLLIN)
         self._waker.register(self._poller)
+        self._door.register(self._poller)
         self._polled: zmq.Socket[bytes] | None = None
         # When the loop was stopped last, and until when messages of that time turn up.
         self._stalled_us = (0, 0)
@@ -129,6 +131,7 @@ class Worker:
             self._drain()
         finally:
             self._holding.close()
+            self._door.close()
             for channel in self._channels:
                 channel.socket.close()
             self._context.term()
@@ -161,6 +164,7 @@ class Worker:
             if channel.socket in events:
                 self._answer(channel, linger=lingers and channel is self._busy_channel)
         self._waker.take(events)
+        self._door.take(events)
         local_us = clock.local_us()
         self._holding.service(local_us)
         for link in self._links:
