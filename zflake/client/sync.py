@@ -67,7 +67,8 @@ class Client:
         """One ID, greater than the worker's earlier ones.
 
         Raises `Timeout`, `Unavailable`, `LeaseExpired` or `Overloaded` once the timeout is spent,
-        `ProtocolError` if an endpoint is not zflake's, `Closed` after `close`.
+        `ProtocolError` if an endpoint is not zflake's, `Closed` after `close`, and `Unavailable` at once if this
+        process is short of descriptors.
         """
         return self._take(1)[0][0]
 

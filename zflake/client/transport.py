@@ -19,7 +19,7 @@ from zflake.client.conversation import CONNECT_S, Ask, Outcome
 from zflake.errors import Closed, ProtocolError
 from zflake.wire.codec import REQUEST, Response, decode_response, packer
 from zflake.wire.endpoint import Endpoint, parse_endpoint
-from zflake.wire.sockets import connected
+from zflake.wire.sockets import check_descriptors, connected
 
 MAX_IDLE: Final = 64
 """Number of idle sockets to one endpoint that are kept for the next calls."""
@@ -106,6 +106,7 @@ class _Sockets:
         key = endpoint.text if endpoint.is_name else ""
         context = self._contexts.get(key)
         if context is None:
+            check_descriptors()
             context = self._contexts[key] = zmq.Context()
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         socket = connected(context, zmq.REQ, endpoint)
@@ -134,7 +135,11 @@ class Transport:
         self._reset()
 
     def ask(self, ask: Ask) -> Outcome:
-        """Send one request and wait for its outcome.  Raises `Closed` after `close`."""
+        """Send one request and wait for its outcome.
+
+        Raises `Closed` after `close`, and `Unavailable` if this process has nothing left to connect with: that says
+        nothing of the endpoint.
+        """
         try:
             line = self._check_out(ask.endpoint)
         except zmq.ZMQError as error:

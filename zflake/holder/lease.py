@@ -147,7 +147,7 @@ class LeaseConversation:
         if self._pending is not None and local_us >= self._answer_by_us:
             self.refusal = None
             self._silences += 1
-            self._complain(local_us, "%s does not answer", self.endpoint)
+            self.complain(local_us, "%s does not answer", self.endpoint)
             self._go_on()
         self._follow(local_us)
         if self._pending is not None or local_us < self._hold_until_us:
@@ -174,7 +174,7 @@ class LeaseConversation:
             if self._pending is not None and response.msgid == self._msgid:
                 self._take(response, local_us)
         except ProtocolError as error:
-            self._complain(local_us, "%s: %s", self.endpoint, error)
+            self.complain(local_us, "%s: %s", self.endpoint, error)
 
     def release(self) -> Release | None:
         """Stop minting for good; `poll` gives the machine ID back from now on, while `releasing`.
@@ -260,7 +260,7 @@ class LeaseConversation:
 
     def _pass_over(self, local_us: int, error: Exception) -> None:
         self._hold_until_us = local_us + RETRY_US
-        self._complain(local_us, "rejected delegator %s: %s", self.endpoint, error)
+        self.complain(local_us, "rejected delegator %s: %s", self.endpoint, error)
         self._go_on()
 
     def _settle(self, request: Request, response: Response, local_us: int) -> None:
@@ -302,7 +302,7 @@ class LeaseConversation:
             return
         self.refusal = refusal
         if refusal.reason is not Refused.TOO_EARLY:
-            self._complain(local_us, "%s: %s: %s", self.endpoint, refusal.reason, refusal.message)
+            self.complain(local_us, "%s: %s: %s", self.endpoint, refusal.reason, refusal.message)
         if refusal.reason is Refused.UNAVAILABLE and len(self._endpoints) > 1:
             self._go_on()
 
@@ -319,7 +319,8 @@ class LeaseConversation:
                     _log.info("machine %d: a window is open again", mint.machine)
         self._followed = self.lessee.state
 
-    def _complain(self, local_us: int, message: str, *args: object) -> None:
+    def complain(self, local_us: int, message: str, *args: object) -> None:
+        """Log what goes wrong, once in a while."""
         if local_us >= self._quiet_until_us:
             self._quiet_until_us = local_us + LOG_INTERVAL_US
             _log.warning(message, *args)

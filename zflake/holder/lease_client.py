@@ -17,6 +17,7 @@ import zmq
 from zflake import clock
 from zflake.core.layout import Layout
 from zflake.core.lease import TOKEN_BYTES, Holder
+from zflake.errors import Unavailable
 from zflake.holder.clock import HolderClock
 from zflake.holder.lease import LeaseConversation
 from zflake.wire.endpoint import Endpoint
@@ -66,9 +67,13 @@ class LeaseClient:
         self._receive()
         body = self.lease.poll(local_us)
         if self._connection != self.lease.connection:
-            self._connection = self.lease.connection
+            try:
+                fresh = self._connect()
+            except Unavailable as error:  # what was to be sent is as good as lost, and sent again
+                self.lease.complain(local_us, "%s", error)
+                return
             self.socket.close(linger=0)
-            self.socket = self._connect()
+            self.socket, self._connection = fresh, self.lease.connection
         if body is not None:
             with contextlib.suppress(zmq.Again):  # as good as a lost message: it is sent again
                 self.socket.send_multipart([b"", body], zmq.NOBLOCK)

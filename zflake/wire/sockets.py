@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from typing import Final
 
 import zmq
 
-from zflake.errors import ConfigError
+from zflake.errors import ConfigError, Unavailable
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.frames import MAX_FRAMES, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
@@ -33,6 +34,9 @@ KERNEL_BYTES: Final = 64 * 1024
 """Bytes that the kernel is asked to keep for one connection, in and out each; Linux takes twice as many."""
 STUCK_MS: Final = 20_000
 """Milliseconds without progress after which a peer that takes no bytes is let go, with all that waits for it."""
+DESCRIPTORS: Final = 16
+"""Descriptors that must be free before a context or a socket is made.  Both together take seven, and other threads some
+meanwhile."""
 BACKLOG: Final = 256
 """Connections that the kernel accepts before libzmq does."""
 HANDSHAKE_MS: Final = 10_000
@@ -76,6 +80,27 @@ def bound_router(
     return router
 
 
+def check_descriptors() -> None:
+    """Check that this process has the descriptors that a context and a socket take.
+
+    libzmq aborts the process if it gets only some of them.
+
+    Raises `Unavailable`.
+    """
+    opened: list[int] = []
+    try:
+        while len(opened) < DESCRIPTORS:
+            opened += os.pipe()
+    except OSError as error:
+        raise Unavailable(
+            f"this process has no {DESCRIPTORS} descriptors left, which a connection may take ({error.strerror}): "
+            "raise its limit of open files (ulimit -n), or close some"
+        ) from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 def connected(
     context: zmq.Context[zmq.Socket[bytes]],
     kind: int,
@@ -90,10 +115,16 @@ def connected(
     A message that is sent while the peer is away is lost, or with `queue` waits until it is back.  The peer can make
     this process hold `unread` messages of `most_bytes` each, wanted or not.
 
+    Raises `Unavailable` if this process is short of descriptors or sockets.
+
     One peer a socket, always: over several, messages are dealt out in turn, to the dead as well.
     No ZMTP heartbeats: on the connecting side they can abort the process (libzmq issue 3937).
     """
-    asking = context.socket(kind)
+    check_descriptors()
+    try:
+        asking = context.socket(kind)
+    except zmq.ZMQError as error:
+        raise Unavailable(f"this process can't have another socket: {error.strerror}") from error
     asking.setsockopt(zmq.LINGER, 0)
     asking.setsockopt(zmq.IMMEDIATE, int(not queue))
     asking.setsockopt(zmq.MAXMSGSIZE, most_bytes)
