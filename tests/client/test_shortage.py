@@ -23,15 +23,19 @@ from zflake.wire.endpoint import parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig
 
 CHILD: Final = """
-import os, resource, sys
+import os, resource, sys, time
 import zflake
 
 make = {
     "client": lambda: zflake.Client(sys.argv[2], timeout=20),
     "generator": lambda: zflake.LeasedGenerator(sys.argv[2], timeout=20),
 }[sys.argv[1]]
+opened = lambda: len(os.listdir("/proc/self/fd"))
+before = opened()
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 for left in range(13):
+    while opened() > before:  # what the last one had is closed in other threads
+        time.sleep(0.01)
     with make() as ids:
         taken = []
         try:
