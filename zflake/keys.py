@@ -80,9 +80,16 @@ class Keys:
 
 
 def open_keys(folder: str | os.PathLike[str] | None) -> Keys | None:
-    """The keys in a folder; for None those in the folder that ZFLAKE_KEYS names, if it names one; for "" none."""
+    """The keys in a folder; for None those in the folder that ZFLAKE_KEYS names, if it names one; for "" none.
+
+    Raises `ConfigError` if there is no key pair, or no delegator's key, in it.
+    """
     folder = os.environ.get("ZFLAKE_KEYS") if folder is None else folder
-    return Keys(Path(folder)) if folder else None
+    if not folder:
+        return None
+    keys = Keys(Path(folder))
+    keys.to()  # now, not at the first call
+    return keys
 
 
 def curves_of(keys: Keys | None, server: str = "") -> Callable[[], Sequence[Curve | None]]:

@@ -115,7 +115,7 @@ def test_a_lone_req_gets_ids_of_the_workers_from_the_delegator(
         assert len(set(ids)) == len(ids)
         leases = {lease["machine"]: lease["worker"] for lease in status(peer)["leases"]}
         assert {LAYOUT.decompose(id_).machine for id_ in ids} == set(leases)
-        assert status(peer)["broker"]["brokered"] == 100
+        until(lambda: status(peer)["broker"]["brokered"] == 100)
         until(lambda: sum(lease["worker"]["ids"] for lease in status(peer)["leases"]) == len(ids))
         assert sorted(listed(peer)) == ["w1", "w2"]
     # They left: at once, and before their leases ran out.
@@ -258,7 +258,7 @@ def test_nothing_that_strangers_send_reaches_a_client_while_real_workers_serve(
         finally:
             mask.close(linger=0)
         assert client.receive(0.02) is None
-        assert status(peer)["broker"]["strays"] > 150
+        until(lambda: status(peer)["broker"]["strays"] > 150)
 
 
 def test_who_shows_no_lease_s_token_is_no_worker(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zflake.wire.frames import MAX_ENVELOPE, MAX_FRAMES, split
+from zflake.wire.frames import MAX_ENVELOPE, MAX_FRAMES, MAX_HOP_BYTES, split
 
 envelopes = st.lists(st.binary(min_size=1, max_size=8), max_size=MAX_ENVELOPE)
 
@@ -34,6 +34,14 @@ def test_an_envelope_of_up_to_the_limit_is_taken(length: int) -> None:
 @pytest.mark.parametrize("length", [MAX_ENVELOPE + 1, MAX_FRAMES, 1000])
 def test_a_longer_envelope_is_refused(length: int) -> None:
     assert split([*[b"hop"] * length, b"", b"body"]) is None
+
+
+@pytest.mark.parametrize("at", range(MAX_ENVELOPE))
+def test_a_frame_of_the_envelope_that_is_too_long_to_be_kept_is_refused(at: int) -> None:
+    for length, taken in ((MAX_HOP_BYTES, True), (MAX_HOP_BYTES + 1, False)):
+        frames = [b"hop"] * MAX_ENVELOPE
+        frames[at] = bytes(length)
+        assert (split([*frames, b"", b"body"]) is not None) is taken
 
 
 def test_the_longest_message_is_told_from_a_longer_one_by_its_first_frames() -> None:

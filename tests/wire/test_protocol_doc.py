@@ -28,8 +28,8 @@ from zflake.delegator.broker import CREDIT, MAX_QUEUE, TAG_BYTES, Broker, Outgoi
 from zflake.delegator.directory import MISSED_US
 from zflake.delegator.server import Delegator, DelegatorConfig
 from zflake.delegator.start import Wishes
-from zflake.wire import codec, endpoint, fields, frames, ids
-from zflake.wire.cluster import LOAD, check_heartbeat, check_leave, check_ready
+from zflake.wire import codec, endpoint, fields, frames, ids, sockets
+from zflake.wire.cluster import LOAD, PAGE, check_heartbeat, check_leave, check_ready
 from zflake.wire.codec import (
     REQUEST_HEAD,
     RESPONSE_HEAD,
@@ -444,6 +444,16 @@ def test_the_numbers_in_the_document_are_the_code_s() -> None:
     ):
         assert f"{number:,}" in TEXT
     assert f"a queue of at most {MAX_QUEUE:,}" in TEXT
+    assert f"at most {frames.MAX_HOP_BYTES} bytes each" in TEXT
+    assert f"Of more than {PAGE} workers, {PAGE} are listed" in TEXT
+    assert f"a page of the leases, with at most {PAGE} of them" in TEXT
+    # Of its marks libzmq vouches for one half.
+    least, large = sockets.UNTAKEN // 2, sockets.UNTAKEN_LARGE - 1
+    assert (
+        f"at least {least} answers for a peer, at least {large} of them of {sockets.LARGE_BYTES:,} bytes"
+        in TEXT
+    )
+    assert f"takes no bytes for {sockets.STUCK_MS // 1000} s" in TEXT
     assert f"at most {CREDIT} requests under way" in TEXT
     assert f"not been heard of for {MISSED_US // 1000:,} ms" in TEXT
     assert f"`worker.beat` every {HEARTBEAT_US // 1000} ms" in TEXT

@@ -406,9 +406,13 @@ def test_an_unknown_method_is_refused(world: World, method: str) -> None:
     assert len(refusal.message) < 400
 
 
-@pytest.mark.parametrize("method", ["hello", "ping", "cluster.status"])
+@pytest.mark.parametrize("method", ["hello", "ping"])
 def test_methods_that_take_nothing_refuse_params(world: World, method: str) -> None:
     assert code(world.ask(method, 1)) == "bad_request"
+
+
+def test_a_page_of_the_status_is_all_of_it(world: World) -> None:
+    assert result(world.ask("cluster.status", 7)).keys() == result(world.ask("cluster.status")).keys()
 
 
 def test_the_figures_count_what_happened(world: World) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from zflake.client.conversation import Ask
+from zflake.client.conversation import PAUSE_S, Ask
 from zflake.client.transport import Transport
-from zflake.errors import AuthError, ProtocolError, Timeout
+from zflake.errors import AuthError, Overloaded, ProtocolError, Timeout
 from zflake.keys import Keys
 from zflake.wire.codec import printable
 from zflake.wire.methods import Method, exception_of
@@ -22,11 +23,41 @@ def ask(
     Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, `AuthError` if the connection is refused,
     and the error that the answer carries.
     """
-    deadline, outcome = time.monotonic() + timeout_s, None
     with closing(Transport(keys)) as transport:
-        # The transport gives a connection up before the time is over, since a client has other endpoints.
-        while outcome is None and (left_s := deadline - time.monotonic()) > 0:
-            outcome = transport.ask(Ask(endpoint, method, params, left_s))
+        return _ask(transport, endpoint, method, params, timeout_s)
+
+
+def ask_pages(endpoint: str, method: Method, timeout_s: float, keys: Keys | None = None) -> Iterator[Any]:
+    """The results of a request for all pages, within `timeout_s` seconds; each says as `next` what gives the next one.
+
+    Raises what `ask` raises.
+    """
+    deadline = time.monotonic() + timeout_s
+    params: tuple[int, ...] = ()
+    with closing(Transport(keys)) as transport:
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                page = _ask(transport, endpoint, method, params, left_s)
+            except Overloaded as error:
+                if left_s < PAUSE_S:
+                    raise
+                time.sleep(min(left_s, error.retry_after or PAUSE_S))
+                continue
+            yield page
+            after = page.get("next") if isinstance(page, dict) else None
+            if type(after) is not int:
+                return
+            params = (after,)
+
+
+def _ask(
+    transport: Transport, endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float
+) -> Any:
+    deadline, outcome = time.monotonic() + timeout_s, None
+    # The transport gives a connection up before the time is over, since a client has other endpoints.
+    while outcome is None and (left_s := deadline - time.monotonic()) > 0:
+        outcome = transport.ask(Ask(endpoint, method, params, left_s))
     if outcome is None:
         raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; check that it is running")
     if isinstance(outcome, AuthError | ProtocolError):

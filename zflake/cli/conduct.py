@@ -21,6 +21,7 @@ from zflake.daemon import Liveness, Waker
 from zflake.errors import ConfigError, ZflakeError
 from zflake.wire.codec import printable
 from zflake.wire.endpoint import Endpoint, check_exposed
+from zflake.wire.sockets import check_descriptors
 
 FAILED: Final = 1
 """The exit code when something could not be done."""
@@ -125,6 +126,7 @@ def serve(make: Callable[[Waker], Daemon], metrics: str, **options: Unpack[Daemo
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # some systems do not allow what they promise
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file descriptor for each peer
+    check_descriptors()
     with Waker(follow_stdin=options["follow_stdin"]) as waker, contextlib.ExitStack() as stack:
         daemon = make(waker)
         if http is not None:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from zflake.cli.ask import ask
+from zflake.cli.ask import ask_pages
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, ProtocolError, Timeout
 from zflake.keys import Keys
@@ -25,14 +25,19 @@ LOOK_S = 1.0
 
 
 def ask_status(endpoint: str, timeout_s: float, keys: Keys | None = None) -> dict[str, Any]:
-    """A daemon's state, as PROTOCOL.md describes `cluster.status`.
+    """A daemon's state, as PROTOCOL.md describes `cluster.status`, with the leases of all pages.
 
     Raises `Timeout` if no daemon answers, `ProtocolError` if it is not a zflake daemon.
     """
-    facts = ask(endpoint, Method.CLUSTER_STATUS, (), timeout_s, keys)
-    if not isinstance(facts, dict) or "service" not in facts:
-        raise ProtocolError(f"{endpoint} does not answer as a daemon of zflake's")
-    return facts
+    first, *others = ask_pages(endpoint, Method.CLUSTER_STATUS, timeout_s, keys)
+    for facts in (first, *others):
+        if not isinstance(facts, dict) or "service" not in facts or type(facts.get("leases", [])) is not list:
+            raise ProtocolError(f"{endpoint} does not answer as a daemon of zflake's")
+    if others:
+        leases = {lease["machine"]: lease for facts in (first, *others) for lease in facts["leases"]}
+        first["leases"] = list(leases.values())
+        first["next"] = None
+    return dict(first)
 
 
 def show_status(facts: dict[str, Any]) -> None:
@@ -112,7 +117,7 @@ class Rates:
     """Rates between one look and the next."""
 
     def __init__(self) -> None:
-        self._at = time.monotonic()
+        self._at_us = 0
         self._ids: dict[int, int] = {}
         self._requests: Mapping[str, int] = {}
         self.ids: dict[int, float] = {}
@@ -122,12 +127,14 @@ class Rates:
 
     def update(self, facts: dict[str, Any]) -> None:
         """Take in what a delegator says now."""
-        now = time.monotonic()
-        passed_s = max(now - self._at, 1e-9)
+        # By the delegator's clock: it gives the same figures for up to a second.
+        if facts["now_us"] == self._at_us:
+            return
+        passed_s = max(facts["now_us"] - self._at_us, 1) / 1e6
         ids = {lease["machine"]: lease["worker"]["ids"] for lease in facts["leases"] if lease["worker"]}
         self.ids = _rates(ids, self._ids, passed_s)
         self.requests = _rates(facts["requests"], self._requests, passed_s)
-        self._ids, self._requests, self._at = ids, facts["requests"], now
+        self._ids, self._requests, self._at_us = ids, facts["requests"], facts["now_us"]
 
 
 def _rates(counts: Mapping[Any, int], before: Mapping[Any, int], passed_s: float) -> dict[Any, float]:

@@ -71,8 +71,8 @@ class Client:
         """One ID, greater than the worker's earlier ones.
 
         Raises `Timeout`, `Unavailable`, `LeaseExpired` or `Overloaded` once the timeout is spent,
-        `ProtocolError` if an endpoint is not zflake's, `AuthError` at once if the cluster refuses the key, `Closed`
-        after `close`.
+        `ProtocolError` if an endpoint is not zflake's, `Closed` after `close`; at once `AuthError` if the cluster refuses
+        the key, and `Unavailable` if this process is short of descriptors.
         """
         return self._take(1)[0][0]
 

@@ -21,7 +21,7 @@ from zflake.errors import AuthError, Closed, ProtocolError
 from zflake.keys import Keys, curves_of
 from zflake.wire.codec import REQUEST, Response, decode_response, packer
 from zflake.wire.endpoint import Endpoint, parse_endpoint
-from zflake.wire.sockets import Curve, Dialer
+from zflake.wire.sockets import Curve, Dialer, check_descriptors
 
 MAX_IDLE: Final = 64
 """Number of idle sockets to one endpoint that are kept for the next calls."""
@@ -108,6 +108,7 @@ class _Sockets:
         key = endpoint.text if endpoint.is_name else ""
         context = self._contexts.get(key)
         if context is None:
+            check_descriptors()
             context = self._contexts[key] = zmq.Context()
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         dialer = Dialer(context, zmq.REQ, endpoint, curves)
@@ -137,7 +138,11 @@ class Transport:
         self._reset()
 
     def ask(self, ask: Ask) -> Outcome:
-        """Send one request and wait for its outcome.  Raises `Closed` after `close`."""
+        """Send one request and wait for its outcome.
+
+        Raises `Closed` after `close`, and `Unavailable` if this process has nothing left to connect with: that says
+        nothing of the endpoint.
+        """
         try:
             line = self._check_out(ask)
         except zmq.ZMQError as error:

@@ -11,12 +11,14 @@ Times are in microseconds on the delegator's local clock; ticks are the timeline
 from __future__ import annotations
 
 import hmac
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Final
 
 from zflake.core.lease import Record, Token
-from zflake.wire.cluster import LOAD, Ready
+from zflake.wire.cluster import LOAD, PAGE, Ready
 
 MISSED_US: Final = 1_000_000
 """Microseconds without a sign of life after which a worker is taken out: four heartbeats."""
@@ -44,7 +46,10 @@ class Directory:
     """The records of the machine IDs that are held, as they were last seen stored, and the registered workers."""
 
     def __init__(self, held: Iterable[Record]) -> None:
+        self.changes = 0
+        """Number of times that a lease or a registered worker has come or gone; renewals and heartbeats do not count."""
         self._held = {record.machine: record for record in held}
+        self._machines = sorted(self._held)
         self._workers: dict[bytes, RegisteredWorker] = {}
         self._identities: dict[int, bytes] = {}  # of the workers, by machine ID
 
@@ -61,22 +66,40 @@ class Directory:
         if known is not None and known.gen > record.gen:
             return
         if record.token is None:
-            self._held.pop(record.machine, None)
-        else:
-            self._held[record.machine] = record
+            if known is not None:
+                del self._held[record.machine]
+                del self._machines[bisect_left(self._machines, record.machine)]
+                self.changes += 1
+            return
+        self._held[record.machine] = record
+        if known is None:
+            insort(self._machines, record.machine)
+        if known is None or known.tenancy_start != record.tenancy_start:
+            self.changes += 1
 
     def replace(self, held: Iterable[Record]) -> None:
         """Take in all leases as they are stored now; any other has been given back."""
-        known = self._held
-        self._held = {}
+        known, new = self._held, {}
         for record in held:
             before = known.get(record.machine)
-            self._held[record.machine] = before if before is not None and before.gen > record.gen else record
+            new[record.machine] = before if before is not None and before.gen > record.gen else record
+        self._put(new)
 
-    def held(self, now: int) -> list[Record]:
-        """The records whose window reaches beyond tick `now`, by machine."""
-        running = (record for record in self._held.values() if record.fence > now)
-        return sorted(running, key=lambda record: record.machine)
+    def page_at(self, after: int) -> int:
+        """The index of the page that has the first machine after `after`.
+
+        Pages begin at multiples of `PAGE`, so that there are only so many of them, whatever is asked for.
+        """
+        return bisect_right(self._machines, after) // PAGE * PAGE
+
+    def held(self, now: int, at: int = 0) -> list[Record]:
+        """The records of the page at `at` whose window reaches beyond tick `now`, by machine."""
+        page = (self._held[machine] for machine in self._machines[at : at + PAGE])
+        return [record for record in page if record.fence > now]
+
+    def end_of(self, at: int) -> int | None:
+        """The last machine of the page at `at`; None if no page follows."""
+        return self._machines[at + PAGE - 1] if at + PAGE < len(self._machines) else None
 
     # --- workers ---
 
@@ -102,6 +125,7 @@ class Directory:
             identity, machine, token, key, record.tenancy_start, local_us, load
         )
         self._identities[machine] = identity
+        self.changes += 1
         return True
 
     def identity_of(self, machine: int) -> bytes | None:
@@ -128,6 +152,7 @@ class Directory:
         worker = self._workers.pop(identity, None)
         if worker is not None:
             del self._identities[worker.machine]
+            self.changes += 1
 
     def is_registered(self, identity: bytes) -> bool:
         """Whether a worker of that identity is there."""
@@ -141,7 +166,7 @@ class Directory:
         gone = [w.identity for w in self._workers.values() if not self._is_there(w, now, local_us)]
         for identity in gone:
             self.drop(identity)
-        self._held = {machine: record for machine, record in self._held.items() if record.fence > now}
+        self._put({machine: record for machine, record in self._held.items() if record.fence > now})
         return gone
 
     def excuse(self, lost_us: int) -> None:
@@ -149,9 +174,19 @@ class Directory:
         for worker in self._workers.values():
             worker.heard_us += lost_us
 
-    def workers(self, now: int, local_us: int) -> list[tuple[Record, RegisteredWorker]]:
-        """The workers that are there to serve, by machine, each with the lease that it serves on."""
-        there = (w for w in self._workers.values() if self._is_there(w, now, local_us))
+    def worker(self, machine: int, now: int, local_us: int) -> RegisteredWorker | None:
+        """The worker that is there to serve on this machine ID; None if there is none."""
+        worker = self._workers.get(self._identities.get(machine, b""))
+        return worker if worker is not None and self._is_there(worker, now, local_us) else None
+
+    def workers(self, now: int, local_us: int, turn: int = 0) -> list[tuple[Record, RegisteredWorker]]:
+        """The workers that are there to serve, by machine, each with the lease that it serves on.
+
+        A page of them at most: the page number `turn`, if each goes on where the one before it ended.
+        """
+        first = turn * PAGE % max(1, len(self._workers))
+        turned = chain(islice(self._workers.values(), first, None), islice(self._workers.values(), first))
+        there = islice((w for w in turned if self._is_there(w, now, local_us)), PAGE)
         return [(self._held[w.machine], w) for w in sorted(there, key=lambda w: w.machine)]
 
     def _is_there(self, worker: RegisteredWorker, now: int, local_us: int) -> bool:
@@ -162,3 +197,12 @@ class Directory:
             and record.fence > now
             and local_us - worker.heard_us < MISSED_US
         )
+
+    def _put(self, held: dict[int, Record]) -> None:
+        """Take these records in place of those that are there."""
+        before, self._held = self._held, held
+        if held.keys() != before.keys():
+            self._machines = sorted(held)
+            self.changes += 1
+        elif any(before[machine].tenancy_start != record.tenancy_start for machine, record in held.items()):
+            self.changes += 1

@@ -15,11 +15,39 @@ from zflake.delegator.executor import LeaseExecutor
 from zflake.keys import Callers
 from zflake.version import __version__
 from zflake.wire.callers import ANYONE, Caller, sees_all
+from zflake.wire.codec import pack_result
 from zflake.wire.dispatch import METHODS, Requests
 from zflake.wire.methods import PROTOCOL_VERSION, Method
 
+KEPT_US: Final = 1_000_000
+"""Microseconds for which a result is kept for others that ask."""
 GONE_US: Final = 60_000_000
 """Microseconds without a mark after which a delegator is shown no more."""
+
+
+class Kept:
+    """Results that are built and packed once for all who ask, until the directory changes, for `KEPT_US` at most.
+
+    They cost far more to build than to ask for, and anyone may ask.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self.turn = 0
+        """How often the results were dropped."""
+        self._directory = directory
+        self._packed: dict[object, bytes] = {}
+        self._changes = self._until_us = 0
+
+    def get(self, key: object, build: Callable[[], Any], local_us: int) -> bytes:
+        """The packed result under that key."""
+        if local_us >= self._until_us or self._changes != self._directory.changes:
+            self._packed.clear()
+            self._changes, self._until_us = self._directory.changes, local_us + KEPT_US
+            self.turn += 1
+        packed = self._packed.get(key)
+        if packed is None:
+            packed = self._packed[key] = pack_result(build())
+        return packed
 
 
 @dataclass(frozen=True)
@@ -77,11 +105,11 @@ class Report:
             }
         return hello
 
-    def workers(self, _caller: Caller = ANYONE) -> dict[str, Any]:
-        """The directory."""
+    def workers(self, turn: int) -> dict[str, Any]:
+        """The directory: of more workers than fit on a page, those whose `turn` it is."""
         clock = self.executor.clock
         now = clock.tick()
-        there = self.directory.workers(self.leases_at(), clock.local_us())
+        there = self.directory.workers(self.leases_at(), clock.local_us(), turn)
         workers = [
             self._lease(record, now) | ({"key": record.holder.key} if record.holder.key else {})
             for record, _ in there
@@ -89,8 +117,8 @@ class Report:
         ]
         return {"workers": workers, **self.ping()}
 
-    def status(self, _caller: Caller = ANYONE) -> dict[str, Any]:
-        """Everything, for people and monitoring."""
+    def status(self, at: int) -> dict[str, Any]:
+        """Everything, for people and monitoring, with the page of the leases that begins at `at`."""
         clock, meta = self.executor.clock, self.executor.meta
         now = clock.tick()
         return self.hello() | {
@@ -101,7 +129,9 @@ class Report:
             "granting_in_ms": loss.resting_ms(meta, now),
             "lead_ms": clock.lead_us // 1000,
             "delegators": list(self._delegators()),
-            "leases": list(self._leases(now)),
+            "held": self.directory.count,
+            "leases": list(self._leases(now, at)),
+            "next": self.directory.end_of(at),
             "broker": {
                 "workers": self.broker.open,
                 "queued": self.broker.queued,
@@ -129,12 +159,10 @@ class Report:
                     "lead_ms": mark.lead_us // 1000,
                 }
 
-    def _leases(self, now: int) -> Iterator[dict[str, Any]]:
-        known_at = self.leases_at()
-        there = self.directory.workers(known_at, self.executor.clock.local_us())
-        workers = {record.machine: worker for record, worker in there}
-        for record in self.directory.held(known_at):
-            worker, load = workers.get(record.machine), None
+    def _leases(self, now: int, at: int) -> Iterator[dict[str, Any]]:
+        known_at, local_us = self.leases_at(), self.executor.clock.local_us()
+        for record in self.directory.held(known_at, at):
+            worker, load = self.directory.worker(record.machine, known_at, local_us), None
             if worker is not None:
                 load = worker.load | {"in_flight": self.broker.in_flight(worker.identity)}
             key = {"key": self.name_of(record.holder.key)} if record.holder.key else {}

@@ -13,7 +13,7 @@ from typing import Final
 import zmq
 
 from zflake import clock
-from zflake.daemon import Liveness, Waker
+from zflake.daemon import Door, Liveness, Waker
 from zflake.daemon.gate import Gate
 from zflake.delegator.clock import begin_timeline
 from zflake.delegator.directory import Directory
@@ -25,7 +25,7 @@ from zflake.keys import AUTHORIZED, Callers, Keys
 from zflake.stores import check_url, open_store
 from zflake.wire.callers import ANYONE
 from zflake.wire.endpoint import Endpoint, check_bind
-from zflake.wire.sockets import NOW, Intake, address_of, bound_router, send
+from zflake.wire.sockets import NOW, Intake, LargeAnswers, address_of, bound_router
 
 BROKERING_US: Final = 10_000
 """Microseconds after an ID request for which the loop lingers at its socket."""
@@ -76,11 +76,12 @@ class Delegator:
             undo.callback(self._context.destroy, linger=0)
             self._gate = None if authorized is None else Gate(self._context, authorized)
             # Before the store is touched: a delegator that can't serve changes nothing.
-            self._router = bound_router(
-                self._context, config.bind, None if keys is None else keys.as_server()
-            )
+            self._door = Door(self._context)
+            curve = None if keys is None else keys.as_server()
+            self._router = bound_router(self._context, config.bind, curve, self._door.watch)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._intake = Intake(self._router, keyed=keys is not None)
+            self._answers = LargeAnswers(self._router)
             self.address = address_of(self._router)
             self._store = store = open_store(config.store)
             undo.callback(store.close)
@@ -94,12 +95,15 @@ class Delegator:
             held = store.held(self.clock.tick())
             undo.pop_all()
         self.executor = LeaseExecutor(store, meta, self.clock, wake=waker.wake)
-        self.service = Service(self.executor, Directory(held), secrets.token_bytes, authorized)
+        self.service = Service(
+            self.executor, Directory(held), secrets.token_bytes, authorized, self._answers.has_room
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         if self._gate is not None:
             self._gate.register(self._poller)
         waker.register(self._poller)
+        self._door.register(self._poller)
 
     def run(self) -> None:
         """Serve until told to stop, then drain: settle and answer what waits, close."""
@@ -122,6 +126,7 @@ class Delegator:
             self.liveness.stop()
             self._drain()
         finally:
+            self._door.close()
             self._router.close()
             if self._gate is not None:
                 self._gate.close()
@@ -141,6 +146,7 @@ class Delegator:
         self._waker.take(events)
         if self._gate is not None:
             self._gate.take(events, woke_us)
+        self._door.take(events)
         service.turn(woke_us)
         emptied = self._router not in events or self._receive(woke_us - overslept_us)
         self._flush()
@@ -174,7 +180,7 @@ class Delegator:
         service = self.service
         while messages := service.collect():
             for message in messages:
-                if not send(self._router, message.prefix, message.body):
+                if not self._answers.send(message.prefix, message.body):
                     service.unsent(message, clock.local_us())
 
     def _drain(self) -> None:

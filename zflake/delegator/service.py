@@ -3,6 +3,7 @@
 ids.next                 goes to the broker, and comes back from a worker
 lease.*, cluster.trace   go to the executor, which asks the store; a later turn collects the answer
 worker.*                 change the directory, and which workers the broker gives requests
+cluster.workers, .status are answered at once, from what is kept for all who ask
 the rest                 is answered at once, by the report
 
 The owner hands each message that comes to `receive`, calls `turn` in every turn of its loop, sends what `collect` gives,
@@ -12,18 +13,18 @@ and tells `unsent` what it could not send.  Times are in microseconds on the del
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from zflake.core.lease import Refusal, Renew, Request, Token, Trace, bound
 from zflake.delegator.broker import Broker, Outgoing
 from zflake.delegator.directory import MISSED_US, Directory
 from zflake.delegator.executor import LeaseExecutor, Ticket
-from zflake.delegator.report import Report
+from zflake.delegator.report import Kept, Report
 from zflake.errors import ProtocolError
 from zflake.keys import Callers
 from zflake.wire.callers import ANYONE, Caller, Role
 from zflake.wire.cluster import Heartbeat, Ready
-from zflake.wire.codec import BUNDLE_HEAD, RESPONSE_HEAD, decode_bundle, encode_result
+from zflake.wire.codec import BUNDLE_HEAD, RESPONSE_HEAD, decode_bundle, encode_packed, encode_result
 from zflake.wire.dispatch import Dispatcher, Requests, told
 from zflake.wire.frames import split
 from zflake.wire.ids import NextIds
@@ -36,6 +37,8 @@ RESTART_MS: Final = 500
 """Milliseconds after which clients may come back to a delegator that shuts down: it may be a restart."""
 BEHIND_MS: Final = 1_000
 """Milliseconds until a holder may ask again, if too many requests were waiting for the store."""
+UNTAKEN_MS: Final = 50
+"""Milliseconds until a peer may ask again that has not taken the large answers which it asked for."""
 
 Prefix: TypeAlias = list[bytes]
 """The prefix that goes before an answer: the caller's identity, its envelope, an empty frame."""
@@ -44,7 +47,8 @@ Prefix: TypeAlias = list[bytes]
 class Service:
     """Answers the requests of workers, holders and clients; `draw` is the broker's.
 
-    `callers` are those who may come, in a cluster with keys.
+    `callers` are those who may come, in a cluster with keys.  `has_room` says whether the peer of that identity has taken
+    its large answers, so that it may have one more.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Service:
         directory: Directory,
         draw: Callable[[int], bytes],
         callers: Callers | None = None,
+        has_room: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
         self.broker = Broker(draw)
         self.collect = self.broker.collect
@@ -67,6 +72,8 @@ class Service:
         self._known_at: int | None = None  # up to when the leases are known, while the store fails
         self._sweep_at_us = 0
         self._leaving: dict[bytes, int] = {}  # until when workers that left may answer what they have
+        self._has_room = has_room
+        self._kept = Kept(directory)
         self.requests = Requests()
         started_us = self._clock.local_us()
         self._report = report = Report(
@@ -85,8 +92,8 @@ class Service:
                 Method.WORKER_CALLERS: told(report.callers),
                 Method.HELLO: told(report.hello),
                 Method.PING: told(report.ping),
-                Method.CLUSTER_WORKERS: told(report.workers),
-                Method.CLUSTER_STATUS: told(report.status),
+                Method.CLUSTER_WORKERS: self._workers,
+                Method.CLUSTER_STATUS: self._status,
                 Method.CLUSTER_TRACE: self._ask_store,
             },
             self.requests,
@@ -249,6 +256,22 @@ class Service:
             self.broker.leave(identity)
             self._leaving[identity] = local_us + MISSED_US
         return self._heard(msgid)
+
+    def _workers(
+        self, asker: Prefix, msgid: int, _none: None, _arrived_us: int, local_us: int, _caller: Caller
+    ) -> bytes:
+        return self._page(asker, msgid, "workers", lambda: self._report.workers(self._kept.turn), local_us)
+
+    def _status(
+        self, asker: Prefix, msgid: int, after: int, _arrived_us: int, local_us: int, _caller: Caller
+    ) -> bytes:
+        at = self.directory.page_at(after)
+        return self._page(asker, msgid, at, lambda: self._report.status(at), local_us)
+
+    def _page(self, asker: Prefix, msgid: int, key: object, build: Callable[[], Any], local_us: int) -> bytes:
+        if not self._has_room(asker[0]):
+            return self._refuse(msgid, Code.OVERLOADED, "take the answers before this one first", UNTAKEN_MS)
+        return encode_packed(msgid, self._kept.get(key, build, local_us))
 
     def _heard(self, msgid: int) -> bytes:
         return encode_result(msgid, self._report.heard())

@@ -35,6 +35,7 @@ from zflake.holder.lease import LeaseConversation
 from zflake.holder.lease_client import LeaseClient
 from zflake.keys import Keys, curves_of
 from zflake.wire.endpoint import Endpoint
+from zflake.wire.sockets import check_descriptors
 
 RELEASE_US: Final = 2_000_000
 """Microseconds that giving a lease back may take."""
@@ -112,10 +113,11 @@ class Session:
         A signal handler may come while its own thread is in here.  It then starts one, too, rather than
         wait; of the two the first to run stays.
 
-        Raises `Unavailable` if the system has no thread to give.
+        Raises `Unavailable` if the system has no thread or no descriptors to give.
         """
         if self._started:
             return
+        check_descriptors()
         try:
             threading.Thread(target=self._run, name="zflake-lease", daemon=True).start()
         except RuntimeError as error:

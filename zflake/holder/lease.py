@@ -148,7 +148,7 @@ class LeaseConversation:
         if self._pending is not None and local_us >= self._answer_by_us:
             self.refusal = None
             self._silences += 1
-            self._complain(local_us, "%s does not answer", self.endpoint)
+            self.complain(local_us, "%s does not answer", self.endpoint)
             self._go_on()
         self._follow(local_us)
         if self._pending is not None or local_us < self._hold_until_us:
@@ -175,11 +175,11 @@ class LeaseConversation:
             if self._pending is not None and response.msgid == self._msgid:
                 self._take(response, local_us)
         except ProtocolError as error:
-            self._complain(local_us, "%s: %s", self.endpoint, error)
+            self.complain(local_us, "%s: %s", self.endpoint, error)
 
     def refuse(self, why: str, local_us: int) -> None:
         """Note that the delegator refuses this holder's key, and ask the next one."""
-        self._complain(local_us, "the delegator at %s refuses this key: %s", self.endpoint, why)
+        self.complain(local_us, "the delegator at %s refuses this key: %s", self.endpoint, why)
         self.refusal = Refusal(Refused.DENIED, f"{self.endpoint}: {why}")
         self._denials += 1
         if self.denied:
@@ -279,7 +279,7 @@ class LeaseConversation:
 
     def _pass_over(self, local_us: int, error: Exception) -> None:
         self._hold_until_us = local_us + RETRY_US
-        self._complain(local_us, "rejected delegator %s: %s", self.endpoint, error)
+        self.complain(local_us, "rejected delegator %s: %s", self.endpoint, error)
         self._go_on()
 
     def _settle(self, request: Request, response: Response, local_us: int) -> None:
@@ -321,7 +321,7 @@ class LeaseConversation:
             return
         self.refusal = refusal
         if refusal.reason is not Refused.TOO_EARLY:
-            self._complain(local_us, "%s: %s: %s", self.endpoint, refusal.reason, refusal.message)
+            self.complain(local_us, "%s: %s: %s", self.endpoint, refusal.reason, refusal.message)
         if refusal.reason is Refused.UNAVAILABLE and len(self._endpoints) > 1:
             self._go_on()
 
@@ -338,7 +338,8 @@ class LeaseConversation:
                     _log.info("machine %d: a window is open again", mint.machine)
         self._followed = self.lessee.state
 
-    def _complain(self, local_us: int, message: str, *args: object) -> None:
+    def complain(self, local_us: int, message: str, *args: object) -> None:
+        """Log what goes wrong, once in a while."""
         if local_us >= self._quiet_until_us:
             self._quiet_until_us = local_us + LOG_INTERVAL_US
             _log.warning(message, *args)

@@ -18,6 +18,7 @@ import zmq
 from zflake import clock
 from zflake.core.layout import Layout
 from zflake.core.lease import TOKEN_BYTES, Holder
+from zflake.errors import Unavailable
 from zflake.holder.clock import HolderClock
 from zflake.holder.lease import LeaseConversation
 from zflake.wire.endpoint import Endpoint
@@ -76,15 +77,19 @@ class LeaseClient:
         Raises `LayoutError` if the delegator's layout is not the one that this holder was told to use.
         """
         self._receive()
-        if local_us >= self._look_at_us:
-            self._look_at_us = local_us + LOOK_US
-            if (refusal := self._dialer.refusal()) is not None:
-                self.lease.refuse(refusal, local_us)
-        body = self.lease.poll(local_us)
-        if self._connection != self.lease.connection:
-            self._connection = self.lease.connection
-            self._dialer.close()
-            self._dialer = self._dial()
+        try:
+            if local_us >= self._look_at_us:
+                self._look_at_us = local_us + LOOK_US
+                if (refusal := self._dialer.refusal()) is not None:
+                    self.lease.refuse(refusal, local_us)
+            body = self.lease.poll(local_us)
+            if self._connection != self.lease.connection:
+                fresh = self._dial()
+                self._dialer.close()
+                self._dialer, self._connection = fresh, self.lease.connection
+        except Unavailable as error:  # what was to be sent is as good as lost, and sent again
+            self.lease.complain(local_us, "%s", error)
+            return
         if body is not None:
             with contextlib.suppress(zmq.Again):  # as good as a lost message: it is sent again
                 self.socket.send_multipart([b"", body], zmq.NOBLOCK)

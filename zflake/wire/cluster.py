@@ -85,6 +85,23 @@ def check_callers(result: Any) -> dict[str, Caller] | None:
         raise ProtocolError(f"callers are [[key, name, role], ...]: {error}") from error
 
 
+PAGE: Final = 64
+"""Leases or workers in one answer at most.  A page with the longest names has a quarter of `MAX_RESPONSE_BYTES`."""
+
+
+def check_status(params: list[Any]) -> int:
+    """The machine ID after which the page of a `cluster.status` begins, -1 for the first page.
+
+    Raises `ProtocolError` if the params are not right.
+    """
+    if not params:
+        return -1
+    (after,) = _take_status(params)
+    return int(after)
+
+
+_take_status: Final = fields.taking(after=fields.number)
+
 LOAD: Final = ("requests", "ids", "parked", "dropped", "errors")
 """Counts that a heartbeat says of a worker, since its start but for `parked`."""
 

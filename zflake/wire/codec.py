@@ -28,6 +28,7 @@ REQUEST_HEAD: Final = b"\x94\x00"
 RESPONSE_HEAD: Final = b"\x94\x01"
 BUNDLE_HEAD: Final = b"\x92\x03"
 """The first bytes of each kind of body, in MessagePack: enough to tell them apart without unpacking them."""
+_NO_ERROR: Final = b"\xc0"
 MAX_MSGID: Final = 2**32 - 1
 MAX_REQUEST_ITEMS: Final = 256
 """Items of the longest array or map in a request.
@@ -35,7 +36,7 @@ MAX_REQUEST_ITEMS: Final = 256
 An array that declares more than it holds costs as much as if it held it, for every level of nesting.
 """
 MAX_RESPONSE_ITEMS: Final = 2**20
-"""Items of the longest array or map in a response: more than a directory of `MAX_RESPONSE_BYTES` lists workers."""
+"""Items of the longest array or map in a response: as many as `MAX_RESPONSE_BYTES` can hold."""
 MAX_SHOWN: Final = 60
 """Characters of a wrong value that an error message repeats."""
 
@@ -109,6 +110,16 @@ def encode_request(msgid: int, method: str, params: list[Any] | tuple[Any, ...])
 def encode_result(msgid: int, result: Any) -> bytes:
     """The body of a response that carries a result."""
     return _packb((RESPONSE, msgid, None, result))
+
+
+def pack_result(result: Any) -> bytes:
+    """A result that several responses are to carry, for `encode_packed`."""
+    return _packb(result)
+
+
+def encode_packed(msgid: int, packed: bytes) -> bytes:
+    """The body of a response that carries what `pack_result` gave."""
+    return b"".join((RESPONSE_HEAD, _packb(msgid), _NO_ERROR, packed))
 
 
 def encode_error(msgid: int | None, code: str, message: str, retry_after_ms: int | None = None) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 from zflake.errors import ProtocolError
 from zflake.wire import fields
 from zflake.wire.callers import ANYONE, Caller, Role
-from zflake.wire.cluster import check_heartbeat, check_leave, check_ready
+from zflake.wire.cluster import check_heartbeat, check_leave, check_ready, check_status
 from zflake.wire.codec import MAX_SHOWN, BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.ids import check_next
 from zflake.wire.leases import check_acquire, check_release, check_renew, check_trace
@@ -54,7 +54,7 @@ METHODS: Final[Mapping[Method, Rule]] = {
     Method.WORKER_LEAVE: Rule(check_leave, _WORKERS),
     Method.WORKER_CALLERS: Rule(fields.no_params, _WORKERS),
     Method.CLUSTER_WORKERS: Rule(fields.no_params, _TAKERS),
-    Method.CLUSTER_STATUS: Rule(fields.no_params, _ADMINS),
+    Method.CLUSTER_STATUS: Rule(check_status, _ADMINS),
     Method.CLUSTER_TRACE: Rule(check_trace, _ADMINS),
 }
 
@@ -127,10 +127,10 @@ class Dispatcher(Generic[A]):
 
 
 def told(tell: Callable[[Caller], Any]) -> MethodHandler[Any]:
-    """The handler of a method without params, which answers with what `tell` gives the caller."""
+    """The handler of a method that answers with what `tell` gives the caller, whatever its params."""
 
     def handler(
-        _asker: Any, msgid: int, _none: None, _arrived_us: int, _local_us: int, caller: Caller
+        _asker: Any, msgid: int, _params: Any, _arrived_us: int, _local_us: int, caller: Caller
     ) -> bytes:
         return encode_result(msgid, tell(caller))
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from zflake.errors import ConfigError
+from zflake.errors import ConfigError, Unavailable
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.frames import MAX_FRAMES, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
@@ -20,6 +21,32 @@ RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
 ZAP_DOMAIN: Final = "zflake"
 """What a server's handshakes are asked under; without a domain libzmq would ask nobody, and let everybody in."""
+
+# libzmq counts messages, for each peer.  It learns only after each half of a mark that some were taken, so of a mark only
+# half is certain.
+UNTAKEN: Final = 256
+"""Answers and brokered requests that may wait for one peer; a further one is dropped.  Half of it is more than a peer
+that takes its answers can have waiting: a worker's credit, or a pipeline of 64 requests, with heartbeats beside them."""
+UNTAKEN_LARGE: Final = 4
+"""Answers of `LARGE_BYTES` or more that may wait for one peer; a page of leases may have 20 kB."""
+LARGE_BYTES: Final = 1024
+SWEEP_AT: Final = 256
+"""Peers with large answers at which a first look is taken whether they have got them."""
+UNREAD: Final = 32
+"""Messages of one peer that a server has not read; further ones wait in the kernel, and then at the peer."""
+UNREAD_ANSWERS: Final = 4
+"""Messages that a socket with one request under way has not read: one is wanted."""
+KERNEL_BYTES: Final = 64 * 1024
+"""Bytes that the kernel is asked to keep for one connection, in and out each; Linux takes twice as many."""
+STUCK_MS: Final = 20_000
+"""Milliseconds without progress after which a peer that takes no bytes is let go, with all that waits for it."""
+DESCRIPTORS: Final = 16
+"""Descriptors that must be free before a context or a socket is made.  Both together take seven, and other threads some
+meanwhile."""
+BACKLOG: Final = 256
+"""Connections that the kernel accepts before libzmq does."""
+HANDSHAKE_MS: Final = 10_000
+"""Milliseconds that a peer has for its handshake."""
 
 
 class Curve(NamedTuple):
@@ -37,11 +64,16 @@ def no_keys() -> tuple[None]:
 
 
 def bound_router(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, curve: Curve | None = None
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: Endpoint,
+    curve: Curve | None = None,
+    watch: Callable[[zmq.Socket[bytes]], None] = lambda _: None,
 ) -> zmq.Socket[bytes]:
-    """A server's ROUTER.  Raises `ConfigError` if it can't bind (port in use, no such address).
+    """A server's ROUTER, handed to `watch` before it binds.
 
     With `curve`, whose keys are the server's, peers prove their keys, and a ZAP handler in the context decides on them.
+
+    Raises `ConfigError` if it can't bind (port in use, no such address).
     """
     import ctypes  # noqa: PLC0415  (clients, which bind nothing, do without)
 
@@ -52,8 +84,14 @@ def bound_router(
     router.setsockopt(zmq.LINGER, 500)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that left fails and is counted
     router.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+    router.setsockopt(zmq.SNDHWM, UNTAKEN)
+    router.setsockopt(zmq.RCVHWM, UNREAD)
+    router.setsockopt(zmq.SNDBUF, KERNEL_BYTES)
+    router.setsockopt(zmq.RCVBUF, KERNEL_BYTES)
+    router.setsockopt(zmq.TCP_MAXRT, STUCK_MS)
+    router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     router.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
-    router.setsockopt(zmq.BACKLOG, 1024)
+    router.setsockopt(zmq.BACKLOG, BACKLOG)
     # A peer whose machine vanished holds its connection, and a file descriptor, until this notices.
     router.setsockopt(zmq.TCP_KEEPALIVE, 1)
     router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
@@ -63,12 +101,34 @@ def bound_router(
         router.setsockopt(zmq.CURVE_SERVER, 1)
         router.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
         router.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    watch(router)
     try:
         router.bind(endpoint.text)
     except zmq.ZMQError as error:
         router.close(linger=0)
         raise ConfigError(f"can't bind {endpoint}: {error.strerror}") from error
     return router
+
+
+def check_descriptors() -> None:
+    """Check that this process has the descriptors that a context and a socket take.
+
+    libzmq aborts the process if it gets only some of them.
+
+    Raises `Unavailable`.
+    """
+    opened: list[int] = []
+    try:
+        while len(opened) < DESCRIPTORS:
+            opened += os.pipe()
+    except OSError as error:
+        raise Unavailable(
+            f"this process has no {DESCRIPTORS} descriptors left, which a connection may take ({error.strerror}): "
+            "raise its limit of open files (ulimit -n), or close some"
+        ) from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def connecting(
@@ -78,18 +138,30 @@ def connecting(
     curve: Curve | None = None,
     *,
     queue: bool = False,
+    unread: int = UNREAD_ANSWERS,
+    most_bytes: int = MAX_RESPONSE_BYTES,
 ) -> zmq.Socket[bytes]:
     """A REQ or DEALER (`kind`) that is to connect to one peer.
 
-    A message that is sent while the peer is away is lost, or with `queue` waits until it is back.
+    A message that is sent while the peer is away is lost, or with `queue` waits until it is back.  The peer can make
+    this process hold `unread` messages of `most_bytes` each, wanted or not.
+
+    Raises `Unavailable` if this process is short of descriptors or sockets.
 
     One peer a socket, always: over several, messages are dealt out in turn, to the dead as well.
     No ZMTP heartbeats: on the connecting side they can abort the process (libzmq issue 3937).
     """
-    asking = context.socket(kind)
+    check_descriptors()
+    try:
+        asking = context.socket(kind)
+    except zmq.ZMQError as error:
+        raise _no_socket(error) from error
     asking.setsockopt(zmq.LINGER, 0)
     asking.setsockopt(zmq.IMMEDIATE, int(not queue))
-    asking.setsockopt(zmq.MAXMSGSIZE, MAX_RESPONSE_BYTES)
+    asking.setsockopt(zmq.MAXMSGSIZE, most_bytes)
+    asking.setsockopt(zmq.RCVHWM, unread)
+    asking.setsockopt(zmq.SNDHWM, unread)
+    asking.setsockopt(zmq.RCVBUF, KERNEL_BYTES)
     asking.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     asking.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     asking.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
@@ -98,6 +170,10 @@ def connecting(
         asking.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
         asking.setsockopt_string(zmq.CURVE_SERVERKEY, curve.server)
     return asking
+
+
+def _no_socket(error: zmq.ZMQError) -> Unavailable:
+    return Unavailable(f"this process can't have another socket: {error.strerror}")
 
 
 _REFUSALS: Final = {
@@ -113,7 +189,8 @@ class Dialer:
     """Connects a REQ or DEALER to one peer, by the first of `curves` that has the peer's key.
 
     `socket` is another one after each wrong key.  A peer that refuses says so by ending the handshake, which only the
-    socket's monitor shows: `refusal` and `wait` look there, until `done` or `close`.
+    socket's monitor shows: `refusal` and `wait` look there, until `done` or `close`.  `options` are those of `connecting`,
+    and so are the errors.
     """
 
     def __init__(
@@ -122,26 +199,28 @@ class Dialer:
         kind: int,
         endpoint: Endpoint,
         curves: Sequence[Curve | None],
-        *,
-        queue: bool = False,
+        **options: Any,
     ) -> None:
-        self._make = partial(connecting, context, kind, endpoint, queue=queue)
+        self._make = partial(connecting, context, kind, endpoint, **options)
         self._endpoint = endpoint
         self._curves = iter(curves)
         self._monitor: zmq.Socket[bytes] | None
         self.socket, self._monitor = self._dial(next(self._curves))
 
     def refusal(self) -> str | None:
-        """Why the peer refuses every key that was tried; None while it may yet take the connection."""
+        """Why the peer refuses every key that was tried; None while it may yet take the connection.
+
+        Raises `Unavailable` if this process is short of what another try takes.
+        """
         monitor = self._monitor
         while monitor is not None and monitor.poll(0):
             event = recv_monitor_message(monitor)["event"]
             another = next(self._curves, None) if event == _WRONG_KEY else None
             if another is None:
                 return _REFUSALS[event]
+            fresh, monitor = self._dial(another)
             self.close()
-            self.socket, self._monitor = self._dial(another)
-            monitor = self._monitor
+            self.socket, self._monitor = fresh, monitor
         return None
 
     def wait(self, timeout_s: float) -> str | None:
@@ -177,9 +256,12 @@ class Dialer:
 
     def _dial(self, curve: Curve | None) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         with contextlib.ExitStack() as undo:
-            socket = self._make(curve)
+            socket = self._make(curve=curve)
             undo.callback(socket.close, linger=0)
-            monitor = socket.get_monitor_socket(sum(_REFUSALS))
+            try:
+                monitor = socket.get_monitor_socket(sum(_REFUSALS))
+            except zmq.ZMQError as error:
+                raise _no_socket(error) from error
             undo.callback(monitor.close, linger=0)
             socket.connect(self._endpoint.text)
             undo.pop_all()
@@ -244,18 +326,57 @@ class Intake:
         return False
 
 
-def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes) -> bool:
+def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes | zmq.Frame) -> bool:
     """Send a message, never waiting; False if the peer has gone or takes no more."""
     # Not send_multipart(), which costs more than its parts.
     try:
         for frame in prefix:
             socket.send(frame, _MORE)
-        socket.send(body, NOW)
+        socket.send(body, NOW, copy=type(body) is bytes)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             raise
         return False
     return True
+
+
+class LargeAnswers:
+    """Sends answers of any size by a ROUTER: of the large ones a peer has only so many, until it takes them.
+
+    A peer that asks and reads nothing would else have `UNTAKEN` of them.
+    """
+
+    def __init__(self, router: zmq.Socket[bytes]) -> None:
+        self._router = router
+        self._untaken: dict[bytes, list[zmq.MessageTracker]] = {}
+        self._sweep_at = SWEEP_AT
+
+    def has_room(self, identity: bytes) -> bool:
+        """Whether this peer may be sent one more."""
+        untaken = self._untaken.get(identity)
+        if untaken is None:
+            return True
+        untaken[:] = [tracker for tracker in untaken if not tracker.done]
+        if not untaken:
+            del self._untaken[identity]
+        return len(untaken) < UNTAKEN_LARGE
+
+    def send(self, prefix: list[bytes], body: bytes) -> bool:
+        """Send an answer, never waiting; False if the peer has gone or takes no more."""
+        if len(body) < LARGE_BYTES:
+            return send(self._router, prefix, body)
+        identity = prefix[0]
+        if not self.has_room(identity):
+            return False
+        frame = zmq.Frame(body, track=True, copy=False, copy_threshold=0)
+        if not send(self._router, prefix, frame):
+            return False
+        self._untaken.setdefault(identity, []).append(frame.tracker)
+        if len(self._untaken) >= self._sweep_at:
+            for each in list(self._untaken):
+                self.has_room(each)
+            self._sweep_at = 2 * len(self._untaken) + SWEEP_AT
+        return True
 
 
 def address_of(router: zmq.Socket[bytes]) -> str:

@@ -13,11 +13,13 @@ import zmq
 
 from zflake import clock
 from zflake.daemon.gate import Gate
+from zflake.errors import Unavailable
 from zflake.wire.callers import ANYONE, BROKER, Caller
 from zflake.wire.codec import REQUEST_HEAD
 from zflake.wire.dispatch import Requests
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.sockets import NOW, Curve, Dialer, Intake, no_keys, send
+from zflake.wire.frames import MAX_REQUEST_BYTES
+from zflake.wire.sockets import NOW, UNTAKEN, Curve, Dialer, Intake, no_keys, send
 from zflake.worker.link import Answers, Link
 
 RECEIVE_MS: Final = 1
@@ -105,12 +107,16 @@ class LinkChannel(Channel):
     def service(self, local_us: int) -> None:
         """Say what is due."""
         body = self._link.poll(local_us)
-        if self._connection != self._link.connection:
-            self._connection = self._link.connection
-            self._dialer.close()
-            self._dialer = self._dial()
-        if local_us >= self._look_at_us:
-            self._look(local_us)
+        try:
+            if self._connection != self._link.connection:
+                fresh = self._dial()
+                self._dialer.close()
+                self._dialer, self._connection = fresh, self._link.connection
+            if local_us >= self._look_at_us:
+                self._look(local_us)
+        except Unavailable:  # the lease client says that this process is short of descriptors
+            self._link.unsent()
+            return
         if self._dialer.socket is not self.socket:
             self._use(self._dialer.socket)
         self._say(body)
@@ -127,7 +133,14 @@ class LinkChannel(Channel):
         return self._link.callers if self._link.hears else None
 
     def _dial(self) -> Dialer:
-        return Dialer(self._context, zmq.DEALER, self._endpoint, self._curves())
+        return Dialer(
+            self._context,
+            zmq.DEALER,
+            self._endpoint,
+            self._curves(),
+            unread=UNTAKEN,
+            most_bytes=MAX_REQUEST_BYTES,
+        )
 
     def close(self) -> None:
         """Close the socket, once what waits is sent."""

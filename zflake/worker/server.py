@@ -17,7 +17,7 @@ import zmq
 from zflake import clock
 from zflake.core.layout import Layout
 from zflake.core.lease import Holder
-from zflake.daemon import Liveness, Waker
+from zflake.daemon import Door, Liveness, Waker
 from zflake.daemon.gate import Gate
 from zflake.errors import ConfigError
 from zflake.holder.hold import Hold
@@ -96,10 +96,10 @@ class Worker:
         with contextlib.ExitStack() as undo:
             undo.callback(self._context.destroy, linger=0)
             undo.callback(self._outward.destroy, linger=0)
-            self._gate: Gate | None = None
-            if keys is not None:
-                self._gate = Gate(self._context, authorized)
-            router = bound_router(self._context, config.bind, None if keys is None else keys.as_server())
+            self._gate = None if keys is None else Gate(self._context, authorized)
+            self._door = Door(self._context)
+            curve = None if keys is None else keys.as_server()
+            router = bound_router(self._context, config.bind, curve, self._door.watch)
             self.address = _advertised(config, address_of(router))
             self._hold, self._holding = self._take_hold()
             self.handler: Handler[Asker] = Handler(
@@ -127,6 +127,7 @@ class Worker:
         if self._gate is not None:
             self._gate.register(self._poller)
         self._waker.register(self._poller)
+        self._door.register(self._poller)
         self._polled: list[zmq.Socket[bytes] | None] = []
         # When the loop was stopped last, and until when messages of that time turn up.
         self._stalled_us = (0, 0)
@@ -148,6 +149,7 @@ class Worker:
             self._drain()
         finally:
             self._holding.close()
+            self._door.close()
             for channel in self._channels:
                 channel.close()
             if self._gate is not None:
@@ -184,6 +186,7 @@ class Worker:
             if channel.socket in events:
                 self._answer(channel, linger=lingers and channel is self._busy_channel)
         self._waker.take(events)
+        self._door.take(events)
         local_us = clock.local_us()
         self._holding.service(local_us)
         for link in self._links:
