@@ -199,6 +199,13 @@ def test_a_port_in_use_is_a_clear_error(server: HealthServer) -> None:
         HealthServer(("127.0.0.1", server.port), Liveness(), measure)
 
 
+def test_it_ends_also_if_it_is_told_to_before_it_has_begun(beating: Liveness) -> None:
+    for _ in range(50):
+        with HealthServer(("127.0.0.1", 0), beating, measure) as server:
+            pass
+        assert server._loop.is_closed()
+
+
 @pytest.fixture
 def systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[socket.socket]:
     path = f"{tmp_path}/notify"

@@ -122,6 +122,7 @@ class HealthServer:
         ProcessCollector(registry=self._registry)
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_complain)
+        self._ending = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
     def __enter__(self) -> Self:
@@ -129,7 +130,7 @@ class HealthServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._ending.set)
         self._thread.join()
 
     def answer(self, line: bytes) -> tuple[HTTPStatus, str, bytes]:
@@ -150,17 +151,19 @@ class HealthServer:
         return HTTPStatus.BAD_REQUEST, "text/plain", b"GET or HEAD " + _PATHS
 
     def _run(self) -> None:
-        loop = self._loop
-        server = loop.run_until_complete(
-            loop.create_server(lambda: _Exchange(self), sock=self._listener, backlog=ACCEPTED)
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        server = await self._loop.create_server(
+            lambda: _Exchange(self), sock=self._listener, backlog=ACCEPTED
         )
         self._listener.listen(BACKLOG)  # asyncio has one number for both
-        loop.run_forever()
+        await self._ending.wait()
         server.close()
         for transport in list(self.connections):
             transport.abort()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
+        await asyncio.sleep(0)
 
 
 def _said(*, good: bool) -> tuple[HTTPStatus, str, bytes]:
