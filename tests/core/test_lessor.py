@@ -394,6 +394,17 @@ def test_a_release_gives_back_what_can_not_have_been_minted_in(
     assert (record.fence, record.gen, record.token) == (fence, 2, None)
 
 
+def test_a_tenancy_in_which_nothing_was_minted_leaves_no_provenance() -> None:
+    desk = held()
+    desk.ask(Renew(2, A, 1, B), 120)
+    desk.ask(Release(2, B, None, None), 125)
+    assert desk.store.contents().spans == []
+    desk.ask(Acquire(A), 130)
+    (span,) = desk.store.contents().spans
+    desk.ask(Release(span.machine, A, None, 140), 150)
+    assert [(span.start, span.end) for span in desk.store.contents().spans] == [(130, 150)]
+
+
 def test_a_release_reaches_back_over_all_windows_of_the_tenancy() -> None:
     desk = held()
     desk.ask(Renew(2, A, 1, B), 120)

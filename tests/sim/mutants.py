@@ -182,7 +182,7 @@ MUTANTS: Final = _mutants("""
 +span_start = record.span_start
 # zflake.stores.keyed
 @@ 3.5 @@ provenance not cut by a release
--if span.end > fence:
+-if span.end > at:
 +if False:
 # zflake.delegator.clock
 @@ 3.3 @@ mark from the window's end

@@ -163,7 +163,8 @@ class Span:
 class Swap:
     """A write: put `new` in place of `old`, under meta's `version`.
 
-    The machine's provenance goes with it: the span `[new.span_start, new.fence)`, and none above the fence.
+    The machine's provenance goes with it: the span `[new.span_start, new.fence)`, and none above the fence; after a
+    release none above `cut`.
     """
 
     old: Record
@@ -171,6 +172,8 @@ class Swap:
     new: Record
     """The record as it is to be, with the next gen."""
     version: int
+    cut: int | None = None
+    """Where a release ends the machine's provenance; None: at the fence."""
 
 
 @dataclass(frozen=True, slots=True)

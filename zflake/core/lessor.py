@@ -130,7 +130,9 @@ def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer
         return _lost(request.machine)
     minted = record.tenancy_start if request.last is None else request.last + 1
     fence = min(record.fence, max(minted, record.tenancy_start, now))
-    return Swap(record, replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version)
+    # A tenancy in which nothing was minted leaves no provenance, or strangers that acquire and release without end fill the store.
+    cut = record.tenancy_start if request.last is None else fence
+    return Swap(record, replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version, cut)
 
 
 def _next_window(meta: Meta, now: int, record: Record) -> tuple[int, int] | Refusal:
