@@ -24,7 +24,7 @@ from zmq.utils import z85
 
 from zflake.errors import ConfigError
 from zflake.files import OTHERS
-from zflake.wire.callers import Caller, Limits, Role
+from zflake.wire.callers import PARTIES, Caller, Limits, Role
 from zflake.wire.sockets import Curve, no_keys
 
 OWN: Final = "own"
@@ -200,14 +200,13 @@ def _public_keys(folder: Path) -> list[str]:
 def _caller(path: Path) -> Caller:
     values = _read(path)
     key = public_key(path, values)
-    try:
-        role = Role(values.get("role", ""))
-    except ValueError:
-        roles = ", ".join(sorted(Role))
+    role = values.get("role", "")
+    if role not in PARTIES:
+        roles = ", ".join(PARTIES)
         raise ConfigError(
             f"{path} says no role that there is: write `role = ROLE` under `metadata`, one of {roles}"
-        ) from None
-    return Caller(path.stem, role, key, _limits(path, values))
+        )
+    return Caller(path.stem, Role(role), key, _limits(path, values))
 
 
 def _limits(path: Path, values: Mapping[str, str]) -> Limits:

@@ -9,10 +9,8 @@ from typing import Final
 
 from zflake.errors import ConfigError
 from zflake.keys import AUTHORIZED, OWN, TRUSTED, make_key_pair, public_key, write_public
-from zflake.wire.callers import Role
+from zflake.wire.callers import PARTIES, Role
 
-PARTIES: Final = (Role.WORKER, Role.GENERATOR, Role.CLIENT, Role.ADMIN)
-"""The roles whose keys come to a delegator."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

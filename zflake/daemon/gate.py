@@ -19,7 +19,7 @@ from zflake.wire.sockets import ZAP_DOMAIN
 
 HANDSHAKES: Final = 64
 """Handshakes that one turn of the loop answers at most."""
-LOOK_US: Final = 500_000
+REREAD_US: Final = 500_000
 """Microseconds between looks at who is authorized."""
 
 
@@ -47,7 +47,7 @@ class Gate:
     def take(self, events: Mapping[object, int], local_us: int) -> None:
         """Decide on the handshakes that a poll found, by who is authorized now."""
         if self._authorized is not None and local_us >= self._look_at_us:
-            self._look_at_us = local_us + LOOK_US
+            self._look_at_us = local_us + REREAD_US
             self._authorized.look()
             self.callers = self._authorized.by_key
         if self._zap not in events:

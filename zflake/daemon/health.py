@@ -33,7 +33,7 @@ MAX_CONNECTIONS: Final = 128
 """Connections that are open at once; one more closes the oldest."""
 ACCEPTED: Final = 32
 """Connections accepted at a time; fewer than may be open, so that none is closed before it was read."""
-BACKLOG: Final = 1024
+WAITING_PROBES: Final = 1024
 """Connections that may wait to be accepted; the system makes those above wait for a second and more."""
 MAX_HEAD_BYTES: Final = 8192
 
@@ -158,7 +158,7 @@ class HealthServer:
         server = await self._loop.create_server(
             lambda: _Exchange(self), sock=self._listener, backlog=ACCEPTED
         )
-        self._listener.listen(BACKLOG)  # asyncio has one number for both
+        self._listener.listen(WAITING_PROBES)  # asyncio has one number for both
         await self._ending.wait()
         server.close()
         for transport in list(self.connections):

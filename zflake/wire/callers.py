@@ -21,6 +21,10 @@ class Role(StrEnum):
     """Passes the requests of others on to a worker."""
 
 
+PARTIES: Final = (Role.WORKER, Role.GENERATOR, Role.CLIENT, Role.ADMIN)
+"""The roles of those who come to a delegator, or to a static worker."""
+
+
 class Limits(NamedTuple):
     """The limits of one key; the defaults are above what an honest holder reaches."""
 
