@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.daemon.tools import ANY, delegating
 from zflake.cli.keygen import make_cluster
 from zflake.delegator.server import Delegator
 from zflake.keys import Keys
+from zflake.wire.callers import Limits
 from zflake.wire.endpoint import parse_endpoint
 from zflake.worker.server import Worker, WorkerConfig
 
@@ -18,12 +20,15 @@ from zflake.worker.server import Worker, WorkerConfig
 class Secure:
     """A delegator and a worker with keys, in threads, and peers by the keys of their folders."""
 
-    def __init__(self, folder: Path, connect: Connect, delegator: Delegator, worker: Worker) -> None:
+    def __init__(
+        self, folder: Path, connect: Connect, delegator: Delegator, worker: Worker, stop: Callable[[], object]
+    ) -> None:
         self.folder = folder
         self.authorized = folder / "delegator" / "authorized"
         self.delegator = delegator
         self.worker = worker
         self._connect = connect
+        self._stop = stop
 
     def peer(self, name: str, *, at: str = "delegator", identity: bytes = b"") -> Peer:
         """A socket to a daemon by that party's key."""
@@ -31,6 +36,22 @@ class Secure:
         address = self.worker.address if at == "worker" else self.delegator.address
         (curve,) = Keys(self.folder / name).to(server)
         return self._connect(address, zmq.DEALER, identity, curve)
+
+    def knows(self, name: str) -> bool:
+        """Whether the delegator lets that party in."""
+        key, gate = Keys(self.folder / name).public, self.delegator._gate
+        assert gate is not None
+        return key in gate.callers
+
+    def limits(self, name: str) -> Limits:
+        """The limits of that party, as the delegator knows them."""
+        gate = self.delegator._gate
+        assert gate is not None
+        return gate.caller(Keys(self.folder / name).public).limits
+
+    def stop_worker(self) -> None:
+        """End the worker, whose routing identity is free then."""
+        self._stop()
 
 
 @pytest.fixture
@@ -46,6 +67,7 @@ def secure(folder: Path, connect: Connect) -> Iterator[Secure]:
         config = WorkerConfig(
             [parse_endpoint(delegator.address)], ANY, name="w1", keys=Keys(folder / "worker")
         )
-        with serving(lambda waker: Worker(config, waker)) as worker:
+        with ExitStack() as stack:
+            worker = stack.enter_context(serving(lambda waker: Worker(config, waker)))
             until(lambda: delegator.service.broker.open, "the worker to be ready")
-            yield Secure(folder, connect, delegator, worker)
+            yield Secure(folder, connect, delegator, worker, stack.close)

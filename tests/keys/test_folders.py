@@ -72,7 +72,7 @@ def test_a_secret_that_others_can_read_is_refused(folder: Path, others: int) -> 
 @pytest.mark.parametrize("text", ["", 'curve\n    public-key = "short"\n', "\0\xff"])
 def test_a_secret_that_is_none_is_refused(folder: Path, text: str) -> None:
     (folder / "client" / "own.key_secret").write_text(text)
-    with pytest.raises(ConfigError, match="own.key_secret"):
+    with pytest.raises(ConfigError, match=r"own\.key_secret"):
         Keys(folder / "client")
 
 
@@ -139,7 +139,7 @@ def test_a_file_that_is_wrong_lets_nobody_in_and_does_not_keep_the_others_out(
     callers.look()
     assert callers.by_key == before
     assert "lets nobody in" in caplog.text
-    with pytest.raises(ConfigError, match="wrong.key"):
+    with pytest.raises(ConfigError, match=r"wrong\.key"):
         Callers(authorized)
 
 

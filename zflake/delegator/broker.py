@@ -15,7 +15,7 @@ The broker leaves what is to be sent in `outbox`.  Times are in microseconds on 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -48,6 +48,8 @@ class Job:
     msgid: int
     count: int
     deadline_us: int
+    key: str
+    """The key that it came by; empty in a cluster without keys."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +103,7 @@ class Broker:
         self._line: OrderedDict[bytes, Peer] = OrderedDict()  # those that are open and have credit, in turn
         self._open = 0
         self._queue: deque[Job] = deque()
+        self._by_key: Counter[str] = Counter()  # requests under way
 
     def collect(self) -> list[Outgoing]:
         """The messages to send, which are the caller's from here on."""
@@ -157,16 +160,20 @@ class Broker:
             self._requeue([job])
         else:
             self.counts.brokered += 1
-            self.outbox.append(Outgoing(job.client, body, None))
+            self._end(job, body)
         self._settle(peer)
         self._dispatch(local_us)
         return True
 
     # --- clients ---
 
-    def submit(self, client: list[bytes], msgid: int, count: int, deadline_us: int, local_us: int) -> None:
+    def submit(
+        self, client: list[bytes], msgid: int, count: int, deadline_us: int, local_us: int, key: str = ""
+    ) -> None:
         """Take a client's request for `count` IDs in."""
-        job = Job(client, msgid, count, deadline_us)
+        job = Job(client, msgid, count, deadline_us, key)
+        if key:
+            self._by_key[key] += 1
         if deadline_us <= local_us:
             self._expire(job)
         elif not self._open:
@@ -216,6 +223,10 @@ class Broker:
         """Whether this worker takes requests."""
         peer = self._peers.get(identity)
         return peer is not None and peer.open
+
+    def under_way(self, key: str) -> int:
+        """Requests of a key that wait or are with a worker."""
+        return self._by_key[key]
 
     def in_flight(self, identity: bytes) -> int:
         """Requests that a worker has under way."""
@@ -270,7 +281,12 @@ class Broker:
         self._say(job, code, message, retry_after_ms)
 
     def _say(self, job: Job, code: Code, message: str, retry_after_ms: int | None) -> None:
-        self.outbox.append(Outgoing(job.client, encode_error(job.msgid, code, message, retry_after_ms), None))
+        self._end(job, encode_error(job.msgid, code, message, retry_after_ms))
+
+    def _end(self, job: Job, body: bytes) -> None:
+        if job.key:
+            self._by_key[job.key] -= 1
+        self.outbox.append(Outgoing(job.client, body, None))
 
 
 def _read(body: bytes) -> Response | None:

@@ -101,6 +101,13 @@ class Directory:
         """The last machine of the page at `at`; None if no page follows."""
         return self._machines[at + PAGE - 1] if at + PAGE < len(self._machines) else None
 
+    def held_by(self, key: str, token: Token, now: int) -> int:
+        """How many machine IDs a key holds beyond tick `now`, but for the one of this token."""
+        return sum(
+            record.holder.key == key and record.fence > now and record.token != token
+            for record in self._held.values()
+        )
+
     # --- workers ---
 
     def register(self, identity: bytes, shown: Ready, now: int, local_us: int, key: str = "") -> bool:

@@ -47,7 +47,7 @@ PRUNE: Final = 2_000
 KEPT_SPANS: Final = 500_000
 """Spans of provenance that are kept, one for each unbroken tenancy.  Half of them are dealt out to the machines: one
 that has more than its part is thinned out, lest a flood of tenancies push out all that was before."""
-SLACK: Final = 8
+OVER_PART: Final = 8
 """Divisor of a machine's part of the spans by which it may be over that part before it is thinned out."""
 KEPT_MS: Final = 400 * 86_400_000
 """Milliseconds for which they are kept."""
@@ -298,7 +298,7 @@ class LeaseExecutor:
         keep = max(1, KEPT_SPANS // 2 // (meta.last_machine + 1 - meta.first_machine))
         # A machine has no more spans than its record has had writes.  Of those that may have too many each is looked
         # at after `chance` new ones on average, so that this costs a small part of what these did.
-        chance = max(1, keep // SLACK)
+        chance = max(1, keep // OVER_PART)
         machines = {
             record.machine
             for record in written

@@ -16,6 +16,14 @@ def measure(delegator: Delegator) -> Iterator[Metric]:
     requests, broker, meta = service.requests, service.broker, executor.meta
     yield counts_by("zflake_delegator_requests", "Requests taken in.", "method", requests.by_method)
     yield counts_by("zflake_delegator_errors", "Requests answered with an error.", "code", requests.errors)
+    yield counts_by("zflake_delegator_denied", "Requests denied, by the key's name.", "key", requests.denied)
+    what = "Requests refused for a limit of their key, by its name."
+    yield counts_by("zflake_delegator_limited", what, "key", requests.limited)
+    yield CounterMetricFamily(
+        "zflake_delegator_handshakes_refused",
+        "Connections refused, of keys that are not authorized.",
+        delegator.refused,
+    )
     yield CounterMetricFamily(
         "zflake_delegator_dropped",
         "Messages that could not be answered, and answers that could not be delivered.",

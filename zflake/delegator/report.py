@@ -143,6 +143,7 @@ class Report:
             "requests": dict(self.requests.by_method),
             "errors": dict(self.requests.errors),
             "denied": dict(self.requests.denied),
+            "limited": dict(self.requests.limited),
         }
 
     def _delegators(self) -> Iterator[dict[str, Any]]:

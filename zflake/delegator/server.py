@@ -132,6 +132,11 @@ class Delegator:
                 self._gate.close()
             self._context.term()
 
+    @property
+    def refused(self) -> int:
+        """Connections refused, of keys that are not authorized."""
+        return 0 if self._gate is None else self._gate.refused
+
     def _tick(self) -> bool:
         """One turn of the loop; False if there is more to take in than it had time for."""
         service = self.service

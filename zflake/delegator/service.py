@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
-from zflake.core.lease import Refusal, Renew, Request, Token, Trace, bound
-from zflake.delegator.broker import Broker, Outgoing
+from zflake.core.lease import Acquire, Refusal, Renew, Request, Token, Trace, bound
+from zflake.delegator.broker import OVERLOADED_MS, Broker, Outgoing
 from zflake.delegator.directory import MISSED_US, Directory
 from zflake.delegator.executor import LeaseExecutor, Ticket
+from zflake.delegator.limits import AcquireLimits
 from zflake.delegator.report import Kept, Report
 from zflake.errors import ProtocolError
 from zflake.keys import Callers
@@ -67,7 +68,7 @@ class Service:
         self.brokered_at_us = 0
         """When an ID request came last."""
         self._executor = executor
-        self._callers = callers
+        self._limits = AcquireLimits()
         self._clock = executor.clock
         self._known_at: int | None = None  # up to when the leases are known, while the store fails
         self._sweep_at_us = 0
@@ -184,7 +185,7 @@ class Service:
             self.directory.hear(identity, None, local_us)
 
     def _next(
-        self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int, _caller: Caller
+        self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int, caller: Caller
     ) -> bytes | None:
         count, timeout_ms, store_id = request
         self.brokered_at_us = local_us
@@ -192,7 +193,11 @@ class Service:
             return self._refuse(msgid, Code.OTHER_CLUSTER, "this delegator belongs to another cluster")
         if self.draining:
             return self._refuse(msgid, Code.UNAVAILABLE, "this delegator is shutting down", RESTART_MS)
-        self.broker.submit(asker, msgid, count, arrived_us + timeout_ms * 1000, local_us)
+        key = caller.key
+        if key and (under_way := self.broker.under_way(key)) >= caller.limits.requests:
+            what = f"it has {under_way} ID requests under way here (requests)"
+            return self._limit(msgid, caller, what, OVERLOADED_MS)
+        self.broker.submit(asker, msgid, count, arrived_us + timeout_ms * 1000, local_us, key)
         return None
 
     def _ask_store(
@@ -201,7 +206,7 @@ class Service:
         msgid: int,
         request: Request | Trace,
         arrived_us: int,
-        _local_us: int,
+        local_us: int,
         caller: Caller,
     ) -> bytes | None:
         store_id = request.store_id if isinstance(request, Renew) else None
@@ -213,6 +218,10 @@ class Service:
             return self._refuse(msgid, Code.UNAVAILABLE, outage.message, outage.retry_after_ms)
         if caller.key and not isinstance(request, Trace):
             request = bound(request, caller.key)
+            if isinstance(request, Acquire):
+                held = self.directory.held_by(caller.key, request.next, self._leases_at())
+                if (over := self._limits.take(caller, held, local_us)) is not None:
+                    return self._limit(msgid, caller, over.what, over.retry_after_ms)
         if self._executor.submit(Ticket(request, arrived_us, asker, msgid)):
             return None
         return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
@@ -272,6 +281,12 @@ class Service:
         if not self._has_room(asker[0]):
             return self._refuse(msgid, Code.OVERLOADED, "take the answers before this one first", UNTAKEN_MS)
         return encode_packed(msgid, self._kept.get(key, build, local_us))
+
+    def _limit(self, msgid: int, caller: Caller, what: str, retry_after_ms: int) -> bytes:
+        self.requests.limited[caller.name] += 1
+        return self._refuse(
+            msgid, Code.OVERLOADED, f"the key {caller.name} is at a limit: {what}", retry_after_ms
+        )
 
     def _heard(self, msgid: int) -> bytes:
         return encode_result(msgid, self._report.heard())

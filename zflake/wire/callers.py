@@ -28,12 +28,12 @@ PARTIES: Final = (Role.WORKER, Role.GENERATOR, Role.CLIENT, Role.ADMIN)
 class Limits(NamedTuple):
     """The limits of one key; the defaults are above what an honest holder reaches."""
 
-    leases: int = 256
+    leases: int = 4096
     """Machine IDs that it holds."""
-    acquires_per_s: int = 64
-    """Machine IDs that it asks for in a second, over longer times."""
-    requests: int = 4096
-    """ID requests that it has under way at one daemon."""
+    acquires_per_s: int = 256
+    """Machine IDs that it asks for in a second, over some seconds."""
+    requests: int = 2048
+    """ID requests that it has under way at one delegator."""
 
 
 class Caller(NamedTuple):

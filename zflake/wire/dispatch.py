@@ -71,6 +71,8 @@ class Requests:
     """Errors answered, by code."""
     denied: Counter[str] = field(default_factory=Counter)
     """Requests that were denied, by the caller's name; those of unknown keys under an empty one."""
+    limited: Counter[str] = field(default_factory=Counter)
+    """Requests that were refused for a limit of their key, by its name."""
     dropped: int = 0
     """Messages that could not be answered, and answers that could not be delivered."""
 
