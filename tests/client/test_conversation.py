@@ -573,10 +573,47 @@ def test_half_of_the_ids_is_a_timeout_that_says_how_many_came() -> None:
     world.fails(Timeout, count=100, match="30 of 100 IDs")
 
 
-def test_what_no_other_try_would_mend_is_raised_at_once() -> None:
-    world, _, minters = cluster(1)
-    minters[0].fails = error("denied")
-    world.fails(AuthError, timeout=0.1)
+@pytest.mark.parametrize("service", ["delegator", "worker"])
+def test_an_endpoint_of_the_applications_that_denies_is_believed_at_once(service: str) -> None:
+    world, delegator, minters = cluster(1)
+    if service == "worker":
+        world = World({W1: minters[0]})
+    world.take()
+    world.now += 2 * REFRESH_S
+    minters[0].fails = delegator.fails = error("denied")
+    start = world.now
+    world.fails(AuthError)
+    assert world.now - start <= 3 * TRIP_S
+
+
+@pytest.mark.parametrize("denial", [error("denied"), AuthError("the connection was refused")])
+def test_a_worker_of_the_directory_that_denies_is_left_for_another(denial: Outcome) -> None:
+    # It may have a new key, or not have heard of the client's yet.
+    world, _, _ = cluster(2)
+    world.take()
+    (first,) = world.endpoints()
+    world.peers[first] = lambda _: denial
+    world.take()
+    assert world.endpoints()[-1] != first
+
+
+def test_where_all_workers_deny_the_last_word_is_the_delegators() -> None:
+    world, delegator, minters = cluster(2)
+    world.take()
+    for minter in minters:
+        minter.fails = error("denied")
+    delegator.fails = error("denied")
+    start = world.now
+    world.fails(AuthError, match=D1)
+    assert world.now - start < ATTEMPT_S
+
+
+def test_one_delegator_that_denies_does_not_matter_while_another_answers() -> None:
+    world, delegator, _ = cluster(1)
+    world = World(world.peers | {D2: Delegator()}, D1, D2)
+    world.peers[D2] = lambda _: error("denied")
+    world.take()
+    assert delegator.workers
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE)

@@ -144,6 +144,20 @@ def test_a_request_goes_under_a_tag_and_its_answer_to_the_client_as_it_came() ->
     assert not world.broker.busy
 
 
+def test_an_answer_by_another_key_counts_for_nothing() -> None:
+    world = World()
+    world.broker.join(b"w", token_of(b"w"), world.us, "key")
+    client = world.ask()
+    ((worker, mark, body),) = world.given
+    answer = encode_result(decode_request(body)[0], RUN)
+    for key in ("another", ""):
+        assert not world.broker.answer(worker, [mark, b""], answer, world.us, key)
+    assert world.broker.counts.strays == 2
+    assert world.broker.answer(worker, [mark, b""], answer, world.us, "key")
+    world.flush()
+    assert world.told(client).result == list(RUN)
+
+
 def test_a_worker_that_registers_with_another_token_is_given_its_requests_again() -> None:
     world = World(b"w")
     client = world.ask()

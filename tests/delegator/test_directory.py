@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from zflake.core.lease import Record
+from zflake.core.lease import Holder, Record
 from zflake.delegator.directory import MISSED_US, Directory
 from zflake.wire.cluster import Ready
 
@@ -119,6 +119,19 @@ def test_a_wrong_token_does_not_put_out_the_worker_that_is_there() -> None:
     assert not directory.register(b"stranger", Ready(1, token(9)), NOW, 0)
     assert not directory.register(b"1", Ready(1, token(9)), NOW, 0)
     assert present(directory) == [1]
+
+
+def test_only_the_key_that_acquired_a_lease_registers_with_its_token_and_proves_itself_by_it() -> None:
+    bound = replace(record(1), holder=Holder(key="key"))
+    directory = Directory([bound])
+    for key in ("another", ""):
+        assert not directory.register(b"1", Ready(1, token(1)), NOW, 0, key)
+    assert directory.register(b"1", Ready(1, token(1)), NOW, 0, "key")
+    assert directory.proves(b"1", token(1), "key")
+    assert not directory.proves(b"1", token(1), "another")
+    assert not directory.proves(b"1", token(1))
+    assert directory.held_by("key", token(2), NOW) == 1
+    assert directory.held_by("key", token(1), NOW) == directory.held_by("another", token(2), NOW) == 0
 
 
 def test_a_renewal_keeps_a_worker_and_a_new_tenancy_puts_it_out() -> None:
