@@ -34,16 +34,16 @@ from zflake.errors import ZflakeError
 MESSAGES: Final = 300
 """Messages of an episode, about."""
 TARGETS: Final = {
-    "sqlite": 30,
-    "memory": 18,
-    "sqlite-worker": 16,
-    "memory-worker": 6,
-    "static": 10,
-    "link": 14,
+    "sqlite": 40,
+    "memory": 40,
+    "sqlite-worker": 40,
+    "memory-worker": 16,
+    "static": 40,
+    "link": 40,
 }
-LIED_TO_KINDS: Final = {"client": 5, "generator": 4, "tool": 3}
-"""Targets and their weights; these are of clients."""
-CALLS: Final = {"client": 5, "generator": 2, "tool": 6}
+LIED_TO_KINDS: Final = {"client": 3, "generator": 1, "tool": 3}
+"""Targets and their weights; these are of clients, which take longest."""
+CALLS: Final = {"client": 5, "generator": 1, "tool": 8}
 """Calls of each client of an episode."""
 LOOK_S: Final = 0.5
 REPORT_S: Final = 10.0
@@ -134,6 +134,7 @@ class Fuzz:
         self.site, self.result, self.report = site, result, report
         self.tally = Tally()
         self.liar = Liar(site, self.tally)
+        self._victims: Victims
         self._look_at = self._report_at = 0.0
 
     def run(self, messages: int, only: int | None, targets: Sequence[str]) -> None:
@@ -147,17 +148,19 @@ class Fuzz:
                 if tally.sent >= messages or (only is not None and number > only):
                     break
                 if only is None or number == only:
-                    self._play(target, draw)
+                    self._play(number, target, draw)
                     result.by_target[target] += tally.sent - result.by_target.total()
                     self._watch()
             result.seconds = time.monotonic() - began
+            self._rest()
             number = None
             self._recover()
             self._check(began)
         except Wrong as wrong:
             result.violations.append(str(wrong))
+            result.episode = number if wrong.episode is None else wrong.episode
         finally:
-            result.messages, result.answers, result.episode = tally.sent, tally.answers, number
+            result.messages, result.answers = tally.sent, tally.answers
             result.seconds = result.seconds or 1.0
             result.grown_mb = {watch.daemon.name: watch.grown_mb for watch in self.site.watches}
             self._last_look()
@@ -166,22 +169,31 @@ class Fuzz:
 
     def _attend(self) -> None:
         self.liar.attend()
+        self._victims.attend()
 
-    def _play(self, target: str, draw: random.Random) -> None:
+    def _play(self, number: int, target: str, draw: random.Random) -> None:
         messages = draw.randrange(MESSAGES // 3, MESSAGES * 5 // 3)
         if target == "link":
             self.liar.play(draw, messages, self._attend)
         elif target in LIED_TO_KINDS:
-            self._victims.play(target, draw, self._attend)
+            # They wait for the most part: what comes next goes on beside them.
+            self._rest()
+            self._victims.begin(target, number, draw)
         else:
             tactics = TACTICS[self.site.targets[target][0]]
             (tactic,) = draw.choices(list(tactics), list(tactics.values()))
             try:
                 Episode(self.site, target, draw, self.tally, self._attend, messages=messages).play(tactic)
             except Wrong as wrong:
-                raise Wrong(f"{target}, {tactic}: {wrong}") from wrong
+                raise Wrong(f"{target}, {tactic}: {wrong}", wrong.episode) from wrong
             except ZflakeError as error:
                 raise Wrong(f"{target}, {tactic}: an answer that is none: {error!r}") from error
+
+    def _rest(self) -> None:
+        """Wait until no call of a victim is under way."""
+        while self._victims.busy:
+            self._victims.attend(20)
+            self.liar.attend()
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -261,6 +273,9 @@ class Victims:
         self._control = site.socket(zmq.ROUTER, "delegator", "tcp://127.0.0.1:*")
         control = bound_at(self._control)
         self._raised = raised
+        self._calls: dict[bytes, list[dict[str, Any]]] = {}
+        """The calls that are left to each victim, the one under way last."""
+        self._kind, self._number, self._deadline = "", 0, 0.0
         processes = {"client": 1, "generator": 1, "tool": 2}
         self._processes: list[Process] = [
             site.victims(kind, control) for kind, many in processes.items() for _ in range(many)
@@ -278,36 +293,42 @@ class Victims:
                 name, body = self._control.recv_multipart()
                 self._names[json.loads(body)["kind"]].append(name)
 
-    def play(self, kind: str, draw: random.Random, attend: Callable[[], None]) -> None:
-        """Have each victim of a kind make some calls, and lie to it meanwhile."""
-        slots = self._slots[kind]
-        waiting: dict[bytes, tuple[Slot, list[dict[str, Any]], dict[str, Any]]] = {}
-        for name, slot in zip(self._names[kind], slots, strict=True):
+    def begin(self, kind: str, number: int, draw: random.Random) -> None:
+        """Have each victim of a kind make some calls, and lie to it meanwhile, in `attend`."""
+        self._kind, self._number, self._deadline = kind, number, soon(120.0)
+        for name, slot in zip(self._names[kind], self._slots[kind], strict=True):
             own = random.Random(draw.random())
             slot.values = Values(own)
-            orders = [order(kind, slot.address, own) for _ in range(CALLS[kind])]
-            waiting[name] = slot, orders, {}
-            self._order(name, waiting)
-        poller = zmq.Poller()
-        for socket in (self._control, *(slot.socket for slot in slots)):
-            poller.register(socket, zmq.POLLIN)
-        deadline = soon(120.0)
-        while waiting:
-            poller.poll(20)
-            for slot in slots:
-                slot.attend()
-            attend()
-            while self._control.poll(0):
-                name, body = self._control.recv_multipart()
-                outcome, last = json.loads(body), waiting[name][2]
-                self._raised[f"{kind}: {outcome['raised']}"] += 1
-                if outcome["wrong"]:
-                    raise Wrong(f"{kind} {last}: {outcome['wrong']}")
-                self._order(name, waiting)
-            if time.monotonic() > deadline or not all(p.alive for p in self._processes):
-                raise Wrong(f"a {kind} hangs, or has ended: {[p.log()[-2_000:] for p in self._processes]}")
+            self._calls[name] = [order(kind, slot.address, own) for _ in range(CALLS[kind])]
+            self._order(name)
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way."""
+        return bool(self._calls)
+
+    def attend(self, wait_ms: int = 0) -> None:
+        """Lie, and take in how calls ended."""
+        if not self._calls:
+            return
+        slots = self._slots[self._kind]
+        if wait_ms:
+            poller = zmq.Poller()
+            for socket in (self._control, *(slot.socket for slot in slots)):
+                poller.register(socket, zmq.POLLIN)
+            poller.poll(wait_ms)
         for slot in slots:
-            slot.values = None
+            slot.attend()
+        while self._control.poll(0):
+            name, body = self._control.recv_multipart()
+            outcome, last = json.loads(body), self._calls[name].pop()
+            self._raised[f"{self._kind}: {outcome['raised']}"] += 1
+            if outcome["wrong"]:
+                raise Wrong(f"{self._kind} {last}: {outcome['wrong']}", self._number)
+            self._order(name)
+        if time.monotonic() > self._deadline or not all(p.alive for p in self._processes):
+            logs = [p.log()[-2_000:] for p in self._processes]
+            raise Wrong(f"a {self._kind} hangs, or has ended: {logs}", self._number)
 
     def end(self) -> None:
         for process in self._processes:
@@ -316,16 +337,11 @@ class Victims:
                 raise Wrong(f"{process.name} said: {log[-2_000:]}")
             process.kill()
 
-    def _order(
-        self, name: bytes, waiting: dict[bytes, tuple[Slot, list[dict[str, Any]], dict[str, Any]]]
-    ) -> None:
-        slot, orders, _ = waiting[name]
-        if not orders:
-            del waiting[name]
-            return
-        following = orders.pop()
-        waiting[name] = slot, orders, following
-        self._control.send_multipart([name, json.dumps(following).encode()])
+    def _order(self, name: bytes) -> None:
+        if self._calls[name]:
+            self._control.send_multipart([name, json.dumps(self._calls[name][-1]).encode()])
+        else:
+            del self._calls[name]
 
 
 def order(kind: str, endpoint: str, draw: random.Random) -> dict[str, Any]:

@@ -174,10 +174,10 @@ MUTANTS: Final = {
 }
 
 
-def catch(name: str, folder: Path, *, messages: int = MESSAGES, seed: int = 1) -> Result:
+def catch(name: str, folder: Path, *, episode: int | None = None) -> Result:
     """Fuzz what is left without that guard."""
     via = ("tests.fuzz.mutants", name)
-    return fuzz.run(folder, messages, seed=seed, via=via, targets=MUTANTS[name].targets)
+    return fuzz.run(folder, MESSAGES, seed=1, episode=episode, via=via, targets=MUTANTS[name].targets)
 
 
 if __name__ == "__main__":

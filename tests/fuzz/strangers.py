@@ -58,7 +58,11 @@ Owed = tuple[tuple[bytes, ...], int | None]
 
 
 class Wrong(Exception):  # noqa: N818
-    """Something that must hold did not."""
+    """Something that must hold did not; in which episode, if not in the present one."""
+
+    def __init__(self, what: str, episode: int | None = None) -> None:
+        super().__init__(what)
+        self.episode = episode
 
 
 class Tally:
@@ -224,6 +228,8 @@ class Episode:
     def attend(self, wait_ms: int) -> None:
         """Take in what has come to anybody here, or wait so long for it."""
         if wait_ms:
+            if not self.daemon.alive:
+                raise Wrong("it has ended")
             poller = zmq.Poller()
             for stranger in self._strangers:
                 poller.register(stranger.socket, zmq.POLLIN)

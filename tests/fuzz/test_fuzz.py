@@ -16,7 +16,7 @@ from tests.fuzz.values import Values
 from tests.sim.mutants import changed
 
 MESSAGES = 50_000
-SEED = 20_201
+SEED = 3
 
 
 @pytest.mark.timeout(180)
@@ -92,3 +92,15 @@ def test_a_missing_guard_is_noticed(name: str, tmp_path: Path) -> None:
     words = MUTANTS[name].words
     assert any(words in violation for violation in result.violations), result.violations
     assert f"--seed {result.seed}" in str(result)
+
+
+@pytest.mark.timeout(120)
+def test_the_episode_that_found_something_finds_it_again_by_itself(tmp_path: Path) -> None:
+    folders = tmp_path / "first", tmp_path / "again"
+    for folder in folders:
+        folder.mkdir()
+    found = mutants.catch("frames: any number of envelopes", folders[0])
+    assert f"--episode {found.episode}" in str(found)
+    again = mutants.catch("frames: any number of envelopes", folders[1], episode=found.episode)
+    assert again.violations
+    assert again.messages <= found.messages
