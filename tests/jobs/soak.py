@@ -12,13 +12,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import pytest
 
+from tests.fuzz import fuzz
 from tests.jobs import cluster, delegators, engines, kills
 from tests.jobs.job import Report
 from tests.sim import mutants
 from tests.sim import soak as simulation
 from tests.system import flood
 
-Result: TypeAlias = flood.Result | kills.Result | cluster.Result | delegators.Result
+Result: TypeAlias = flood.Result | fuzz.Result | kills.Result | cluster.Result | delegators.Result
 N = TypeVar("N", int, float)
 Proof: TypeAlias = Callable[..., Result]
 """Takes a folder, and a verb's options and a `Report` by their names."""
@@ -47,6 +48,10 @@ def main() -> int:
     )
     option = verb("flood", "far more requests than a delegator can pass on", flood.run)
     option("--seconds", type=_at_least(1.0), default=30.0, help="how long (default: %(default)g)")
+    option = verb("fuzz", "hostile peers and servers, without end", _fuzz)
+    option("--messages", type=_at_least(1), default=1_000_000, help="how many (default: %(default)s)")
+    option("--seed", type=int, default=1, help="of all that is sent")
+    option("--episode", type=int, help="this one alone, of those that the seed makes")
     option = verb("kills", "a delegator killed at every point around commit and reply", _kills)
     option("--rounds", type=int, default=3, help="how often at each (default: %(default)s)")
     option("--seed", type=int, default=1, help="of the points' order")
@@ -102,6 +107,10 @@ def _at_least(least: N) -> Callable[[str], N]:
 
 def _kills(folder: Path, *, rounds: int, seed: int, report: Report) -> Result:
     return kills.run(folder, kills.every_point(rounds, seed), report=report)
+
+
+def _fuzz(folder: Path, *, messages: int, report: Report, **options: Any) -> Result:
+    return fuzz.run(folder, messages, report=report, **options)
 
 
 def _engines(folder: Path, *, report: Report, **options: Any) -> Result:

@@ -460,6 +460,34 @@ def test_no_terminal_obeys_a_server(script: Scripts) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"leases": 5},
+        {"leases": [{}]},
+        {"delegators": [None, None]},
+        {"uptime_ms": 2**63},
+        {"layout": {}},
+        {"machines": []},
+        {"store": b"bytes"},
+        {"store": {b"bytes": 1}},
+    ],
+    ids=str,
+)
+def test_an_answer_that_can_not_be_read_is_one_line(
+    wrong: dict[str, Any], script: Scripts, cluster: Cluster
+) -> None:
+    facts = ask_status(cluster.delegator.address, WAIT_S)
+    liar = script(
+        lambda _method, _params, msgid: encode_result(msgid, (facts | wrong) if wrong else {"service": 1})
+    )
+    for flags in [], ["--json"]:
+        # As JSON a status is whatever JSON can say.
+        if not flags or "store" in wrong:
+            assert liar.address in complaint("status", "--to", liar.address, *flags)
+
+
 def test_a_log_in_text_has_a_line_for_each_message() -> None:
     record = logging.LogRecord("zflake.x", logging.INFO, "", 0, "from %s", ("a\nb\x1b[2J",), None)
     assert _Text().format(record).endswith(r"INFO    x: from a\nb\x1b[2J")

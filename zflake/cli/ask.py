@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, Final
 
 from zflake.client.conversation import PAUSE_S, Ask
 from zflake.client.transport import Transport
@@ -13,6 +13,9 @@ from zflake.errors import AuthError, Overloaded, ProtocolError, Timeout
 from zflake.keys import Keys
 from zflake.wire.codec import printable
 from zflake.wire.methods import Method, exception_of
+
+# What Python raises where a value is of another type, form or size than it is taken for.
+_UNREADABLE: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def ask(
@@ -64,16 +67,34 @@ def _ask(
         raise type(outcome)(f"{endpoint}: {outcome}")
     if outcome.error is not None:
         raise exception_of(outcome.error)
-    return readable(outcome.result)
+    with reading(endpoint):
+        return readable(outcome.result)
+
+
+@contextmanager
+def reading(endpoint: str) -> Iterator[None]:
+    """Whatever can't be done with an answer of this endpoint's is a `ProtocolError`, and the endpoint's fault.
+
+    The commands check of an answer no more than they show, so nothing may be printed in here.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ProtocolError(f"{endpoint} sent an answer that can't be read: {error!r}") from error
 
 
 def readable(value: Any) -> Any:
-    """A value from elsewhere with printable texts only: all that the commands show of peers comes through here."""
+    """A value from elsewhere with printable texts only: all that the commands show of peers comes through here.
+
+    Raises `TypeError` if it is none that JSON has as well.
+    """
     match value:
+        case None | bool() | int() | float():
+            return value
         case str():
             return printable(value)
         case list():
             return [readable(each) for each in value]
         case dict():
             return {readable(key): readable(each) for key, each in value.items()}
-    return value
+    raise TypeError(f"{type(value).__name__} in it")

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from zflake.cli.ask import ask_pages
+from zflake.cli.ask import ask_pages, reading
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, ProtocolError, Timeout
 from zflake.keys import Keys
@@ -34,23 +34,26 @@ def ask_status(endpoint: str, timeout_s: float, keys: Keys | None = None) -> dic
         if not isinstance(facts, dict) or "service" not in facts or type(facts.get("leases", [])) is not list:
             raise ProtocolError(f"{endpoint} does not answer as a daemon of zflake's")
     if others:
-        leases = {lease["machine"]: lease for facts in (first, *others) for lease in facts["leases"]}
+        with reading(endpoint):
+            leases = {lease["machine"]: lease for facts in (first, *others) for lease in facts["leases"]}
         first["leases"] = list(leases.values())
         first["next"] = None
     return dict(first)
 
 
-def show_status(facts: dict[str, Any]) -> None:
-    """Print what `ask_status` gave, for people."""
+def show_status(endpoint: str, facts: dict[str, Any]) -> None:
+    """Print what `ask_status` gave, for people; raises `ProtocolError` if it can't be read, and prints nothing then."""
+    with reading(endpoint):
+        view: list[RenderableType] = [
+            Text.assemble((f"{name:<10}", "bold"), f" {value}") for name, value in _headlines(facts)
+        ]
+        if facts["service"] == "delegator":
+            if len(facts["delegators"]) > 1:
+                view += "", delegator_table(facts["delegators"])
+            view += "", lease_table(facts["leases"])
     console = plain_console()
-    for name, value in _headlines(facts):
-        console.print(Text.assemble((f"{name:<10}", "bold"), f" {value}"))
-    if facts["service"] == "delegator":
-        if len(facts["delegators"]) > 1:
-            console.print()
-            console.print(delegator_table(facts["delegators"]))
-        console.print()
-        console.print(lease_table(facts["leases"]))
+    for part in view:
+        console.print(part)
 
 
 def plain_console() -> Console:
@@ -65,8 +68,8 @@ def delegator_table(delegators: list[dict[str, Any]]) -> Table:
     table = _table("delegator", "address", "last mark", "its wall clock")
     for there in delegators:
         table.add_row(
-            there["name"],
-            there["address"],
+            str(there["name"]),
+            str(there["address"]),
             f"{there['marked_ms_ago'] / 1000:.1f} s ago",
             f"{-there['lead_ms'] / 1000:+.3f} s against the timeline",
         )
@@ -91,7 +94,7 @@ def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None 
         table.add_row(
             str(lease["machine"]),
             _who(lease),
-            lease["address"],
+            str(lease["address"]),
             f"{lease['pid']}@{lease['host']}",
             f"{lease['ends_in_ms'] / 1000:.1f} s",
             *cells,
@@ -171,8 +174,10 @@ def watch(endpoint: str, timeout_s: float, keys: Keys | None = None) -> None:
                 facts = ask_status(endpoint, timeout_s, keys)
                 if facts["service"] != "delegator":
                     raise ConfigError(f"{endpoint} is a {facts['service']}; --watch takes a delegator")
-                rates.update(facts)
-                live.update(live_view(facts, rates), refresh=True)
+                with reading(endpoint):
+                    rates.update(facts)
+                    view = live_view(facts, rates)
+                live.update(view, refresh=True)
             except Timeout as error:
                 live.update(Text(str(error), style="red"), refresh=True)
             time.sleep(LOOK_S)

@@ -210,15 +210,16 @@ def status(*, to: str, watch: bool, as_json: bool, keys: Path | None, timeout: i
     """Show a delegator and its workers, or one worker."""
     from zflake.cli import status as status_  # noqa: PLC0415  (it loads what only it needs)
 
+    endpoint = parse_endpoint(to).text
     if watch:
         if as_json:
             raise ConfigError("--watch is for people, --json for programs: take one")
         try:
-            status_.watch(parse_endpoint(to).text, timeout / 1000, open_keys(keys))
+            status_.watch(endpoint, timeout / 1000, open_keys(keys))
         except KeyboardInterrupt:
             return
-    facts = status_.ask_status(parse_endpoint(to).text, timeout / 1000, open_keys(keys))
-    _show(facts, status_.show_status, as_json=as_json)
+    facts = status_.ask_status(endpoint, timeout / 1000, open_keys(keys))
+    _show(facts, partial(status_.show_status, endpoint), as_json=as_json)
 
 
 @command.command(context_settings={"ignore_unknown_options": True})

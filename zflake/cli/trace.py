@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from zflake.cli.ask import ask
+from zflake.cli.ask import ask, reading
 from zflake.cli.ids import as_object
 from zflake.core.layout import Layout, iso
-from zflake.errors import ProtocolError
 from zflake.keys import Keys
 from zflake.wire.cluster import check_hello
 from zflake.wire.methods import Method
@@ -26,10 +25,8 @@ def trace_ids(
     found = []
     for fields in [layout.decompose(id_) for id_ in ids]:
         answer = ask(endpoint, Method.CLUSTER_TRACE, (fields.machine, fields.tick), timeout_s, keys)
-        try:
+        with reading(endpoint):
             found.append(as_object(fields) | _read(answer, layout))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ProtocolError(f"{endpoint} sent a trace that can't be read: {error!r}") from error
     return found
 
 
