@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import time
@@ -176,13 +177,14 @@ def _no_socket(error: zmq.ZMQError) -> Unavailable:
     return Unavailable(f"this process can't have another socket: {error.strerror}")
 
 
-_REFUSALS: Final = {
-    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "it does not know this key, or not any more",
-    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "one side has keys and the other has none",
-    # libzmq learns no more if the server's key is another one.  The end of a server looks the same.
-    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "its own key is none of those that are trusted here",
-}
-_WRONG_KEY: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+_HANDSHAKES: Final = int(
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_MISMATCH: Final = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
+BROKEN_OFF: Final = 3
+"""Handshakes broken off, at least, that mean a wrong key: the end of a server breaks one off as well."""
 
 
 class Dialer:
@@ -203,24 +205,31 @@ class Dialer:
     ) -> None:
         self._make = partial(connecting, context, kind, endpoint, **options)
         self._endpoint = endpoint
-        self._curves = iter(curves)
+        self._curves = itertools.cycle(curves)
+        self._keys = 0 if None in curves else len(curves)
+        self._broken_off = 0
         self._monitor: zmq.Socket[bytes] | None
-        self.socket, self._monitor = self._dial(next(self._curves))
+        self.socket, self._monitor = self._dial()
 
     def refusal(self) -> str | None:
         """Why the peer refuses every key that was tried; None while it may yet take the connection.
 
         Raises `Unavailable` if this process is short of what another try takes.
         """
-        monitor = self._monitor
-        while monitor is not None and monitor.poll(0):
-            event = recv_monitor_message(monitor)["event"]
-            another = next(self._curves, None) if event == _WRONG_KEY else None
-            if another is None:
-                return _REFUSALS[event]
-            fresh, monitor = self._dial(another)
-            self.close()
-            self.socket, self._monitor = fresh, monitor
+        while self._monitor is not None and self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                return "it does not know this key, or not any more"
+            if event["value"] == _MISMATCH:
+                return "one side has keys and the other has none"
+            # libzmq learns no more if the server's key is another one.
+            self._broken_off += 1
+            if self._keys and self._broken_off >= max(BROKEN_OFF, self._keys):
+                return "its own key is none of those that are trusted here"
+            if self._keys > 1:
+                fresh, monitor = self._dial()
+                self.close()
+                self.socket, self._monitor = fresh, monitor
         return None
 
     def wait(self, timeout_s: float) -> str | None:
@@ -254,12 +263,12 @@ class Dialer:
         self.done()
         self.socket.close(linger=linger_ms)
 
-    def _dial(self, curve: Curve | None) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    def _dial(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         with contextlib.ExitStack() as undo:
-            socket = self._make(curve=curve)
+            socket = self._make(curve=next(self._curves))
             undo.callback(socket.close, linger=0)
             try:
-                monitor = socket.get_monitor_socket(sum(_REFUSALS))
+                monitor = socket.get_monitor_socket(_HANDSHAKES)
             except zmq.ZMQError as error:
                 raise _no_socket(error) from error
             undo.callback(monitor.close, linger=0)
