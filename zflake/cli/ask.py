@@ -20,7 +20,7 @@ def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float
     Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, and the error that it carries.
     """
     with closing(Transport()) as transport:
-        return _ask(transport, endpoint, method, params, timeout_s)
+        return _ask(transport, Ask(endpoint, method, params, timeout_s), time.monotonic() + timeout_s)
 
 
 def ask_pages(endpoint: str, method: Method, timeout_s: float) -> Iterator[Any]:
@@ -32,13 +32,13 @@ def ask_pages(endpoint: str, method: Method, timeout_s: float) -> Iterator[Any]:
     params: tuple[int, ...] = ()
     with closing(Transport()) as transport:
         while True:
-            left_s = deadline - time.monotonic()
             try:
-                page = _ask(transport, endpoint, method, params, left_s)
+                page = _ask(transport, Ask(endpoint, method, params, timeout_s), deadline)
             except Overloaded as error:
-                if left_s < PAUSE_S:
+                pause_s = error.retry_after or PAUSE_S
+                if time.monotonic() + pause_s > deadline:
                     raise
-                time.sleep(min(left_s, error.retry_after or PAUSE_S))
+                time.sleep(pause_s)
                 continue
             yield page
             after = page.get("next") if isinstance(page, dict) else None
@@ -47,15 +47,13 @@ def ask_pages(endpoint: str, method: Method, timeout_s: float) -> Iterator[Any]:
             params = (after,)
 
 
-def _ask(
-    transport: Transport, endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float
-) -> Any:
-    deadline, outcome = time.monotonic() + timeout_s, None
+def _ask(transport: Transport, ask: Ask, deadline: float) -> Any:
+    endpoint, outcome = ask.endpoint, None
     # The transport gives a connection up before the time is over, since a client has other endpoints.
     while outcome is None and (left_s := deadline - time.monotonic()) > 0:
-        outcome = transport.ask(Ask(endpoint, method, params, left_s))
+        outcome = transport.ask(ask._replace(timeout_s=left_s))
     if outcome is None:
-        raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; check that it is running")
+        raise Timeout(f"no answer from {endpoint} within {ask.timeout_s:g} s; check that it is running")
     if isinstance(outcome, ProtocolError):
         raise ProtocolError(f"{endpoint}: {outcome}")
     if outcome.error is not None:

@@ -21,8 +21,9 @@ RECONNECT_MAX_MS = 1000
 UNTAKEN: Final = 256
 """Answers and brokered requests that may wait for one peer; a further one is dropped.  Half of it is more than a peer
 that takes its answers can have waiting: a worker's credit, or a pipeline of 64 requests, with heartbeats beside them."""
-UNTAKEN_LARGE: Final = 4
-"""Answers of `LARGE_BYTES` or more that may wait for one peer; a page of leases may have 20 kB."""
+UNTAKEN_LARGE: Final = 8
+"""Answers of `LARGE_BYTES` or more that may wait for one peer; a page of leases may have 20 kB.  One that was sent counts
+until pyzmq's thread has said so."""
 LARGE_BYTES: Final = 1024
 SWEEP_AT: Final = 256
 """Peers with large answers at which a first look is taken whether they have got them."""
