@@ -22,6 +22,7 @@ from typing import Any, Final
 import zmq
 
 import zflake
+from tests.jobs.deaf import raise_limit
 from tests.system.daemons import WAIT_S, Daemon, Daemons, Process, ready_at, resident_mb, until
 from zflake.wire.codec import decode_response, encode_request
 
@@ -35,8 +36,9 @@ ALONE_S: Final = 8.0
 """Seconds without a crowd, to compare with."""
 GROWTH_MB: Final = 1_000.0
 """Megabytes that a crowd may cost."""
-IDLE_CPU: Final = 0.5
-"""Part of a core that the delegator may use while the crowd is idle; it goes on renewing leases."""
+IDLE_CPU: Final = 0.8
+"""Part of a core that the delegator may use while the crowd comes and is idle, beside renewing leases; one that spins
+uses all of it."""
 
 
 @dataclass
@@ -151,6 +153,7 @@ def run(
 ) -> Result:
     """Let a crowd come to a delegator of its own in an empty folder."""
     result = Result()
+    raise_limit()
     with Daemons(folder) as daemons, zmq.Context() as context:
         delegator = daemons.delegator(name="delegator", ttl=f"{TTL_S}s", env={})
         daemons.worker(name="worker", to=delegator)
