@@ -165,7 +165,7 @@ def test_a_peer_that_takes_no_answers_has_few_large_ones_and_any_number_again_on
             for _ in range(100):
                 asking.request("cluster.status")
             until(lambda: delegator.service.requests.errors["overloaded"] > 50)
-            assert sum(map(len, delegator._answers._untaken.values())) <= sockets.UNTAKEN_LARGE
+            assert sum(map(len, delegator._large._untaken.values())) <= sockets.UNTAKEN_LARGE
             assert len(result(peer.ask("cluster.status"))["leases"]) == PAGE, "others are served"
             codes = Counter(
                 answer.error.code if answer.error else "page"

@@ -22,7 +22,7 @@ from zflake.delegator.start import Wishes, check_wishes, start
 from zflake.errors import StoreError
 from zflake.stores import check_url, open_store
 from zflake.wire.endpoint import Endpoint, check_bind
-from zflake.wire.sockets import NOW, Intake, LargeAnswers, address_of, bound_router
+from zflake.wire.sockets import LARGE_BYTES, NOW, Intake, LargeAnswers, address_of, bound_router, send
 
 BROKERING_US: Final = 10_000
 """Microseconds after an ID request for which the loop lingers at its socket."""
@@ -76,7 +76,7 @@ class Delegator:
             self._router = bound_router(self._context, config.bind, self._door.watch)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._intake = Intake(self._router)
-            self._answers = LargeAnswers(self._router)
+            self._large = LargeAnswers(self._router)
             self.address = address_of(self._router)
             self._store = store = open_store(config.store)
             undo.callback(store.close)
@@ -90,7 +90,7 @@ class Delegator:
             held = store.held(self.clock.tick())
             undo.pop_all()
         self.executor = LeaseExecutor(store, meta, self.clock, wake=waker.wake)
-        self.service = Service(self.executor, Directory(held), secrets.token_bytes, self._answers.has_room)
+        self.service = Service(self.executor, Directory(held), secrets.token_bytes, self._large.has_room)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         waker.register(self._poller)
@@ -166,7 +166,9 @@ class Delegator:
         service = self.service
         while messages := service.collect():
             for message in messages:
-                if not self._answers.send(message.prefix, message.body):
+                prefix, body, _ = message
+                is_large = len(body) >= LARGE_BYTES
+                if not (self._large.send(prefix, body) if is_large else send(self._router, prefix, body)):
                     service.unsent(message, clock.local_us())
 
     def _drain(self) -> None:
