@@ -16,6 +16,7 @@ import zmq
 from tests.servers import Servers
 from zflake.daemon import Waker
 from zflake.wire.codec import Response, decode_request, decode_response, encode_request
+from zflake.wire.sockets import Curve
 
 WAIT_S = 10.0
 
@@ -98,11 +99,16 @@ class Peer:
         address: str,
         kind: int = zmq.DEALER,
         identity: bytes = b"",
+        curve: Curve | None = None,
     ) -> None:
         self.socket = context.socket(kind)
         self.socket.setsockopt(zmq.LINGER, 0)
         if identity:
             self.socket.setsockopt(zmq.ROUTING_ID, identity)
+        if curve is not None:
+            self.socket.setsockopt_string(zmq.CURVE_PUBLICKEY, curve.public)
+            self.socket.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
+            self.socket.setsockopt_string(zmq.CURVE_SERVERKEY, curve.server)
         self.socket.connect(address)
         self._msgid = 0
 
@@ -199,7 +205,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 class Connect(Protocol):
-    def __call__(self, address: str, kind: int = ..., identity: bytes = ..., /) -> Peer: ...
+    def __call__(
+        self, address: str, kind: int = ..., identity: bytes = ..., curve: Curve | None = ..., /
+    ) -> Peer: ...
 
 
 class Scripts(Protocol):
@@ -220,8 +228,10 @@ def connect(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Connect]:
     """Makes peers, and closes them at the end."""
     made: list[Peer] = []
 
-    def make(address: str, kind: int = zmq.DEALER, identity: bytes = b"", /) -> Peer:
-        made.append(Peer(context, address, kind, identity))
+    def make(
+        address: str, kind: int = zmq.DEALER, identity: bytes = b"", curve: Curve | None = None, /
+    ) -> Peer:
+        made.append(Peer(context, address, kind, identity, curve))
         return made[-1]
 
     yield make

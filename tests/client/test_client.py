@@ -308,7 +308,7 @@ def test_a_worker_that_goes_away_is_left_for_another(delegator: str, workers: li
     with Client([delegator, NOBODY], timeout=3.0) as ids:
         with serving(lambda alarm: Worker(config, alarm)) as third:
             ids._balancer.layout = LAYOUT
-            ids._balancer.update([third.address], [])
+            ids._balancer.update({third.address: ""}, [])
             assert LAYOUT.decompose(ids.next_id()).machine == 1000
         assert LAYOUT.decompose(ids.next_id()).machine != 1000
 

@@ -331,6 +331,57 @@ def test_a_worker_that_can_not_serve_now_or_talks_nonsense_is_left_for_another(a
     assert world.endpoints().count(W1) <= 1
 
 
+def giving(*runs: Run) -> Answer:
+    """A worker that gives these runs, one after the other."""
+    left = iter(runs)
+    return lambda ask: Worker()(ask) if ask.method == "hello" else result(next(left))
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+@pytest.mark.parametrize("lower", [0, 96, 100, 104])
+def test_a_worker_that_gives_ids_again_within_a_call_is_left_for_another(lower: int, known: bool) -> None:
+    world, _, _ = cluster(2)
+    base = LAYOUT.compose(5, 1, 0)
+    given, again = (base + 100, 1, 5), (base + lower, 1, 5)
+    if known:
+        world.take()
+        world.balancer._sticky = W1
+    else:
+        world.balancer.refused(W2, 0.01)  # so that W1 is asked first
+    world.peers[W1] = giving(given, again, (base + 999, 1, 5))
+    world.asked.clear()
+    first, second = world.take(10)
+    assert (first, second[2]) == (given, 5)
+    assert second != again
+    assert world.endpoints() == [W1, W1, W2]
+    assert not world.balancer._is_fit(W1, world.now)
+
+
+def test_where_all_give_ids_again_the_call_fails_rather_than_to_repeat_them() -> None:
+    World({W1: lambda ask: Worker()(ask) if ask.method == "hello" else result([7, 1, 1])}).fails(
+        Timeout, count=2, match="1 of 2 IDs"
+    )
+
+
+def test_a_worker_that_was_restarted_with_a_lower_machine_id_within_a_call_is_believed() -> None:
+    runs = [
+        (LAYOUT.compose(*place, 0), 1, 3)  # tick, machine
+        for place in ((5, 9), (6, 9), (6, 2), (5, 1), (7, 2))
+    ]
+    assert World({W1: giving(*runs)}).take(15) == runs
+
+
+def test_two_workers_behind_a_delegator_may_give_ids_in_any_order() -> None:
+    ticks = [(5, 2), (5, 1), (6, 1), (6, 2)]
+    runs = [(LAYOUT.compose(*place, 0), 1, 3) for place in ticks]
+    left = iter(runs)
+    delegator = Delegator()
+    world = World(
+        {D1: lambda ask: result(next(left)) if ask.method == "ids.next" else delegator(ask)}, route="broker"
+    )
+    assert world.take(12) == runs
+
+
 @pytest.mark.parametrize("hint_ms", [None, 0, 1, 300, 60_000])
 def test_the_only_worker_is_asked_again_until_it_serves(hint_ms: int | None) -> None:
     world, _, minters = cluster(1)

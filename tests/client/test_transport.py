@@ -59,7 +59,7 @@ def test_an_answer_that_is_not_zflakes_is_an_error_and_the_next_ask_has_a_new_so
 def test_a_socket_that_can_not_be_had_is_no_fault_of_the_endpoint_s(
     transport: Transport, script: Scripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_SOCKETS", 1)
+    monkeypatch.setattr(module, "MAX_SOCKETS", 3)  # a socket, and two for its monitor
     assert isinstance(transport.ask(Ask(script(echo).address, "ping", (), 5.0)), Response)
     with pytest.raises(Unavailable, match="this process"):
         transport.ask(Ask(NOBODY, "ping", (), 0.1))
@@ -133,14 +133,12 @@ def test_a_closed_transport_raises(transport: Transport) -> None:
 def test_a_signal_handler_may_close_the_transport_while_it_connects(
     transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connected = sockets.connected
-
     def interrupted(*given: Any) -> Any:
-        socket = connected(*given)
+        dialer = sockets.Dialer(*given)
         transport.close()  # as a handler in this thread does
-        return socket
+        return dialer
 
-    monkeypatch.setattr(module, "connected", interrupted)
+    monkeypatch.setattr(module, "Dialer", interrupted)
     asking = threading.Thread(target=transport.ask, args=(Ask(NOBODY, "ping", (), 0.1),), daemon=True)
     asking.start()
     asking.join(10)

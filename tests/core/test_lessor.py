@@ -394,6 +394,17 @@ def test_a_release_gives_back_what_can_not_have_been_minted_in(
     assert (record.fence, record.gen, record.token) == (fence, 2, None)
 
 
+def test_a_tenancy_in_which_nothing_was_minted_leaves_no_provenance() -> None:
+    desk = held()
+    desk.ask(Renew(2, A, 1, B), 120)
+    desk.ask(Release(2, B, None, None), 125)
+    assert desk.store.contents().spans == []
+    desk.ask(Acquire(A), 130)
+    (span,) = desk.store.contents().spans
+    desk.ask(Release(span.machine, A, None, 140), 150)
+    assert [(span.start, span.end) for span in desk.store.contents().spans] == [(130, 150)]
+
+
 def test_a_release_reaches_back_over_all_windows_of_the_tenancy() -> None:
     desk = held()
     desk.ask(Renew(2, A, 1, B), 120)
@@ -440,6 +451,39 @@ def test_no_token_matches_a_record_that_has_none() -> None:
     desk.ask(Release(2, A, None, 105), 106)
     assert refusal(desk.ask(Release(2, b"", None, 1), 106)).reason is Refused.LOST
     assert refusal(desk.ask(Renew(2, b"", 2, B), 106)).reason is Refused.LOST
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    "stolen",
+    [
+        Acquire(A, replace(ME, key="thief")),
+        Renew(2, A, 1, B, key="thief"),
+        Renew(2, B, 1, A, key="thief"),
+        Release(2, A, None, None, "thief"),
+        Release(2, B, A, None, "thief"),
+        Renew(2, A, 1, B),
+        Release(2, A, None, None),
+    ],
+    ids=["acquire", "renewal", "its repeat", "release", "of a renewal", "renewal by none", "release by none"],
+)
+def test_a_token_is_worth_nothing_to_another_key(stolen: Request) -> None:
+    desk = Desk(META)
+    of(Grant, desk.ask(Acquire(A, replace(ME, key="key")), 100))
+    before = desk.snapshot()
+    assert refusal(desk.ask(stolen, 110)).reason is Refused.LOST
+    assert desk.snapshot() == before
+
+
+def test_the_key_that_acquired_renews_repeats_and_releases() -> None:
+    desk = Desk(META)
+    acquired = Acquire(A, replace(ME, key="key"))
+    assert of(Grant, desk.ask(acquired, 100)) == of(Grant, desk.ask(acquired, 110))
+    of(Grant, desk.ask(Renew(2, A, 1, B, key="key"), 110))
+    assert desk.store.by_machine(2).holder.key == "key"
+    assert desk.ask(Release(2, B, None, 115, "key"), 116) == Released(2, 116)
 
 
 # --- races ---

@@ -9,7 +9,7 @@ import pytest
 
 from zflake.core import loss
 from zflake.core.layout import PRESETS
-from zflake.core.lease import Meta, Record, Renew
+from zflake.core.lease import Holder, Meta, Record, Renew
 
 META: Final = Meta("store", PRESETS["snowcloud"], ttl=30_000, first_machine=0, last_machine=1023)
 A, B, D = (bytes([n]) * 16 for n in range(3))
@@ -61,6 +61,15 @@ def test_a_grant_that_is_neither_the_records_nor_an_earlier_one_is_a_witness(req
 )
 def test_what_an_honest_store_can_meet_is_no_witness(request_: Renew) -> None:
     assert witnessed(request_) is None
+
+
+def test_of_a_machine_that_another_key_leased_nobody_is_a_witness() -> None:
+    bound = replace(KNOWN, holder=Holder(key="key"))
+    assert witnessed(replace(as_of(4), key="key"), record=bound) is not None
+    assert witnessed(replace(as_of(4), key="another"), record=bound) is None
+    assert witnessed(replace(as_of(4), key="another"), record=Record(2)) is not None, (
+        "the store knows of no holder"
+    )
 
 
 def test_a_release_that_the_store_has_forgotten_of_shows_as_well() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from zflake.core.lease import Record
 from zflake.delegator.directory import MISSED_US, Directory
+from zflake.wire.cluster import Ready
 
 
 def record(machine: int, gen: int = 1, fence: int = 100, *, held: bool = True) -> Record:
@@ -64,7 +65,7 @@ def there(*machines: int) -> Directory:
     """A directory whose workers have just arrived, each under its machine ID's digits."""
     directory = Directory(record(machine) for machine in machines)
     for machine in machines:
-        assert directory.register(b"%d" % machine, machine, token(1), NOW, 0)
+        assert directory.register(b"%d" % machine, Ready(machine, token(1)), NOW, 0)
     return directory
 
 
@@ -75,7 +76,7 @@ def present(directory: Directory, local_us: int = 0, now: int = NOW) -> list[int
 def test_a_holder_is_no_worker_until_it_has_shown_its_token() -> None:
     directory = Directory([record(1), record(2)])
     assert present(directory) == []
-    assert directory.register(b"x", 2, token(1), NOW, 0)
+    assert directory.register(b"x", Ready(2, token(1)), NOW, 0)
     ((lease, worker),) = directory.workers(NOW, 0)
     assert lease == record(2)
     assert (worker.identity, worker.machine, worker.load) == (b"x", 2, dict.fromkeys(LOAD, 0))
@@ -86,7 +87,7 @@ def test_a_holder_is_no_worker_until_it_has_shown_its_token() -> None:
 )
 def test_a_wrong_token_lets_nobody_in(wrong: bytes) -> None:
     directory = Directory([record(1)])
-    assert not directory.register(b"x", 1, wrong, NOW, 0)
+    assert not directory.register(b"x", Ready(1, wrong), NOW, 0)
     assert not directory.proves(b"x", wrong)
     assert present(directory) == []
 
@@ -94,29 +95,29 @@ def test_a_wrong_token_lets_nobody_in(wrong: bytes) -> None:
 def test_a_token_of_another_machine_or_of_one_that_nobody_holds_lets_nobody_in() -> None:
     directory = Directory([record(1, gen=1), record(2, gen=2)])
     for machine in (2, 3, 2**63 - 1):
-        assert not directory.register(b"x", machine, token(1), NOW, 0)
+        assert not directory.register(b"x", Ready(machine, token(1)), NOW, 0)
     directory.learn(record(1, gen=2, held=False))
-    assert not directory.register(b"x", 1, token(1), NOW, 0)
+    assert not directory.register(b"x", Ready(1, token(1)), NOW, 0)
     assert present(directory) == []
 
 
 def test_a_token_that_was_renewed_since_lets_nobody_in_and_its_successor_does() -> None:
     directory = Directory([record(1, gen=1)])
     directory.learn(record(1, gen=2, fence=200))
-    assert not directory.register(b"x", 1, token(1), NOW, 0)
-    assert directory.register(b"x", 1, token(2), NOW, 0)
+    assert not directory.register(b"x", Ready(1, token(1)), NOW, 0)
+    assert directory.register(b"x", Ready(1, token(2)), NOW, 0)
 
 
 def test_a_lease_whose_window_has_ended_lets_nobody_in() -> None:
     directory = Directory([record(1, fence=100)])
-    assert not directory.register(b"x", 1, token(1), 100, 0)
-    assert directory.register(b"x", 1, token(1), 99, 0)
+    assert not directory.register(b"x", Ready(1, token(1)), 100, 0)
+    assert directory.register(b"x", Ready(1, token(1)), 99, 0)
 
 
 def test_a_wrong_token_does_not_put_out_the_worker_that_is_there() -> None:
     directory = there(1)
-    assert not directory.register(b"stranger", 1, token(9), NOW, 0)
-    assert not directory.register(b"1", 1, token(9), NOW, 0)
+    assert not directory.register(b"stranger", Ready(1, token(9)), NOW, 0)
+    assert not directory.register(b"1", Ready(1, token(9)), NOW, 0)
     assert present(directory) == [1]
 
 
@@ -146,7 +147,7 @@ def test_a_worker_that_lapsed_is_out_and_must_introduce_itself_again() -> None:
     assert directory.sweep(100, 0) == [b"1"]
     directory.learn(record(1, gen=2, fence=200))
     assert not directory.proves(b"1", token(1))
-    assert directory.register(b"1", 1, token(2), 100, 0)
+    assert directory.register(b"1", Ready(1, token(2)), 100, 0)
 
 
 def test_a_worker_that_missed_its_beats_is_out_at_once_and_given_by_one_sweep() -> None:
@@ -158,7 +159,7 @@ def test_a_worker_that_missed_its_beats_is_out_at_once_and_given_by_one_sweep() 
     assert directory.sweep(NOW, MISSED_US) == [b"1"]
     assert directory.sweep(NOW, MISSED_US) == []
     assert not directory.proves(b"1", token(1))
-    assert directory.register(b"1", 1, token(1), NOW, MISSED_US)
+    assert directory.register(b"1", Ready(1, token(1)), NOW, MISSED_US)
     assert present(directory, MISSED_US) == [1, 2]
 
 
@@ -169,7 +170,7 @@ def test_a_worker_proves_itself_by_the_token_that_it_registered_with() -> None:
     assert not directory.proves(b"x", token(1))
     directory.learn(record(1, gen=2, fence=200))
     assert directory.proves(b"1", token(1)), "it may not have heard of the renewal yet"
-    assert directory.register(b"1", 1, token(2), NOW, 0)
+    assert directory.register(b"1", Ready(1, token(2)), NOW, 0)
     assert directory.proves(b"1", token(2))
     assert not directory.proves(b"1", token(1))
 
@@ -211,13 +212,13 @@ def test_the_time_that_the_delegator_was_stopped_is_nobody_s_fault_and_no_more_t
 def test_a_worker_that_registers_again_takes_the_place_of_its_former_connection() -> None:
     directory = there(1, 2)
     assert directory.identity_of(1) == b"1"
-    assert directory.register(b"again", 1, token(1), NOW, 10)
+    assert directory.register(b"again", Ready(1, token(1)), NOW, 10)
     assert directory.identity_of(1) == b"again"
     assert not directory.proves(b"1", token(1))
     assert [worker.identity for _, worker in directory.workers(NOW, 20)] == [b"again", b"2"]
     directory.drop(b"1")
     assert present(directory) == [1, 2]
-    assert directory.register(b"again", 2, token(1), NOW, 20)
+    assert directory.register(b"again", Ready(2, token(1)), NOW, 20)
     assert directory.identity_of(1) is None
     assert present(directory) == [2]
 

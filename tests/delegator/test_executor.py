@@ -703,6 +703,75 @@ def test_traces_wait_behind_leases_and_there_is_no_end_of_them(d: Desk) -> None:
     assert d.finish()[0][0].request == acquire(1)
 
 
+def test_a_flood_of_tenancies_pushes_no_long_one_out_of_the_provenance(
+    d: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = META.last_machine + 1
+    monkeypatch.setattr(executor_module, "KEPT_SPANS", 2 * 8 * machines)  # 8 for each
+    honest = [d.granted(acquire(number)) for number in range(machines)]
+    d.now += TTL
+    for number in range(100 * machines):
+        d.submit(acquire(1000 + number))
+        d.executor.turn(0)
+        ((_, settled),) = d.executor.collect()
+        grant = granted(settled.answer)
+        d.now += 2
+        d.one(Release(grant.machine, grant.token, None, d.now))
+    assert len(d.store.contents().spans) <= machines * 9
+    for grant in honest:
+        ((answer, _),) = d.executor.settle([Trace(grant.machine, grant.start)])
+        assert isinstance(answer, Traced)
+        assert answer.span is not None
+        assert (answer.span.start, answer.span.end) == (grant.start, grant.end)
+
+
+def test_a_holder_that_renews_late_each_time_fills_no_store(d: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "KEPT_SPANS", 2 * 8 * (META.last_machine + 1))
+    grant = d.granted(acquire(1))
+    for number in range(100):
+        d.now = grant.end + 1
+        d.submit(renewal(grant, 100 + number))
+        d.executor.turn(0)
+        ((_, settled),) = d.executor.collect()
+        grant = granted(settled.answer)
+    assert len(d.store.contents().spans) == 8
+
+
+def test_a_store_that_can_t_be_thinned_out_goes_on(
+    d: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("it can't be thinned out")
+
+    monkeypatch.setattr(executor_module, "KEPT_SPANS", 1)
+    monkeypatch.setattr(d.store, "thin", fail)
+    d.submit(acquire(1))
+    d.executor.turn(0)
+    ((_, settled),) = d.executor.collect()
+    grant = granted(settled.answer)
+    assert not caplog.text, "a machine that is new has one span at most"
+    d.now = grant.end + 1
+    d.submit(renewal(grant, 2))
+    d.executor.turn(0)
+    ((_, settled),) = d.executor.collect()
+    granted(settled.answer)
+    assert "it can't be thinned out" in caplog.text
+    assert d.executor.outage is None
+
+
+def test_pruning_that_is_behind_goes_on_at_once(d: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "KEPT_SPANS", 3)
+    monkeypatch.setattr(executor_module, "PRUNE", 1)
+    for number in range(6):
+        d.granted(acquire(number))
+    left = []
+    for _ in range(4):
+        d.local_us += MARK_US
+        d.executor.turn(0)
+        left.append(len(d.store.contents().spans))
+    assert left == [5, 4, 3, 3]
+
+
 def test_what_is_old_is_forgotten_in_time(d: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor_module, "KEPT_SPANS", 3)
     for number in range(6):

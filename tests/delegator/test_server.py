@@ -132,6 +132,7 @@ WRONG: Final[dict[str, list[Any]]] = {
     "worker.ready": [3, "x" * 16],
     "worker.beat": [{"ids": 1}, token(1)],
     "worker.leave": [],
+    "worker.callers": [1],
 }
 """Params of each method that its check refuses."""
 

@@ -19,7 +19,7 @@ from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Holder, Refusal
 from zflake.wire.codec import decode_response, encode_request
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.leases import lease_answer, lease_call
-from zflake.wire.sockets import connected
+from zflake.wire.sockets import Dialer, no_keys
 
 PATIENCE_S: Final = 2.0
 BOTH: Final = 8
@@ -80,7 +80,10 @@ class Acquirer:
     def _ask(self, request: Acquire, turns: Sequence[int]) -> list[object]:
         """The answers of those endpoints, as far as they give any."""
         method, params = lease_call(request)
-        sockets = [connected(self._context, zmq.DEALER, self._endpoints[turn], queue=True) for turn in turns]
+        dialers = [
+            Dialer(self._context, zmq.DEALER, self._endpoints[turn], no_keys(), queue=True) for turn in turns
+        ]
+        sockets = [dialer.socket for dialer in dialers]
         answers: list[object] = []
         try:
             for socket in sockets:

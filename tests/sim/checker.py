@@ -191,8 +191,13 @@ class Checker:
         return next(r for r in reversed(self._by_token[token]) if r.record.machine == machine)
 
     def _may_be_gone(self, newest: Rectangle) -> bool:
-        """Whether a tenancy may be over for one of the honest limits: a clone, or a loss since its newest window."""
-        return len(newest.holders) > 1 or newest.life != self.life
+        """Whether a tenancy may be over for one of the honest limits: a clone, or a loss since its newest window.
+
+        Or a late copy of its acquire took the machine once more after it: for nobody.
+        """
+        granted = (r.record for r in self._by_token[newest.record.token or b""])
+        tenancies = {r.tenancy_start for r in granted if r.machine == newest.record.machine}
+        return len(newest.holders) > 1 or newest.life != self.life or len(tenancies) > 1
 
     def minted(self, books: Books, layout: Layout, run: Run, asked: int) -> None:
         """A mint gave a run of IDs."""
@@ -455,9 +460,6 @@ class Checker:
         newest = self._newest(release.machine, release.token)
         if self._may_be_gone(newest):
             return
-        granted = [r.record for r in self._by_token[release.token] if r.record.machine == release.machine]
-        if len({record.tenancy_start for record in granted}) > 1:
-            return  # a late copy of its acquire has taken the machine again since: for nobody
         if self._latest.get(release.machine) == ((holder,), newest.record.tenancy_start):
             raise Violation(f"leak: machine {release.machine} was not taken back from holder {holder}")
 

@@ -68,8 +68,8 @@ def _mutants(diff: str) -> list[Mutant]:
 MUTANTS: Final = _mutants("""
 # zflake.core.lessor
 @@ 3 @@ release without the token check
--if record.token is None or record.token not in (request.token, request.next):
-+if False:
+-if record.token not in (request.token, request.next):
++if record.token is None:
 @@ 3 @@ release not bounded by the tenancy's start
 -minted = record.tenancy_start if request.last is None else request.last + 1
 +minted = now if request.last is None else request.last + 1
@@ -111,10 +111,10 @@ MUTANTS: Final = _mutants("""
 -if repeat is not None:
 +if repeat is None and False:
 @@ 3 @@ renewal without the token check
--if record.token is None or record.token != request.token:
-+if record.token is None:
+-if record.token != request.token:
++if False:
 @@ 3 @@ renewal's repeat not recognised
--    if record.token is not None and record.token == request.next:
+-    if record.token == request.next:
 -        return _grant(meta, record)
 +
 @@ 3 @@ token not rotated
@@ -182,7 +182,7 @@ MUTANTS: Final = _mutants("""
 +span_start = record.span_start
 # zflake.stores.keyed
 @@ 3.5 @@ provenance not cut by a release
--if span.end > fence:
+-if span.end > at:
 +if False:
 # zflake.delegator.clock
 @@ 3.3 @@ mark from the window's end

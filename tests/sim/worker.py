@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from tests.sim.checker import Checker, Violation, WatchedMint
@@ -97,7 +98,7 @@ class Worker(Process):
     def _start(self) -> None:
         """Let the loop run."""
         self.identity = b"w%d" % self.number
-        self.handler: Handler[Asker] = Handler(self.lease, dict)
+        self.handler: Handler[Asker] = Handler(self.lease, dict, itemgetter(0))
         links = self.cluster.plan.delegators if self.cluster.plan.clients else 0
         self.links = [Link(self.lease, self.handler.load) for _ in range(links)]
         self.cluster.peers[self.identity] = self
@@ -124,7 +125,7 @@ class Worker(Process):
             self._send(number, [b"%s/%d" % (self.identity, self.lease.connection), b"", body])
         for number, link in enumerate(self.links):
             if (said := link.poll(local_us)) is not None and not self._send(
-                number, [self.identity, b"", said]
+                number, [self._line(link), b"", said]
             ):
                 link.unsent()
         wake_us = min([self.lease.wake_us, *(link.wake_us for link in self.links)])
@@ -137,6 +138,10 @@ class Worker(Process):
             self._wake_us = NEVER_US
             self._loop()
             self._pump()
+
+    def _line(self, link: Link) -> bytes:
+        """The identity of a link's present connection."""
+        return b"%s/link%d" % (self.identity, link.connection)
 
     def _send(self, number: int, frames: list[bytes]) -> bool:
         delegator = self.cluster.delegators[number]
@@ -152,11 +157,14 @@ class Worker(Process):
     ) -> None:
         """Take in a message that was sent to `identity`, one of this worker's connections, in a life of the store."""
         self.told_in_life = life
-        if identity == self.identity:
+        if b"/link" in identity:
+            link = self.links[delegator.number]
+            if identity != self._line(link):
+                return  # of a connection that was closed
             if body[:2] == REQUEST_HEAD:
                 self._handle((delegator, prefix), body)
             else:
-                self.links[delegator.number].receive(body, self.host.local_us())
+                link.receive(body, self.host.local_us())
             return
         if identity != b"%s/%d" % (self.identity, self.lease.connection):
             self._hear_stale(body)  # of a connection that was closed
@@ -216,7 +224,7 @@ class Worker(Process):
         link = self.links[who.number]
         for message in (link.answer(prefix, answer), link.flush()):
             if message is not None:
-                frames = [self.identity, *message.prefix, message.body]
+                frames = [self._line(link), *message.prefix, message.body]
                 self.world.send(self, who, who.receive, frames)
                 self.cluster.stranger_hears(who, frames)
 

@@ -60,6 +60,7 @@ _META = contract.test_meta_is_swapped_only_in_place_of_the_one_that_was_meant
 _STORE = contract.test_meta_of_another_store_is_not_swapped_in
 _TOKEN = contract.test_a_token_stands_on_one_machine_and_a_second_one_loses
 _CUT = contract.test_a_release_cuts_every_span_of_its_machine_at_the_fence
+_CUT_WHERE = contract.test_a_release_cuts_every_span_of_its_machine_where_it_says
 _GIVEN_UP = contract.test_a_token_is_granted_once_and_after_it_was_given_up_again
 _LIFE = contract.test_a_swap_under_a_meta_of_another_incarnation_loses
 _LONGER = contract.test_a_renewal_takes_the_place_of_the_span_that_it_lengthens
@@ -128,20 +129,24 @@ MUTANTS: Final = (
            "if old.gen and old.span_start == new.span_start:", "if False:", _LONGER),
     Mutant("a longer span replaces", ROWS, rows, "_GRANT",
            "UPDATE SET stop = excluded.stop, holder = excluded.holder", "NOTHING", _LONGER),
-    Mutant("a release cuts", KEYED, Keyed, "_cut", "if span.end > fence:", "if False:", _CUT,
+    Mutant("a release cuts", KEYED, Keyed, "_cut", "if span.end > at:", "if False:", _CUT,
            {"fence": 501, "left": [(1, 100, 300), (1, 500, 501)]}),
-    Mutant("a release cuts", ROWS, rows, "_RELEASE", "AND stop > :fence", "AND false", _CUT,
+    Mutant("a release cuts", ROWS, rows, "_RELEASE", "AND stop > :cut", "AND false", _CUT,
            {"fence": 501, "left": [(1, 100, 300), (1, 500, 501)]}),
-    Mutant("a release cuts all spans", KEYED, Keyed, "_cut", "if fence < old.span_start:", "if False:",
+    Mutant("a release cuts all spans", KEYED, Keyed, "_cut", "if at < old.span_start:", "if False:",
            _CUT, {"fence": 250, "left": [(1, 100, 250)]}),
-    Mutant("a release cuts all spans", ROWS, rows, "_RELEASE", "AND start >= :fence", "AND false", _CUT,
+    Mutant("a release cuts all spans", ROWS, rows, "_RELEASE", "AND start >= :cut", "AND false", _CUT,
            {"fence": 250, "left": [(1, 100, 250)]}),
-    Mutant("since goes forward", KEYED, Keyed, "prune", "max(since or 0, some[-1][1])", "some[-1][1]",
+    Mutant("a release cuts where it says", KEYED, Keyed, "_step", "new.fence if swap.cut is None else swap.cut",
+           "new.fence", _CUT_WHERE, {"cut": 250, "left": [(1, 100, 250)]}),
+    Mutant("a release cuts where it says", ROWS, Rows, "_swap", "new.fence if swap.cut is None else swap.cut",
+           "new.fence", _CUT_WHERE, {"cut": 250, "left": [(1, 100, 250)]}),
+    Mutant("since goes forward", KEYED, Keyed, "_forget", "max(since or 0, some[-1][1])", "some[-1][1]",
            _SINCE),
     Mutant("since goes forward", ROWS, rows, "_RAISE_SINCE", " WHERE since < :stop", "", _SINCE),
-    Mutant("since unchanged", KEYED, Keyed, "prune", "SINCE: Found.NOTHING if since is None else since", "",
+    Mutant("since unchanged", KEYED, Keyed, "_forget", "SINCE: Found.NOTHING if since is None else since", "",
            contract.test_of_two_who_prune_none_takes_back_what_the_other_says),
-    Mutant("a renewed span stays", KEYED, Keyed, "prune", "Step({key: Found.ANYTHING}", "Step({}", _PRUNED),
+    Mutant("a renewed span stays", KEYED, Keyed, "_forget", "Step({key: Found.ANYTHING}", "Step({}", _PRUNED),
     Mutant("a renewed span stays", ROWS, rows, "_PRUNE", " AND stop = :stop", "", _PRUNED),
     # How each engine compares.
     Mutant("steps compare", ("memory",), Memory, "_try", "if holds:", "if holds := True:", _GEN, {"gen": 4}),

@@ -364,6 +364,41 @@ def test_a_release_cuts_every_span_of_its_machine_at_the_fence(
     assert spans(store) == [*left, (2, 100, 900)]
 
 
+@pytest.mark.parametrize(
+    ("cut", "left"),
+    [(550, [(1, 100, 300), (1, 500, 550)]), (500, [(1, 100, 300)]), (250, [(1, 100, 250)]), (100, [])],
+)
+def test_a_release_cuts_every_span_of_its_machine_where_it_says(
+    store: Store, cut: int, left: list[tuple[int, int, int]]
+) -> None:
+    write(store, granted(1, 1, 100, 300), granted(2, 1, 100, 900))
+    write(store, last := granted(1, 2, 500, 600))
+    free = replace(last, gen=3, fence=590, token=None)
+    assert store.swap([Swap(last, free, 1, cut)]) == [True]
+    assert spans(store) == [*left, (2, 100, 900)]
+    assert store.by_machine(1).fence == 590
+
+
+def test_a_machine_with_too_many_spans_keeps_its_newest_ones_and_of_the_others_the_longest(
+    store: Store,
+) -> None:
+    ends = {0: 50, 100: 190, 200: 205, 300: 380, 400: 401, 500: 502}
+    for gen, (start, end) in enumerate(ends.items(), 1):
+        write(store, granted(1, gen, start, end), granted(2, gen, start, end))
+    store.thin([1, 3], keep=6)
+    assert len(spans(store)) == 12
+    store.thin([1, 3], keep=4)
+    others = [(2, start, end) for start, end in ends.items()]
+    assert spans(store) == [(1, 100, 190), (1, 300, 380), (1, 400, 401), (1, 500, 502), *others]
+    assert store.trace(1, 202) == Traced(None, 205)
+    assert store.trace(1, 150) == Traced(Span(1, 100, 190, HOLDER), 205)
+    store.thin([1, 2], keep=1)
+    assert spans(store) == [(1, 500, 502), (2, 500, 502)]
+    assert store.trace(1, 150) == Traced(None, 401)
+    write(store, granted(1, 7, 502, 600, since=500))
+    assert spans(store) == [(1, 500, 600), (2, 500, 502)]
+
+
 def test_pruning_forgets_the_oldest_and_says_so(store: Store) -> None:
     for machine in range(6):
         write(store, granted(machine, 1, 100 * machine, 100 * machine + 50))

@@ -14,7 +14,7 @@ from tests.conftest import WAIT_S
 from zflake.wire import sockets
 from zflake.wire.endpoint import parse_endpoint
 from zflake.wire.frames import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
-from zflake.wire.sockets import UNREAD, UNREAD_ANSWERS, UNTAKEN, address_of, bound_router, connected
+from zflake.wire.sockets import UNREAD, UNREAD_ANSWERS, UNTAKEN, address_of, bound_router, connecting
 
 KERNELS: Final = 16 * 1024 * 1024
 """Bytes that the kernel may have of either side's: the sender's part is the sender's."""
@@ -53,7 +53,9 @@ def test_a_server_can_not_fill_an_idle_client(
     server.setsockopt(zmq.SNDHWM, 1)
     server.setsockopt(zmq.SNDBUF, 4096)
     server.bind("tcp://127.0.0.1:*")
-    client = stack.enter_context(connected(context, kind, parse_endpoint(address_of(server))))
+    endpoint = parse_endpoint(address_of(server))
+    client = stack.enter_context(connecting(context, kind, endpoint))
+    client.connect(endpoint.text)
     client.send_multipart([b"", b"hello"] if kind == zmq.DEALER else [b"hello"])
     identity = server.recv_multipart()[0]
     size = MAX_RESPONSE_BYTES

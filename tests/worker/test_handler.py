@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Final
 
 import msgpack
@@ -18,7 +19,7 @@ from zflake.core.mint import Mint
 from zflake.holder.clock import HolderClock
 from zflake.wire.codec import Response, decode_response, encode_error, encode_request, encode_result
 from zflake.wire.ids import MAX_COUNT, MAX_TIMEOUT_MS
-from zflake.worker.handler import LEAVING_MS, Handler
+from zflake.worker.handler import LEAVING_MS, Handler, shares
 
 EPOCH_MS: Final = 1_577_836_800_000
 # Eight IDs a tick: a few requests use it up.
@@ -64,7 +65,7 @@ class World:
         self.hold = hold or Hold()
         self.us = EPOCH_MS * 1000 + 1_000_500
         self.local_us = 7 * SECOND
-        self.handler: Handler[list[bytes]] = Handler(self.hold, lambda: {"name": "me"})
+        self.handler: Handler[list[bytes]] = Handler(self.hold, lambda: {"name": "me"}, itemgetter(0))
         self._msgid = 0
 
     @property
@@ -168,7 +169,8 @@ def test_an_answer_to_a_parked_request_goes_back_by_its_own_envelope_and_msgid(w
         ([8, 8], [4, 4]),
         ([8, 8, 8], [2, 3, 3]),
         ([1, 8], [1, 7]),
-        ([8, 1], [4, 1]),
+        ([8, 1], [7, 1]),
+        ([2, 8, 3], [2, 3, 3]),
         ([100] * FULL, [1] * FULL),
     ],
 )
@@ -193,6 +195,71 @@ def test_every_parked_request_gets_at_least_one_id_and_at_most_what_it_asked_for
     got = [ids(answers[b"%d" % number]) for number in range(len(asked))]
     assert all(1 <= len(run) <= count for run, count in zip(got, asked, strict=True))
     assert len({i for run in got for i in run}) == sum(map(len, got)) <= FULL
+
+
+def test_a_peer_with_many_requests_gets_no_more_than_one_with_a_single_request(world: World) -> None:
+    world.use_up()
+    for _ in range(3):
+        assert world.next(100, name=b"greedy") is None
+    assert world.next(100, name=b"modest") is None
+    assert world.next(1, name=b"small") is None
+    world.tick()
+    got: dict[bytes, list[int]] = {}
+    for prefix, answer in world.handler.turn(world.local_us):
+        got.setdefault(prefix[0], []).append(len(ids(decode_response(answer))))
+    assert got == {b"greedy": [1, 1, 2], b"modest": [3], b"small": [1]}
+
+
+def test_one_peer_s_many_requests_cost_another_no_id(world: World) -> None:
+    world.use_up()
+    for _ in range(FULL - 1):
+        assert world.next(1, name=b"greedy") is None
+    assert world.next(100, name=b"modest") is None
+    world.tick()
+    told = [(prefix[0], decode_response(answer)) for prefix, answer in world.handler.turn(world.local_us)]
+    assert [len(ids(response)) for name, response in told if name == b"modest"] == [FULL // 2]
+    greedy = [response for name, response in told if name == b"greedy"]
+    assert [len(ids(response)) for response in greedy[: FULL // 2]] == [1] * (FULL // 2)
+    refusals = [failure(response) for response in greedy[FULL // 2 :]]
+    assert {(r.code, r.retry_after_ms) for r in refusals} == {("overloaded", SMALL.tick_ms)}
+    assert [response.msgid for response in greedy] == sorted(response.msgid or 0 for response in greedy)
+
+
+def test_when_no_more_can_wait_the_peer_with_most_requests_loses_its_newest(world: World) -> None:
+    world.use_up()
+    for _ in range(FULL):
+        assert world.next(name=b"greedy") is None
+    for number in range(FULL // 2 - 1):
+        assert world.next(name=b"%d" % number) is None, "one of greedy's makes room"
+        ((prefix, answer),) = world.handler.turn(world.local_us)
+        response = decode_response(answer)
+        assert (prefix[0], response.msgid, code(response)) == (b"greedy", 1 + FULL - number, "overloaded")
+    assert world.handler.parked == FULL
+    assert code(world.next(name=b"greedy")) == "overloaded"
+    world.tick()
+    answers = [decode_response(answer) for _, answer in world.handler.turn(world.local_us)]
+    assert [len(ids(response)) for response in answers] == [1] * FULL
+    assert world.handler.parked == 0
+
+
+def test_peers_that_have_as_many_requests_as_each_other_take_no_places(world: World) -> None:
+    world.use_up()
+    for number in range(FULL):
+        assert world.next(name=b"%d" % number) is None
+    assert code(world.next(name=b"late")) == "overloaded"
+    assert world.turn() == {}
+
+
+@given(st.lists(st.integers(0, 20), max_size=12), st.integers(0, 60))
+@thorough
+def test_shares_are_what_is_wanted_or_as_much_as_any_other_and_nothing_is_left_over(
+    wanted: list[int], there: int
+) -> None:
+    given = shares(wanted, there)
+    assert sum(given) == min(there, sum(wanted))
+    short = [share for share, want in zip(given, wanted, strict=True) if share < want]
+    assert all(share <= want for share, want in zip(given, wanted, strict=True))
+    assert all(max(given) - share <= 1 for share in short)
 
 
 def test_nobody_overtakes_a_parked_request(world: World) -> None:
@@ -282,13 +349,14 @@ def test_the_last_tick_of_a_window_used_up_parks_nobody() -> None:
 @pytest.mark.parametrize("what", LOST)
 def test_whoever_is_parked_when_the_lease_goes_is_told_so(world: World, what: str) -> None:
     world.use_up()
-    world.next(name=b"a")
-    world.next(name=b"b")
+    for _ in range(FULL - 1):
+        world.next(name=b"a")
+    world.next(FULL, name=b"b")
     lose(world, what)
-    answers = world.turn()
-    assert set(answers) == {b"a", b"b"}
-    for response in answers.values():
-        expired(response)
+    answers = world.handler.turn(world.local_us)
+    assert len(answers) == FULL
+    for _, answer in answers:
+        expired(decode_response(answer))
 
 
 def test_a_clock_that_leaps_back_parks_nobody_for_longer_than_a_tick(world: World) -> None:

@@ -12,7 +12,7 @@ from zflake.holder.clock import HolderClock
 from zflake.wire.cluster import LOAD
 from zflake.wire.codec import decode_bundle, decode_request, encode_error, encode_result
 from zflake.wire.methods import Code
-from zflake.worker.link import HEARTBEAT_US, MAX_BUNDLE, Link
+from zflake.worker.link import HEARTBEAT_US, MAX_BUNDLE, PATIENCE, Link
 
 TOKEN: Final = bytes(range(16))
 TAG: Final = b"\0tag of 16 bytes"
@@ -86,7 +86,7 @@ def test_between_two_heartbeats_it_says_nothing_however_often_it_is_asked(stage:
 
 
 def test_a_heartbeat_without_an_answer_does_not_stop_the_next(stage: Stage) -> None:
-    assert [stage.later(HEARTBEAT_US) for _ in range(5)] == [HEARTBEAT] * 5
+    assert [stage.later(HEARTBEAT_US) for _ in range(PATIENCE)] == [HEARTBEAT] * PATIENCE
 
 
 def test_a_worker_that_is_not_known_registers_again_with_the_token_of_now(stage: Stage) -> None:
@@ -205,3 +205,44 @@ def test_a_request_of_another_shape_is_answered_as_it_came(stage: Stage) -> None
 def test_its_numbers_go_round(stage: Stage) -> None:
     stage.link._msgid = 2**32 - 1
     assert stage.later(HEARTBEAT_US) == HEARTBEAT
+
+
+def turns_until_a_new_connection(stage: Stage) -> int:
+    """How many heartbeats stay unanswered before the link gives its connection up."""
+    before, turns = stage.link.connection, 0
+    while stage.link.connection == before:
+        said = stage.later(HEARTBEAT_US)
+        turns += 1
+        assert turns < 1000, "it never does"
+    assert stage.link.connection == before + 1
+    assert said == READY, "the delegator does not know the new connection yet"
+    return turns - 1
+
+
+def test_a_connection_on_which_no_heartbeat_is_answered_is_given_up_later_each_time(stage: Stage) -> None:
+    assert [turns_until_a_new_connection(stage) for _ in range(6)] == [4, 7, 15, 31, 31, 31]
+
+
+def test_a_connection_that_could_not_even_be_sent_over_is_given_up_as_well(stage: Stage) -> None:
+    for _ in range(PATIENCE + 1):
+        assert stage.later(HEARTBEAT_US) is not None
+        stage.link.unsent()
+    assert stage.link.connection == 1
+
+
+def test_an_answer_of_any_kind_keeps_the_connection(stage: Stage) -> None:
+    turns_until_a_new_connection(stage)
+    for turn in range(4 * PATIENCE):
+        if turn % PATIENCE == 0:
+            stage.refuse()
+        assert stage.later(HEARTBEAT_US) is not None
+    assert stage.link.connection == 1
+    stage.accept()
+    assert turns_until_a_new_connection(stage) == PATIENCE, "patience is what it was at first"
+
+
+def test_a_worker_that_has_nothing_to_say_needs_no_answer(stage: Stage) -> None:
+    stage.is_open = False
+    for _ in range(5 * PATIENCE):
+        stage.later(HEARTBEAT_US)
+    assert stage.link.connection == 0

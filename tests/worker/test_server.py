@@ -13,6 +13,7 @@ import zmq
 
 from tests.conftest import Bell, Connect, Peer, Script, Scripts, serving, until
 from tests.daemon.tools import ANY, delegating, failure, result
+from tests.proxy import Mode, Proxy
 from zflake.core.layout import PRESETS
 from zflake.daemon import Waker
 from zflake.delegator.server import Delegator
@@ -219,6 +220,30 @@ def test_a_worker_takes_a_lease_serves_is_listed_and_gives_it_back(
         said = peer.ask("hello").result
         assert (said["state"], said["machine"]) == ("HELD", listed["machine"])
     assert directory.ask("cluster.workers").result["workers"] == []
+
+
+def test_a_worker_is_listed_again_though_its_old_connection_stays_silent_for_ever(
+    connect: Connect, delegator: Delegator
+) -> None:
+    directory = connect(delegator.address)
+
+    def listed() -> list[Any]:
+        workers: list[Any] = directory.ask("cluster.workers").result["workers"]
+        return workers
+
+    port = parse_endpoint(delegator.address).port
+    assert port is not None
+    with Proxy(port) as network:
+        endpoint = parse_endpoint(f"tcp://127.0.0.1:{network.port}")
+        with working(WorkerConfig([endpoint], ANY)) as worker:
+            until(listed)
+            # What is sent meanwhile is swallowed, and with it all that is sent over the same connection ever after.
+            network.become(Mode.BLACK_HOLE)
+            until(lambda: not listed())
+            network.become(Mode.PASS)
+            assert until(listed)[0]["address"] == worker.address
+            asked = connect(delegator.address)
+            assert until(lambda: asked.ask("ids.next", 1, 1000).error is None), "it serves brokered requests"
 
 
 def test_a_worker_without_a_delegator_says_that_it_holds_no_window(connect: Connect) -> None:

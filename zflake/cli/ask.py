@@ -9,28 +9,32 @@ from typing import Any
 
 from zflake.client.conversation import PAUSE_S, Ask
 from zflake.client.transport import Transport
-from zflake.errors import Overloaded, ProtocolError, Timeout
+from zflake.errors import AuthError, Overloaded, ProtocolError, Timeout
+from zflake.keys import Keys
 from zflake.wire.codec import printable
 from zflake.wire.methods import Method, exception_of
 
 
-def ask(endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float) -> Any:
+def ask(
+    endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float, keys: Keys | None = None
+) -> Any:
     """The result of a request.
 
-    Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, and the error that it carries.
+    Raises `Timeout` if no answer comes, `ProtocolError` if it is not zflake's, `AuthError` if the connection is refused,
+    and the error that the answer carries.
     """
-    with closing(Transport()) as transport:
+    with closing(Transport(keys)) as transport:
         return _ask(transport, Ask(endpoint, method, params, timeout_s), time.monotonic() + timeout_s)
 
 
-def ask_pages(endpoint: str, method: Method, timeout_s: float) -> Iterator[Any]:
+def ask_pages(endpoint: str, method: Method, timeout_s: float, keys: Keys | None = None) -> Iterator[Any]:
     """The results of a request for all pages, within `timeout_s` seconds; each says as `next` what gives the next one.
 
     Raises what `ask` raises.
     """
     deadline = time.monotonic() + timeout_s
     params: tuple[int, ...] = ()
-    with closing(Transport()) as transport:
+    with closing(Transport(keys)) as transport:
         while True:
             try:
                 page = _ask(transport, Ask(endpoint, method, params, timeout_s), deadline)
@@ -54,8 +58,8 @@ def _ask(transport: Transport, ask: Ask, deadline: float) -> Any:
         outcome = transport.ask(ask._replace(timeout_s=left_s))
     if outcome is None:
         raise Timeout(f"no answer from {endpoint} within {ask.timeout_s:g} s; check that it is running")
-    if isinstance(outcome, ProtocolError):
-        raise ProtocolError(f"{endpoint}: {outcome}")
+    if isinstance(outcome, AuthError | ProtocolError):
+        raise type(outcome)(f"{endpoint}: {outcome}")
     if outcome.error is not None:
         raise exception_of(outcome.error)
     return readable(outcome.result)

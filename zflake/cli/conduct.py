@@ -11,6 +11,7 @@ import resource
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, TypedDict, Unpack
 
 import click
@@ -19,6 +20,7 @@ from zflake.core.layout import iso
 from zflake.daemon import Liveness, Waker
 from zflake.errors import ConfigError, ZflakeError
 from zflake.wire.codec import printable
+from zflake.wire.endpoint import Endpoint, check_exposed
 from zflake.wire.sockets import check_descriptors
 
 FAILED: Final = 1
@@ -101,7 +103,9 @@ class DaemonOptions(TypedDict):
     """The options that mean the same to both daemons, as `daemon_options` reads them."""
 
     check: bool
-    http: tuple[str, int] | None
+    keys: Path | None
+    insecure: bool
+    http: Endpoint | None
     follow_stdin: bool
     log_format: str
     log_level: str
@@ -112,6 +116,9 @@ def serve(make: Callable[[Waker], Daemon], metrics: str, **options: Unpack[Daemo
 
     With `check` the caller has checked the configuration, and nothing is made.
     """
+    http = options["http"]
+    if http is not None:
+        check_exposed(http, insecure=options["insecure"] or options["keys"] is not None)
     if options["check"]:
         print(f"{click.get_current_context().info_name}: the configuration is sound")
         return
@@ -122,11 +129,12 @@ def serve(make: Callable[[Waker], Daemon], metrics: str, **options: Unpack[Daemo
     check_descriptors()
     with Waker(follow_stdin=options["follow_stdin"]) as waker, contextlib.ExitStack() as stack:
         daemon = make(waker)
-        if options["http"] is not None:
+        if http is not None:
             from zflake.daemon.health import HealthServer  # noqa: PLC0415  (slow to load, and optional)
 
             measure = importlib.import_module(metrics).measure
-            stack.enter_context(HealthServer(options["http"], daemon.liveness, lambda: measure(daemon)))
+            address = "" if http.host == "*" else http.host.strip("[]"), http.port or 0
+            stack.enter_context(HealthServer(address, daemon.liveness, lambda: measure(daemon)))
         daemon.run()
 
 

@@ -10,11 +10,11 @@ import click
 from zflake.cli.conduct import DaemonOptions, run, serve
 from zflake.cli.options import BIND, DURATION, EPOCH, LAYOUT, MACHINES, daemon_options
 from zflake.core.layout import Layout
-from zflake.delegator.server import Delegator, DelegatorConfig
-from zflake.delegator.start import Wishes, check_wishes
-from zflake.stores import check_url
+from zflake.delegator.server import Delegator, DelegatorConfig, check_config
+from zflake.delegator.start import Wishes
+from zflake.keys import Keys
 from zflake.version import __version__
-from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, check_bind
+from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint
 
 
 @click.command("zflake-delegator", context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +56,6 @@ def command(
     machines: tuple[int, int] | None,
     new: bool,
     accept_clock: bool,
-    insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
     """Lease machine IDs to workers, tell clients where these are, and pass requests on to them.
@@ -65,12 +64,15 @@ def command(
     """
     wishes = Wishes(layout=layout, epoch_ms=epoch, ttl_ms=ttl, machines=machines, new=new)
     config = DelegatorConfig(
-        bind=bind, store=store, wishes=wishes, accept_clock=accept_clock, insecure=insecure
+        bind=bind,
+        store=store,
+        wishes=wishes,
+        accept_clock=accept_clock,
+        insecure=options["insecure"],
+        keys=None if options["keys"] is None else Keys(options["keys"]),
     )
     if options["check"]:
-        check_wishes(wishes)
-        check_bind(bind, insecure=insecure)
-        check_url(store)
+        check_config(config)
     serve(partial(Delegator, config), "zflake.delegator.metrics", **options)
 
 

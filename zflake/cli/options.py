@@ -13,7 +13,7 @@ import click
 
 from zflake.core.layout import Layout, parse, parse_epoch
 from zflake.errors import ConfigError
-from zflake.wire.endpoint import parse_endpoint
+from zflake.wire.endpoint import Endpoint, parse_endpoint
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -55,14 +55,14 @@ def read_machines(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def read_http(text: str) -> tuple[str, int]:
-    """Host and port of `tcp://host:port` or `http://host:port`."""
+def read_http(text: str) -> Endpoint:
+    """The endpoint of `tcp://host:port` or `http://host:port`."""
     endpoint = parse_endpoint(text.replace("http://", "tcp://", 1), to_bind=True)
     if not endpoint.host:
         raise ConfigError(
             f"no address for HTTP in {text!r}: write tcp://host:port, such as tcp://127.0.0.1:9410"
         )
-    return ("" if endpoint.host == "*" else endpoint.host.strip("[]")), endpoint.port or 0
+    return endpoint
 
 
 ENDPOINT: Final = _Value("endpoint", parse_endpoint)
@@ -96,7 +96,15 @@ def daemon_options(command: _Command) -> _Command:
                 "--check", is_flag=True, allow_from_autoenv=False, help="Check the options and exit."
             ),
             click.option(
-                "--insecure", is_flag=True, help="Allow binding an address that other machines reach."
+                "--keys",
+                type=click.Path(file_okay=False, path_type=Path),
+                metavar="DIR",
+                help="The folder of its keys, as zflake keygen makes it: who comes must then have a key, too.",
+            ),
+            click.option(
+                "--insecure",
+                is_flag=True,
+                help="Allow binding an address that other machines reach, without keys.",
             ),
             click.option(
                 "--http", type=HTTP, metavar="ENDPOINT", help="Where to serve /livez, /readyz and /metrics."

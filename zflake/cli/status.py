@@ -16,6 +16,7 @@ from rich.text import Text
 from zflake.cli.ask import ask_pages
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, ProtocolError, Timeout
+from zflake.keys import Keys
 from zflake.wire.methods import Method
 
 WIDE = 200
@@ -23,12 +24,12 @@ LOOK_S = 1.0
 """Seconds between two looks of a live view."""
 
 
-def ask_status(endpoint: str, timeout_s: float) -> dict[str, Any]:
+def ask_status(endpoint: str, timeout_s: float, keys: Keys | None = None) -> dict[str, Any]:
     """A daemon's state, as PROTOCOL.md describes `cluster.status`, with the leases of all pages.
 
     Raises `Timeout` if no daemon answers, `ProtocolError` if it is not a zflake daemon.
     """
-    first, *others = ask_pages(endpoint, Method.CLUSTER_STATUS, timeout_s)
+    first, *others = ask_pages(endpoint, Method.CLUSTER_STATUS, timeout_s, keys)
     for facts in (first, *others):
         if not isinstance(facts, dict) or "service" not in facts or type(facts.get("leases", [])) is not list:
             raise ProtocolError(f"{endpoint} does not answer as a daemon of zflake's")
@@ -89,7 +90,7 @@ def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None 
                 cells.insert(1, f"{rates.get(lease['machine'], 0.0):,.0f}")
         table.add_row(
             str(lease["machine"]),
-            lease["name"],
+            _who(lease),
             lease["address"],
             f"{lease['pid']}@{lease['host']}",
             f"{lease['ends_in_ms'] / 1000:.1f} s",
@@ -97,6 +98,11 @@ def lease_table(leases: list[dict[str, Any]], rates: Mapping[int, float] | None 
             "ready" if worker else "not there" if lease["address"] else "serves no clients",
         )
     return table
+
+
+def _who(lease: dict[str, Any]) -> str:
+    key = lease.get("key")
+    return f"{lease['name']} (key {key})" if key else str(lease["name"])
 
 
 def _table(*headings: str, right: Collection[str] = ()) -> Table:
@@ -156,13 +162,13 @@ def live_view(facts: dict[str, Any], rates: Rates) -> Group:
     return Group(head, *map(Text, lines), lease_table(facts["leases"], rates.ids))
 
 
-def watch(endpoint: str, timeout_s: float) -> None:
+def watch(endpoint: str, timeout_s: float, keys: Keys | None = None) -> None:
     """Show a delegator live, on a terminal, until interrupted; an outage of it is shown, and waited out."""
     rates = Rates()
     with Live(console=plain_console(), auto_refresh=False, screen=True, transient=True) as live:
         while True:
             try:
-                facts = ask_status(endpoint, timeout_s)
+                facts = ask_status(endpoint, timeout_s, keys)
                 if facts["service"] != "delegator":
                     raise ConfigError(f"{endpoint} is a {facts['service']}; --watch takes a delegator")
                 rates.update(facts)
@@ -189,6 +195,8 @@ def _headlines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "machines", f"{first} to {last}, {len(facts['leases'])} held; ttl {facts['ttl_ms'] / 1000:g} s"
     yield "requests", f"{_counts(facts['requests'])}; {facts['backlog']} wait for the store"
     yield "errors", _counts(facts["errors"])
+    if facts.get("denied"):
+        yield "denied", _counts({name or "unknown keys": count for name, count in facts["denied"].items()})
     yield "timeline", f"{facts['lead_ms'] / 1000:+.3f} s against the delegator's wall clock"
     broker = facts["broker"]
     so_far = f"so far {broker['brokered']:,} brokered, {_not_served(broker)}"

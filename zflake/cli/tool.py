@@ -18,7 +18,9 @@ from zflake.client.balancer import ROUTES
 from zflake.client.sync import Client
 from zflake.core.layout import DEFAULT, PRESETS, Layout, iso
 from zflake.errors import ConfigError
+from zflake.keys import open_keys
 from zflake.version import __version__
+from zflake.wire.callers import Role
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 
 MAX_IDS: Final = 100_000_000
@@ -35,6 +37,13 @@ _to = partial(
     default=DEFAULT_DELEGATOR,
     show_default=True,
     metavar="ENDPOINT",
+)
+_keys = click.option(
+    "--keys",
+    envvar="ZFLAKE_KEYS",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Your folder of keys, in a cluster that has them.  [environment: ZFLAKE_KEYS]",
 )
 _timeout = click.option(
     "--timeout", type=DURATION, default="5s", show_default=True, help="The whole budget of a request."
@@ -67,7 +76,22 @@ def main() -> None:
     "--new", is_flag=True, allow_from_autoenv=False, help="The store at --store is new and replaces none."
 )
 @click.option("--once", is_flag=True, help="Take free ports, start, print 10 IDs, stop.")
-def up(*, workers: int, data: Path | None, store: str | None, delegators: int, new: bool, once: bool) -> None:
+@click.option(
+    "--keys",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="A folder of keys as zflake keygen makes it, made if it is missing: the cluster takes who has one of them.",
+)
+def up(
+    *,
+    workers: int,
+    data: Path | None,
+    store: str | None,
+    delegators: int,
+    new: bool,
+    once: bool,
+    keys: Path | None,
+) -> None:
     """Run a whole cluster on this machine, for as long as this command runs."""
     from zflake.cli.up import Cluster  # noqa: PLC0415  (it loads what only it needs)
 
@@ -75,7 +99,9 @@ def up(*, workers: int, data: Path | None, store: str | None, delegators: int, n
         raise ConfigError("--data is a folder for an SQLite store, --store another one: take one")
     if new and store is None:
         raise ConfigError("--new is for --store: of a folder, zflake up sees whether it is new")
-    with Cluster(workers, data, ephemeral=once, store=store, delegators=delegators, new=new) as cluster:
+    with Cluster(
+        workers, data, ephemeral=once, store=store, delegators=delegators, new=new, keys=keys
+    ) as cluster:
         if once:
             cluster.wait_until_ready()
             for id_ in cluster.take(10):
@@ -98,10 +124,13 @@ def up(*, workers: int, data: Path | None, store: str | None, delegators: int, n
     show_default=True,
     help="Each sorts as the IDs do, but int of different lengths.",
 )
+@_keys
 @_timeout
-def next_(*, count: int, to: tuple[str, ...], route: str, format_: str, timeout: int) -> None:
+def next_(
+    *, count: int, to: tuple[str, ...], route: str, format_: str, keys: Path | None, timeout: int
+) -> None:
     """Print IDs, one on a line."""
-    with Client(to, timeout=timeout / 1000, route=route) as client:
+    with Client(to, timeout=timeout / 1000, route=route, keys=keys) as client:
         show = formatter(format_, client.layout() if format_ == "json" else DEFAULT)
         try:
             for ids in with_progress(chunks(client, count), count):
@@ -175,8 +204,9 @@ def _columns(layout: Layout) -> dict[str, str]:
 @_to(help="Whom to ask.")
 @click.option("--watch", is_flag=True, help="A live view, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, as PROTOCOL.md describes it.")
+@_keys
 @_timeout
-def status(*, to: str, watch: bool, as_json: bool, timeout: int) -> None:
+def status(*, to: str, watch: bool, as_json: bool, keys: Path | None, timeout: int) -> None:
     """Show a delegator and its workers, or one worker."""
     from zflake.cli import status as status_  # noqa: PLC0415  (it loads what only it needs)
 
@@ -184,26 +214,51 @@ def status(*, to: str, watch: bool, as_json: bool, timeout: int) -> None:
         if as_json:
             raise ConfigError("--watch is for people, --json for programs: take one")
         try:
-            status_.watch(parse_endpoint(to).text, timeout / 1000)
+            status_.watch(parse_endpoint(to).text, timeout / 1000, open_keys(keys))
         except KeyboardInterrupt:
             return
-    _show(status_.ask_status(parse_endpoint(to).text, timeout / 1000), status_.show_status, as_json=as_json)
+    facts = status_.ask_status(parse_endpoint(to).text, timeout / 1000, open_keys(keys))
+    _show(facts, status_.show_status, as_json=as_json)
 
 
 @command.command(context_settings={"ignore_unknown_options": True})
 @_ids
 @_to()
 @_json
+@_keys
 @_timeout
-def trace(*, ids: tuple[str, ...], to: str, as_json: bool, timeout: int) -> None:
+def trace(*, ids: tuple[str, ...], to: str, as_json: bool, keys: Path | None, timeout: int) -> None:
     """Say who minted IDs; if the record does not know (any more), the exit code is 1."""
     from zflake.cli.trace import show_trace, trace_ids  # noqa: PLC0415  (it loads what only it needs)
 
-    traced = trace_ids([read_id(text) for text in ids], parse_endpoint(to).text, timeout / 1000)
+    numbers = [read_id(text) for text in ids]
+    traced = trace_ids(numbers, parse_endpoint(to).text, timeout / 1000, open_keys(keys))
     for facts in traced:
         _show(facts, show_trace, as_json=as_json)
     if not all(facts["minted_by"] for facts in traced):
         sys.exit(FAILED)
+
+
+@command.command()
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--role", type=click.Choice([str(role) for role in Role]), help="One more key, of this role.")
+@click.option("--name", help="That key's name, which is also its folder's.")
+def keygen(*, folder: Path, role: str | None, name: str | None) -> None:
+    """Make a cluster's keys: DIR/delegator, DIR/worker, DIR/generator, DIR/client and DIR/admin, each a folder for --keys.
+
+    With --role and --name: one more, DIR/NAME, which DIR/delegator/authorized lets in.  To revoke a key, remove its file
+    there: it is refused within 2 s.
+    """
+    from zflake.cli import keygen as keygen_  # noqa: PLC0415  (it loads what only it needs)
+
+    if (role is None) != (name is None):
+        raise ConfigError("one more key needs both, --role and --name")
+    if role is None or name is None:
+        made = keygen_.make_cluster(folder)
+    else:
+        made = [keygen_.add_party(folder, Role(role), name)]
+    for path in made:
+        print(path)
 
 
 @command.group()

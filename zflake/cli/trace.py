@@ -8,21 +8,24 @@ from zflake.cli.ask import ask
 from zflake.cli.ids import as_object
 from zflake.core.layout import Layout, iso
 from zflake.errors import ProtocolError
+from zflake.keys import Keys
 from zflake.wire.cluster import check_hello
 from zflake.wire.methods import Method
 
 
-def trace_ids(ids: list[int], endpoint: str, timeout_s: float) -> list[dict[str, Any]]:
+def trace_ids(
+    ids: list[int], endpoint: str, timeout_s: float, keys: Keys | None = None
+) -> list[dict[str, Any]]:
     """The delegator's record of each ID, as `--json` shows it; `minted_by` is None if there is none.
 
     Raises `Timeout` if no delegator answers, `ProtocolError` if it is no delegator, `LayoutError` for an ID
     that is none of the cluster's layout.
     """
-    layout = check_hello(None, ask(endpoint, Method.HELLO, (), timeout_s), service="delegator").layout
+    layout = check_hello(None, ask(endpoint, Method.HELLO, (), timeout_s, keys), service="delegator").layout
     assert layout is not None
     found = []
     for fields in [layout.decompose(id_) for id_ in ids]:
-        answer = ask(endpoint, Method.CLUSTER_TRACE, (fields.machine, fields.tick), timeout_s)
+        answer = ask(endpoint, Method.CLUSTER_TRACE, (fields.machine, fields.tick), timeout_s, keys)
         try:
             found.append(as_object(fields) | _read(answer, layout))
         except (AttributeError, KeyError, TypeError) as error:
@@ -38,6 +41,7 @@ def show_trace(facts: dict[str, Any]) -> None:
     by = facts["minted_by"]
     if by is not None:
         where = f" at {by['address']}" if by["address"] else ""
+        where += f", by the key {by['key']}" if by["key"] else ""
         print(
             f"  minted by  {by['name'] or 'a holder without a name'}, process {by['pid']} on {by['host']}{where}"
         )
@@ -54,7 +58,7 @@ def _read(answer: Any, layout: Layout) -> dict[str, Any]:
     span = answer["span"]
     minted_by = None
     if span is not None:
-        minted_by = {key: span[key] for key in ("name", "host", "pid", "address")} | {
+        minted_by = {key: span[key] for key in ("name", "host", "pid", "address", "key")} | {
             "from": iso(layout.time_of(span["start"])),
             "to": iso(layout.time_of(span["end"])),
         }

@@ -12,11 +12,14 @@ from typing import Any, Self
 
 from zflake.cli.children import START_S, Children, Command
 from zflake.cli.display import Lines, redrawn
+from zflake.cli.keygen import make_cluster
 from zflake.cli.status import LOOK_S, ask_status
 from zflake.client.sync import Client
 from zflake.core.layout import Layout
 from zflake.errors import ConfigError, StoreError, Unavailable, ZflakeError
 from zflake.files import close_to_others
+from zflake.keys import open_keys
+from zflake.wire.callers import Role
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 
 
@@ -24,7 +27,7 @@ class Cluster:
     """Delegators and workers; a context manager that leaves no process behind.
 
     The store is at the URL `store`, or an SQLite file in the folder `data`, made if it is missing, or in
-    a temporary one.  With `new` a store at a URL is known to replace none.  An `ephemeral` cluster takes free
+    a temporary one.  `keys` is a folder of the cluster's keys, made if it is missing.  With `new` a store at a URL is known to replace none.  An `ephemeral` cluster takes free
     ports, another one the default and those that follow.
 
     Raises `ConfigError` if the store takes one delegator only, `StoreError` if the folder can't be made,
@@ -40,6 +43,7 @@ class Cluster:
         store: str | None = None,
         delegators: int = 1,
         new: bool = False,
+        keys: Path | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._is_temporary = data is None and store is None
@@ -61,6 +65,7 @@ class Cluster:
         self._children = Children(self._command_of)
         self._stack.callback(self._children.stop, self._worker_names, self._binds)
         self._fresh = new
+        self._keys = keys
 
     def __enter__(self) -> Self:
         self._children.heed_signals()
@@ -72,6 +77,8 @@ class Cluster:
                 self._fresh = not any(self._data.iterdir())
             except OSError as error:
                 raise StoreError(f"can't make the folder {self._data}: {error.strerror}") from error
+        if self._keys is not None and not (self._keys / Role.DELEGATOR).exists():
+            make_cluster(self._keys)
         try:
             self._start_all()
         except BaseException:
@@ -121,7 +128,8 @@ class Cluster:
         print(f"store      {facts.get('store')}{' (temporary)' if self._is_temporary else ''}")
         for lease in facts.get("leases", ()):
             print(f"worker     {lease['address']}  machine {lease['machine']}  {lease['name']}")
-        print("Take IDs with: zflake next -n 5      Stop with Ctrl-C.", flush=True)
+        keys = "" if self._keys is None else f" --keys {self._keys / Role.CLIENT}"
+        print(f"Take IDs with: zflake next -n 5{keys}      Stop with Ctrl-C.", flush=True)
         with redrawn() if sys.stdout.isatty() else contextlib.nullcontext(Lines().show) as show:
             while not self._children.stopping:
                 self._children.tend(LOOK_S)
@@ -144,16 +152,25 @@ class Cluster:
     def _command_of(self, name: str) -> Command:
         if name in self._binds:
             environment = {"ZFLAKE_DELEGATOR_STORE": self._store}  # it may have a password in it
-            return Command("zflake.cli.delegator", ["--bind", self._binds[name]], environment)
+            bind = ["--bind", self._binds[name], *self._keys_of(Role.DELEGATOR)]
+            return Command("zflake.cli.delegator", bind, environment)
         delegators = [word for address in self.addresses for word in ("--delegator", address)]
-        return Command("zflake.cli.worker", ["--name", name, *delegators])
+        return Command("zflake.cli.worker", ["--name", name, *self._keys_of(Role.WORKER), *delegators])
+
+    def _keys_of(self, role: Role) -> list[str]:
+        return [] if self._keys is None else ["--keys", str(self._keys / role)]
+
+    @cached_property
+    def _admin(self) -> str:
+        """Its own folder of keys; empty in a cluster without keys, whatever the environment says."""
+        return "" if self._keys is None else str(self._keys / Role.ADMIN)
 
     @cached_property
     def _client(self) -> Client:
-        return self._stack.enter_context(Client(self.addresses, timeout=START_S))
+        return self._stack.enter_context(Client(self.addresses, timeout=START_S, keys=self._admin))
 
     def _look(self) -> dict[str, Any]:
         for address in self.addresses:
             with contextlib.suppress(ZflakeError):
-                return ask_status(address, LOOK_S)
+                return ask_status(address, LOOK_S, open_keys(self._admin))
         return {}

@@ -11,10 +11,11 @@ from zflake.cli.conduct import DaemonOptions, run, serve
 from zflake.cli.options import BIND, ENDPOINT, EPOCH, LAYOUT, choose_layout, daemon_options
 from zflake.core.layout import DEFAULT, Layout
 from zflake.errors import ConfigError
+from zflake.keys import Keys
 from zflake.version import __version__
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, Endpoint, parse_endpoint
 from zflake.wire.fields import check_name
-from zflake.worker.server import Worker, WorkerConfig, check_addresses
+from zflake.worker.server import Worker, WorkerConfig, check_config
 
 
 @click.command("zflake-worker", context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +44,6 @@ def command(
     machine: int | None,
     layout: Layout | None,
     epoch: int | None,
-    insecure: bool,
     **options: Unpack[DaemonOptions],
 ) -> None:
     """Hold a machine ID and serve IDs.
@@ -66,10 +66,11 @@ def command(
         name=name,
         machine=machine,
         layout=layout,
-        insecure=insecure,
+        insecure=options["insecure"],
+        keys=None if options["keys"] is None else Keys(options["keys"]),
     )
     if options["check"]:
-        check_addresses(config)
+        check_config(config)
         check_name(name)
     serve(partial(Worker, config), "zflake.worker.metrics", **options)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -80,6 +80,7 @@ class Balancer:
         self._services: dict[str, str] = {}
         self._stores: dict[str, str] = {}  # the store that each seed named; a seed that fails is dropped
         self._workers: list[str] = []
+        self._keys: Mapping[str, str] = {}
         self._brokers: list[str] = []
         self._sticky: str | None = None
         self._health: defaultdict[str, _Health] = defaultdict(_Health)
@@ -133,6 +134,10 @@ class Balancer:
     def is_worker(self, endpoint: str) -> bool:
         """Whether the directory lists this endpoint as a worker."""
         return endpoint in self._workers
+
+    def key_of(self, endpoint: str) -> str:
+        """The key of a worker that the directory lists; empty for other endpoints, and in a cluster without keys."""
+        return self._keys.get(endpoint, "")
 
     def has_fit(self) -> bool:
         """Whether an endpoint that could give IDs is not ejected."""
@@ -263,13 +268,14 @@ class Balancer:
                 self._workers, self._brokers, self._sticky = [], [], None
                 (self.store_id,) = stores
 
-    def update(self, workers: list[str], brokers: list[str]) -> None:
-        """Take in a directory that was just read.
+    def update(self, workers: Mapping[str, str], brokers: list[str]) -> None:
+        """Take in a directory that was just read: the workers' keys by address, and the delegators.
 
         An empty one leaves the known workers: a delegator that has just started knows none yet.
         """
         with self._lock:
-            self._workers = workers or self._workers
+            self._workers = list(workers) or self._workers
+            self._keys = workers or self._keys
             self._brokers = brokers
             self._refreshed_at = self.now()
             self._sticky = None

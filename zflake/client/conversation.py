@@ -9,13 +9,14 @@ The balancer remembers between conversations which endpoints there are and how t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from zflake.client.balancer import PROBE_S, Balancer, Refresh
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
 from zflake.errors import (
+    AuthError,
     ConfigError,
     LeaseExpired,
     Overloaded,
@@ -27,6 +28,7 @@ from zflake.errors import (
 from zflake.wire.cluster import check_hello
 from zflake.wire.codec import Response
 from zflake.wire.endpoint import parse_endpoint
+from zflake.wire.fields import text
 from zflake.wire.ids import MAX_COUNT, check_run
 from zflake.wire.methods import Method, exception_of
 
@@ -56,6 +58,8 @@ class Ask(NamedTuple):
     timeout_s: float
     began: float = 0.0
     """When the ask began, by the balancer's clock; the balancer compares it with what it has learned since."""
+    key: str = ""
+    """The endpoint's public key, as the directory says; empty for one that is to have a trusted delegator's."""
 
 
 class Pause(NamedTuple):
@@ -73,9 +77,36 @@ class Wait(NamedTuple):
 
 T = TypeVar("T")
 Action: TypeAlias = Ask | Pause | Wait
-Outcome: TypeAlias = Response | ProtocolError | None
-"""How an ask ended: with an answer, with an error for an answer that is not zflake's, or None if none came in time."""
+Outcome: TypeAlias = Response | AuthError | ProtocolError | None
+"""How an ask ended: with an answer, with an error (the endpoint refuses the key, or its answer is not zflake's), or None
+if no answer came in time."""
 Conversation: TypeAlias = Generator[Action, Outcome, T]
+
+
+class Ascent:
+    """Checks the runs of one call: what an endpoint gives of one machine ID ascends.
+
+    A machine ID's (tick, sequence) only grows, in a tenancy and from one to the next, and a call asks for a run after it
+    has the one before.  So a run that does not lie wholly above the last one repeats IDs, or is made up.
+
+    Runs of two machine IDs are not compared.  A delegator passes a call's requests on to several workers, and a worker
+    that was restarted during the call may have another machine ID.  Their clocks may be apart by a message's flight, so
+    the later run may be lower even in time, and yet be right.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int], int] = {}
+
+    def check(self, endpoint: str, run: Run, layout: Layout | None) -> None:
+        """Take in the next run.  Raises `ProtocolError` if it does not lie above those before."""
+        first, step, count = run
+        # Without a layout, a worker has just got its first lease; time is the highest field of any.
+        machine = -1 if layout is None else first >> layout.machine_shift & layout.machines - 1
+        if first <= self._last.get((endpoint, machine), -1):
+            raise ProtocolError(
+                f"it gave IDs from {first} on after higher ones: they may have been given before"
+            )
+        self._last[endpoint, machine] = first + step * (count - 1)
 
 
 class Budget:
@@ -141,6 +172,9 @@ def take(
     """
     budget = Budget(timeout_s, balancer.now() if ask is None else ask.began, balancer.now)
     runs: list[Run] = []
+    ascent = Ascent()
+    if ask is not None and isinstance(run, tuple):
+        ascent.check(ask.endpoint, run, balancer.layout)
     missing = count
     reason: ZflakeError | None = None
     brokered = False
@@ -155,7 +189,7 @@ def take(
             most_s = PROBE_S if balancer.is_probe(endpoint) and balancer.has_fit() else ATTEMPT_S
             began = balancer.now()
             ask = _ask_ids(balancer, endpoint, missing, began, min(most_s, budget.attempt_s()))
-            run = _settle(balancer, ask, (yield ask))
+            run = _settle(balancer, ask, (yield ask), ascent)
         if isinstance(run, tuple):
             runs.append(run)
             missing -= run[2]
@@ -194,10 +228,12 @@ def _ask_ids(balancer: Balancer, endpoint: str, count: int, began: float, timeou
     count = min(count, MAX_COUNT)
     store_id = balancer.store_id
     params = (count, timeout_ms) if store_id is None else (count, timeout_ms, store_id)
-    return Ask(endpoint, "ids.next", params, timeout_s, began)
+    return Ask(endpoint, "ids.next", params, timeout_s, began, balancer.key_of(endpoint))
 
 
-def _settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError | None:
+def _settle(
+    balancer: Balancer, ask: Ask, outcome: Outcome, ascent: Ascent | None = None
+) -> Run | ZflakeError | None:
     """The run that came of an ask for IDs, or the error in its place; None if nothing came.
 
     The balancer learns how the endpoint fared.  Raises the errors that no other try would mend.
@@ -208,11 +244,19 @@ def _settle(balancer: Balancer, ask: Ask, outcome: Outcome) -> Run | ZflakeError
         return None
     try:
         run = check_run(_result(outcome), ask.params[0])
+        if ascent is not None:
+            ascent.check(endpoint, run, balancer.layout)
     except ProtocolError as nonsense:
         # The endpoint is not what the directory takes it for: as good as away.
         balancer.failed(endpoint, ask.began)
         balancer.forget_services()
         return _of(endpoint, nonsense)
+    except AuthError as denied:
+        if endpoint in balancer.seeds:
+            raise _of(endpoint, denied) from denied
+        # Whether that holds, the delegator knows: the worker may have a new key, or not know of the client's yet.
+        balancer.refused(endpoint, WAIT_S)
+        return _of(endpoint, denied)
     except _PASSING as error:
         balancer.refused(endpoint, _wait_s(error))
         return error
@@ -265,7 +309,7 @@ def _refresh(balancer: Balancer, budget: Budget) -> Conversation[ZflakeError | N
 
 def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeError | None]:
     """Read the directory anew; returns what stood in the way of finding a worker."""
-    workers: list[str] = []
+    workers: dict[str, str] = {}  # their keys, by address
     brokers: list[str] = []
     reason: ZflakeError | None = None
     answered = False
@@ -279,27 +323,30 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
                 hello = yield from _ask_seed(seed, Method.HELLO, most_s, budget)
                 balancer.introduce(seed, check_hello(hello.error, hello.result))
             if balancer.service_of(seed) == "worker":
-                workers.append(seed)
+                workers.setdefault(seed, "")
             else:
                 brokers.append(seed)
                 if not asked:
                     began = balancer.now()
                     listed = yield from _ask_seed(seed, Method.CLUSTER_WORKERS, most_s, budget)
-                    workers += _addresses(listed)
+                    workers |= _addresses(listed)
                     asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
             balancer.succeeded(seed)
         except Timeout:
             balancer.failed(seed, began)
-        except _PASSING as error:
+        except (*_PASSING, AuthError) as error:
             balancer.failed(seed, began)
             reason = _of(seed, error)
     balancer.check_one_cluster()
     if not answered:
+        if isinstance(reason, AuthError):
+            raise reason
         balancer.keep()
         return reason
     balancer.update(workers, brokers)
-    wanted, advice = workers, "no worker is ready: start one, or wait for one to get its lease"
+    wanted: Collection[str] = workers
+    advice = "no worker is ready: start one, or wait for one to get its lease"
     if balancer.route == "broker":
         wanted = brokers
         advice = "the route broker needs a delegator's endpoint: name one, or use another route"
@@ -314,17 +361,18 @@ def _ask_seed(seed: str, method: Method, most_s: float, budget: Budget) -> Conve
     raise outcome or Timeout("no answer")
 
 
-def _addresses(listed: Response) -> list[str]:
+def _addresses(listed: Response) -> dict[str, str]:
+    """The keys of the workers that a directory lists, by address; empty ones in a cluster without keys."""
     try:
-        addresses = [worker["address"] for worker in _result(listed)["workers"]]
-        return list(dict.fromkeys(parse_endpoint(address).text for address in addresses))
+        workers = _result(listed)["workers"]
+        return {parse_endpoint(w["address"]).text: text("key", w.get("key", "")) for w in workers}
     except (KeyError, TypeError, ConfigError) as error:
         raise ProtocolError(f"the directory that it sent can't be read: {error}") from error
 
 
-def _result(outcome: Response | ProtocolError) -> Any:
+def _result(outcome: Response | AuthError | ProtocolError) -> Any:
     """The result in an answer; raises the error that came in its place."""
-    if isinstance(outcome, ProtocolError):
+    if isinstance(outcome, AuthError | ProtocolError):
         raise outcome
     if outcome.error is not None:
         raise exception_of(outcome.error)
@@ -333,7 +381,7 @@ def _result(outcome: Response | ProtocolError) -> Any:
 
 def _of(endpoint: str, error: ZflakeError) -> ZflakeError:
     """The error, with the name of the endpoint if it is one of the endpoint's making."""
-    return ProtocolError(f"{endpoint}: {error}") if isinstance(error, ProtocolError) else error
+    return type(error)(f"{endpoint}: {error}") if isinstance(error, AuthError | ProtocolError) else error
 
 
 def _copy(error: ZflakeError, message: str) -> ZflakeError:

@@ -16,6 +16,7 @@ from zflake.client.transport import Transport
 from zflake.core.layout import Layout
 from zflake.core.mint import Run
 from zflake.errors import ConfigError
+from zflake.keys import open_keys
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 
 T = TypeVar("T")
@@ -27,11 +28,13 @@ class Client:
     `endpoints` is one endpoint or several, of delegators or of workers.  The client asks a delegator for the
     list of workers, and then asks those directly; if none of them answers, a delegator passes requests on.
     `route` may insist on one way: `direct` or `broker`.  `timeout` is the budget of a whole call in seconds,
-    retries on other endpoints included.
+    retries on other endpoints included.  `keys` is the client's folder of keys, in a cluster that has them; by
+    default the one that the environment variable ZFLAKE_KEYS names.
 
     Safe to share between threads, and usable in the child of a fork.  Connects at the first call.
 
-    Raises `ConfigError` if an endpoint can't be read, the timeout is not positive, or the route is unknown.
+    Raises `ConfigError` if an endpoint can't be read, the timeout is not positive, the route is unknown, or the folder
+    holds no keys.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Client:
         *,
         timeout: float = 5.0,
         route: str = "auto",
+        keys: str | os.PathLike[str] | None = None,
     ) -> None:
         seeds = (
             list(endpoints)
@@ -60,15 +64,15 @@ class Client:
             draw=random.random,
             caller=threading.get_ident,
         )
-        self._transport = Transport()
+        self._transport = Transport(open_keys(keys))
         _all.add(self)
 
     def next_id(self) -> int:
         """One ID, greater than the worker's earlier ones.
 
         Raises `Timeout`, `Unavailable`, `LeaseExpired` or `Overloaded` once the timeout is spent,
-        `ProtocolError` if an endpoint is not zflake's, `Closed` after `close`, and `Unavailable` at once if this
-        process is short of descriptors.
+        `ProtocolError` if an endpoint is not zflake's, `Closed` after `close`; at once `AuthError` if the cluster refuses
+        the key, and `Unavailable` if this process is short of descriptors.
         """
         return self._take(1)[0][0]
 

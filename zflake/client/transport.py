@@ -11,15 +11,17 @@ import threading
 import time
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Final
 
 import zmq
 
 from zflake.client.conversation import CONNECT_S, Ask, Outcome
-from zflake.errors import Closed, ProtocolError
+from zflake.errors import AuthError, Closed, ProtocolError
+from zflake.keys import Keys, curves_of
 from zflake.wire.codec import REQUEST, Response, decode_response, packer
 from zflake.wire.endpoint import Endpoint, parse_endpoint
-from zflake.wire.sockets import check_descriptors, connected
+from zflake.wire.sockets import Curve, Dialer, check_descriptors
 
 MAX_IDLE: Final = 64
 """Number of idle sockets to one endpoint that are kept for the next calls."""
@@ -32,32 +34,27 @@ SOON_MS: Final = 2
 
 
 class Line:
-    """A connected REQ, with one request under way at a time; of no use after an answer did not come."""
+    """A REQ, with one request under way at a time; of no use after an answer did not come."""
 
-    __slots__ = ("_connected", "_msgid", "_pack", "_recv", "_send", "asked_at", "socket")
+    __slots__ = ("_msgid", "_pack", "_recv", "_send", "_socket", "asked_at", "dialer")
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self.socket = socket
+    def __init__(self, dialer: Dialer) -> None:
+        self.dialer = dialer
         self.asked_at = 0.0
         """When its last request was sent (monotonic, s)."""
-        self._send = socket.send
-        self._recv = socket.recv
+        self._socket: zmq.Socket[bytes] | None = None  # once the peer has taken the connection
         self._pack = packer()
         self._msgid = 0
-        self._connected = False
-        # If the peer went away after its last answer, the send fails at once: as good as no answer.
-        socket.setsockopt(zmq.SNDTIMEO, 0)
-        socket.setsockopt(zmq.RCVTIMEO, SOON_MS)
 
     def ask(self, ask: Ask) -> Outcome:
         """The outcome of one request."""
-        _, method, params, timeout_s, _ = ask
+        _, method, params, timeout_s, _, _ = ask
         self.asked_at = now = time.monotonic()
         deadline = now + timeout_s
         self._msgid = msgid = (self._msgid + 1) & 0xFFFF_FFFF
         try:
-            if not self._connected:
-                self._connect(timeout_s)
+            if self._socket is None and (refusal := self._connect(timeout_s)) is not None:
+                return AuthError(f"the connection was refused: {refusal}")
             self._send(self._pack((REQUEST, msgid, method, params)))
             try:
                 body = self._recv()
@@ -80,15 +77,20 @@ class Line:
     def _wait(self, deadline: float) -> bytes:
         # Not with RCVTIMEO, which each signal to the process would start again.
         while (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
-            if self.socket.poll(left_ms):
+            if self._socket is not None and self._socket.poll(left_ms):
                 return self._recv(zmq.NOBLOCK)
         raise zmq.Again
 
-    def _connect(self, timeout_s: float) -> None:
-        """Wait until the peer has taken the connection."""
-        if not self.socket.poll(int(min(CONNECT_S, timeout_s) * 1000), zmq.POLLOUT):
-            raise zmq.Again
-        self._connected = True
+    def _connect(self, timeout_s: float) -> str | None:
+        """Wait until the peer has taken the connection; gives why, if it refuses."""
+        if (refusal := self.dialer.wait(min(CONNECT_S, timeout_s))) is not None:
+            return refusal
+        self._socket = socket = self.dialer.socket
+        self._send, self._recv = socket.send, socket.recv
+        # If the peer went away after its last answer, the send fails at once: as good as no answer.
+        socket.setsockopt(zmq.SNDTIMEO, 0)
+        socket.setsockopt(zmq.RCVTIMEO, SOON_MS)
+        return None
 
 
 class _Sockets:
@@ -100,29 +102,29 @@ class _Sockets:
 
     def __init__(self) -> None:
         self._contexts: dict[str, zmq.Context[zmq.Socket[bytes]]] = {}
-        self._open: dict[zmq.Socket[bytes], str] = {}
+        self._open: dict[Dialer, str] = {}
 
-    def connect(self, endpoint: Endpoint) -> zmq.Socket[bytes]:
+    def connect(self, endpoint: Endpoint, curves: Sequence[Curve | None]) -> Dialer:
         key = endpoint.text if endpoint.is_name else ""
         context = self._contexts.get(key)
         if context is None:
             check_descriptors()
             context = self._contexts[key] = zmq.Context()
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
-        socket = connected(context, zmq.REQ, endpoint)
-        self._open[socket] = key
-        return socket
+        dialer = Dialer(context, zmq.REQ, endpoint, curves)
+        self._open[dialer] = key
+        return dialer
 
-    def close(self, socket: zmq.Socket[bytes]) -> None:
-        key = self._open.pop(socket, "")
-        socket.close(linger=0)
+    def close(self, dialer: Dialer) -> None:
+        key = self._open.pop(dialer, "")
+        dialer.close()
         if key and key not in self._open.values():
             # The context may be waiting for a name server, and the caller should not.
             threading.Thread(target=self._contexts.pop(key).term, daemon=True).start()
 
     def close_all(self) -> None:
-        for socket in list(self._open):
-            self.close(socket)
+        for dialer in list(self._open):
+            self.close(dialer)
         for context in self._contexts.values():
             context.term()
 
@@ -130,7 +132,8 @@ class _Sockets:
 class Transport:
     """A pool of lines, safe to share between threads; a forked child may use it after `after_fork`."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._keys = keys
         self._closed = False
         self._reset()
 
@@ -141,7 +144,7 @@ class Transport:
         nothing of the endpoint.
         """
         try:
-            line = self._check_out(ask.endpoint)
+            line = self._check_out(ask)
         except zmq.ZMQError as error:
             return ProtocolError(f"can't connect: {error.strerror}")
         outcome = None
@@ -162,7 +165,7 @@ class Transport:
             self._closed = True
             for lines in self._idle.values():
                 while lines:
-                    self._sockets.close(lines.pop().socket)
+                    self._sockets.close(lines.pop().dialer)
         self._finish_if_unused()
 
     def after_fork(self) -> None:
@@ -171,7 +174,7 @@ class Transport:
         _inherited.append((self._sockets, self._idle))
         self._reset()
 
-    def _check_out(self, endpoint: str) -> Line:
+    def _check_out(self, ask: Ask) -> Line:
         with self._lock:
             if self._closed:
                 raise Closed("this client is closed: make a new one")
@@ -179,11 +182,12 @@ class Transport:
             # the socket of the very thread that it interrupts.
             self._out += 1
             try:
-                if lines := self._idle[endpoint]:
+                if lines := self._idle[ask.endpoint]:
                     return lines.pop()
                 for other in list(self._idle):
                     self._drop_idle(other, time.monotonic() - UNUSED_S)
-                return Line(self._sockets.connect(parse_endpoint(endpoint)))
+                curves = curves_of(self._keys, ask.key)()
+                return Line(self._sockets.connect(parse_endpoint(ask.endpoint), curves))
             except BaseException:
                 self._out -= 1
                 raise
@@ -205,11 +209,11 @@ class Transport:
                 self._idle[endpoint] = kept
             for line in lines:
                 if line.asked_at < before:
-                    self._sockets.close(line.socket)
+                    self._sockets.close(line.dialer)
 
     def _discard(self, line: Line) -> None:
         with self._lock:
-            self._sockets.close(line.socket)
+            self._sockets.close(line.dialer)
             self._out -= 1
         self._finish_if_unused()
 

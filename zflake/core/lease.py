@@ -6,7 +6,7 @@ are immutable.  Ticks count from the layout's epoch; tokens are 16 random bytes,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
 
@@ -28,13 +28,15 @@ Token: TypeAlias = bytes
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The holder of a lease, for people and for the directory; no rule reads it."""
+    """The holder of a lease: its `key` is what rules go by, the rest is for people and for the directory."""
 
     name: str = ""
     host: str = ""
     pid: int = 0
     address: str = ""
     """The endpoint at which the holder serves ID requests; empty if it serves none."""
+    key: str = ""
+    """The public key that the holder proved to have, to which the lease is bound; empty in a cluster without keys."""
 
 
 # --- requests ---
@@ -60,6 +62,8 @@ class Renew:
     """The end of the holder's last window.  If the store knows less, the renewal is a witness of a loss."""
     store_id: str | None = None
     """The store that granted the lease: of another one it bears no witness."""
+    key: str = ""
+    """The key that the asker proved to have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,8 @@ class Release:
     token: Token
     next: Token | None
     last: int | None
+    key: str = ""
+    """The key that the asker proved to have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,13 @@ class Trace:
 
 
 Request: TypeAlias = Acquire | Renew | Release
+
+
+def bound(request: Request, key: str) -> Request:
+    """The same request of a peer that proved to have this key."""
+    if isinstance(request, Acquire):
+        return replace(request, holder=replace(request.holder, key=key))
+    return replace(request, key=key)
 
 
 # --- records ---
@@ -150,7 +163,8 @@ class Span:
 class Swap:
     """A write: put `new` in place of `old`, under meta's `version`.
 
-    The machine's provenance goes with it: the span `[new.span_start, new.fence)`, and none above the fence.
+    The machine's provenance goes with it: the span `[new.span_start, new.fence)`, and none above the fence; after a
+    release none above `cut`.
     """
 
     old: Record
@@ -158,6 +172,8 @@ class Swap:
     new: Record
     """The record as it is to be, with the next gen."""
     version: int
+    cut: int | None = None
+    """Where a release ends the machine's provenance; None: at the fence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +239,8 @@ class Refused(StrEnum):
     """Every machine is inside a window; the first may fall free after `retry_after_ms`."""
     EXHAUSTED = "exhausted"
     """The layout has no ticks left, ever."""
+    DENIED = "denied"
+    """The key may not have this."""
     UNAVAILABLE = "unavailable"
     """The store did not settle the request; ask again, with the same token."""
 

@@ -1,6 +1,6 @@
 """The lessor: how a delegator decides on a lease request, given what the store holds.
 
-Two rules carry the uniqueness of every leased ID:
+Three rules carry the uniqueness of every leased ID:
 
 1. A window begins at or above the machine's fence and ends at the new fence.  A grant never lowers a
    fence; a release does, to no less than what may have been minted.
@@ -10,6 +10,9 @@ Two rules carry the uniqueness of every leased ID:
    leaves before its record is durable, never speaks of an attempt, and a lost reply costs nothing.
 
 `now` is the timeline's tick.  A clock that is wrong makes a lease come early or late, never twice.
+
+3. Where there are keys, a lease is bound to the one that acquired it.  A token that another key shows is nobody's:
+   who stole it neither gets the holder's window nor gives it back.
 
 These rules can't save a store that forgets: loss.py has the floor that does.
 """
@@ -55,6 +58,8 @@ def acquire(
     are.  `pick(n)` draws a number from 0 to n - 1.
     """
     if repeat is not None:
+        if repeat.holder.key != request.holder.key:
+            return _lost(repeat.machine)
         return _grant(meta, repeat)
     free = [record for record in lowest if max(record.fence, meta.floor) <= now]
     if not free:
@@ -92,9 +97,11 @@ def renew(meta: Meta, now: int, request: Renew, *, record: Record) -> Answer | S
 
     `record` is the store's record of `request.machine`.
     """
-    if record.token is not None and record.token == request.next:
+    if record.token is None or record.holder.key != request.key:
+        return _lost(request.machine)
+    if record.token == request.next:
         return _grant(meta, record)
-    if record.token is None or record.token != request.token:
+    if record.token != request.token:
         return _lost(request.machine)
     if not meta.first_machine <= record.machine <= meta.last_machine:
         # The operator took this machine out of the leased range; a static holder may be using it soon.
@@ -117,11 +124,15 @@ def release(meta: Meta, now: int, request: Release, *, record: Record) -> Answer
     `Released`.  A repeat finds its token gone and is told `lost`, which means the same to a holder that has
     closed its mint: this tenancy is over.
     """
-    if record.token is None or record.token not in (request.token, request.next):
+    if record.token is None or record.holder.key != request.key:
+        return _lost(request.machine)
+    if record.token not in (request.token, request.next):
         return _lost(request.machine)
     minted = record.tenancy_start if request.last is None else request.last + 1
     fence = min(record.fence, max(minted, record.tenancy_start, now))
-    return Swap(record, replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version)
+    # A tenancy in which nothing was minted leaves no provenance, or strangers that acquire and release without end fill the store.
+    cut = record.tenancy_start if request.last is None else fence
+    return Swap(record, replace(record, fence=fence, gen=record.gen + 1, token=None), meta.version, cut)
 
 
 def _next_window(meta: Meta, now: int, record: Record) -> tuple[int, int] | Refusal:

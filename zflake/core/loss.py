@@ -66,7 +66,8 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     """Meta with the floor that a renewal demands, if it shows that the store has forgotten a grant; else None.
 
     A renewal is a witness if it names this very store, and its gen is above the record's, or the same with another
-    token or another end (a late copy of an acquire that the store forgot is granted a window anew).  A window that ends below the floor was forgotten by a loss that is known already.  While the store
+    token or another end (a late copy of an acquire that the store forgot is granted a window anew).  Of a machine ID
+    that was leased by another key it is none: who has one key must not rest the others' cluster.  A window that ends below the floor was forgotten by a loss that is known already.  While the store
     rests, a witness lifts the floor no further than its own window demands; after that, this is a new loss.
 
     `latest` is as in `after_loss`; the caller draws the version.
@@ -75,7 +76,8 @@ def witnessed(meta: Meta, now: int, latest: int, request: Renew, *, record: Reco
     newer = request.gen > record.gen or (request.gen == record.gen and shown != granted)
     repeat = record.token is not None and record.token == request.next
     ours = request.store_id == meta.store_id and request.machine < meta.layout.machines
-    if repeat or not ours or not newer or request.end is None or request.end <= meta.floor:
+    theirs = record.holder.key not in ("", request.key)
+    if repeat or theirs or not ours or not newer or request.end is None or request.end <= meta.floor:
         return None
     end = min(request.end, latest + REACH * meta.ttl)
     if now < meta.floor:

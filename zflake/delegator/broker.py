@@ -57,6 +57,8 @@ class Peer:
     identity: bytes
     token: Token = b""
     """The proof that each of its answers begins with."""
+    key: str = ""
+    """The key by which they come."""
     jobs: dict[bytes, Job] = field(default_factory=dict)
     """The requests that it has under way, by the proof and the tag that are to come back."""
     open: bool = False
@@ -109,11 +111,11 @@ class Broker:
 
     # --- workers ---
 
-    def join(self, identity: bytes, token: Token, local_us: int) -> None:
-        """Give this worker requests from now on, or again; it is to show this token with each answer."""
+    def join(self, identity: bytes, token: Token, local_us: int, key: str = "") -> None:
+        """Give this worker requests from now on, or again; it is to show this token with each answer, by this key."""
         peer = self._peers.setdefault(identity, Peer(identity))
-        if peer.token != token:
-            peer.token = token
+        if (peer.token, peer.key) != (token, key):
+            peer.token, peer.key = token, key
             self._take_back(peer)  # the answers under way show another token
         if not peer.open:
             peer.open = True
@@ -136,15 +138,17 @@ class Broker:
         self._close(peer)
         self._dispatch(local_us)
 
-    def answer(self, identity: bytes, envelope: list[bytes], body: bytes, local_us: int) -> bool:
-        """Take a worker's answer in; `envelope` is the frames between its identity and the body.
+    def answer(
+        self, identity: bytes, envelope: list[bytes], body: bytes, local_us: int, key: str = ""
+    ) -> bool:
+        """Take a worker's answer in, that came by `key`; `envelope` is the frames between its identity and the body.
 
         False if it counts for nothing.
         """
         peer = self._peers.get(identity)
         job = peer.jobs.get(envelope[0]) if peer is not None and len(envelope) == 2 else None  # noqa: PLR2004
         response = None if job is None else _read(body)
-        if peer is None or job is None or response is None or response.msgid != job.msgid:
+        if peer is None or peer.key != key or job is None or response is None or response.msgid != job.msgid:
             self.counts.strays += 1
             return False
         del peer.jobs[envelope[0]]

@@ -18,7 +18,7 @@ from itertools import chain, islice
 from typing import Any, Final
 
 from zflake.core.lease import Record, Token
-from zflake.wire.cluster import LOAD, PAGE
+from zflake.wire.cluster import LOAD, PAGE, Ready
 
 MISSED_US: Final = 1_000_000
 """Microseconds without a sign of life after which a worker is taken out: four heartbeats."""
@@ -33,6 +33,8 @@ class RegisteredWorker:
     machine: int
     token: Token
     """The token that it registered with.  It shows that one until it registers again, though a renewal has another."""
+    key: str
+    """The key that it registered by."""
     tenancy_start: int
     """The tenancy of the machine that it showed the token of."""
     heard_us: int
@@ -101,16 +103,18 @@ class Directory:
 
     # --- workers ---
 
-    def register(self, identity: bytes, machine: int, token: Token, now: int, local_us: int) -> bool:
+    def register(self, identity: bytes, shown: Ready, now: int, local_us: int, key: str = "") -> bool:
         """Take in a worker that says it holds this machine ID, in place of any that did so before.
 
-        False if its token is not the lease's.
+        False if its token or its key is not the lease's.
         """
+        machine, token = shown
         record = self._held.get(machine)
         if (
             record is None
             or record.token is None
             or record.fence <= now
+            or record.holder.key != key
             or not hmac.compare_digest(record.token, token)
         ):
             return False
@@ -118,7 +122,7 @@ class Directory:
         self.drop(self._identities.get(machine, identity))
         load = dict.fromkeys(LOAD, 0)
         self._workers[identity] = RegisteredWorker(
-            identity, machine, token, record.tenancy_start, local_us, load
+            identity, machine, token, key, record.tenancy_start, local_us, load
         )
         self._identities[machine] = identity
         self.changes += 1
@@ -128,10 +132,10 @@ class Directory:
         """The routing identity of the worker that holds this machine ID; None if it is not registered."""
         return self._identities.get(machine)
 
-    def proves(self, identity: bytes, token: Token) -> bool:
-        """Whether a worker of that identity registered with this token."""
+    def proves(self, identity: bytes, token: Token, key: str = "") -> bool:
+        """Whether a worker of that identity registered with this token, by this key."""
         worker = self._workers.get(identity)
-        return worker is not None and hmac.compare_digest(worker.token, token)
+        return worker is not None and worker.key == key and hmac.compare_digest(worker.token, token)
 
     def hear(self, identity: bytes, load: dict[str, Any] | None, local_us: int) -> None:
         """Take in the sign of life of a worker that has proved itself.

@@ -16,7 +16,7 @@ import queue
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,11 +41,14 @@ HURRY_US: Final = 100_000
 LOG_INTERVAL_US: Final = 10_000_000
 """Microseconds between log lines of one failure of the store."""
 PRUNE_US: Final = 10_000_000
-"""Microseconds between rounds of pruning."""
+"""Microseconds between rounds of pruning, if a round has not left some for the next."""
 PRUNE: Final = 2_000
 """Spans that a round of pruning forgets, at most."""
 KEPT_SPANS: Final = 500_000
-"""Spans of provenance that are kept, one for each unbroken tenancy."""
+"""Spans of provenance that are kept, one for each unbroken tenancy.  Half of them are dealt out to the machines: one
+that has more than its part is thinned out, lest a flood of tenancies push out all that was before."""
+SLACK: Final = 8
+"""Divisor of a machine's part of the spans by which it may be over that part before it is thinned out."""
 KEPT_MS: Final = 400 * 86_400_000
 """Milliseconds for which they are kept."""
 STALE_US: Final = 2_000_000
@@ -90,6 +93,7 @@ class LeaseExecutor:
         self.clock = clock
         """The timeline that requests are settled by."""
         self._local_us = clock.local_us
+        self._pick = pick
         self._committer = Committer(store, meta, clock, pick=pick, complain=self._complain)
         self.settle = self._committer.settle
         self._wake = wake
@@ -191,6 +195,7 @@ class LeaseExecutor:
                 _record_lease(ticket.request, outcome)
             self._done.extend(zip(fresh, settled, strict=True))
             self._wake()
+            self._thin([outcome.record for outcome in settled])
         if not ends:
             with self._busy():
                 self._keep_house()
@@ -283,9 +288,32 @@ class LeaseExecutor:
 
     def _prune(self, local_us: int) -> None:
         if local_us >= self._prune_at_us:
-            self._prune_at_us = local_us + PRUNE_US
             before = self.clock.tick() - self.meta.layout.ms_to_ticks(KEPT_MS)
-            self._store.prune(before, KEPT_SPANS, PRUNE)
+            pruned = self._store.prune(before, KEPT_SPANS, PRUNE)
+            self._prune_at_us = local_us + (PRUNE_US if pruned < PRUNE else 0)
+
+    def _thin(self, written: Iterable[Record | None]) -> None:
+        """Bound the provenance of the machines whose records have just begun a new span."""
+        meta = self.meta
+        keep = max(1, KEPT_SPANS // 2 // (meta.last_machine + 1 - meta.first_machine))
+        # A machine has no more spans than its record has had writes.  Of those that may have too many each is looked
+        # at after `chance` new ones on average, so that this costs a small part of what these did.
+        chance = max(1, keep // SLACK)
+        machines = {
+            record.machine
+            for record in written
+            if record is not None
+            and record.token is not None
+            and record.start == record.span_start
+            and record.gen > keep
+            and self._pick(chance) == 0
+        }
+        if machines:
+            try:
+                with self._busy():
+                    self._store.thin(machines, keep)
+            except StoreError as error:
+                self._complain(error)
 
     def _complain(self, error: StoreError) -> None:
         """Log a failure of the store; while they go on, one every now and then."""

@@ -12,10 +12,12 @@ from zflake.core.lease import Record
 from zflake.delegator.broker import Broker
 from zflake.delegator.directory import Directory
 from zflake.delegator.executor import LeaseExecutor
+from zflake.keys import Callers
 from zflake.version import __version__
+from zflake.wire.callers import ANYONE, Caller, sees_all
 from zflake.wire.codec import pack_result
-from zflake.wire.dispatch import Requests
-from zflake.wire.methods import PROTOCOL_VERSION
+from zflake.wire.dispatch import METHODS, Requests
+from zflake.wire.methods import PROTOCOL_VERSION, Method
 
 KEPT_US: Final = 1_000_000
 """Microseconds for which a result is kept for others that ask."""
@@ -56,35 +58,63 @@ class Report:
     directory: Directory
     broker: Broker
     requests: Requests
+    authorized: Callers | None
+    """Those who may come; None in a cluster without keys."""
     leases_at: Callable[[], int]
     """Gives the tick up to which the leases are known here."""
     started_us: int
 
-    def ping(self) -> dict[str, Any]:
+    def ping(self, _caller: Caller = ANYONE) -> dict[str, Any]:
         """The timeline's now."""
         return {"now_us": self.executor.clock.timeline_us()}
 
-    def hello(self) -> dict[str, Any]:
-        """The delegator's identity: its layout, its store, its address."""
+    def heard(self) -> dict[str, Any]:
+        """The answer to a worker's sign of life; in a cluster with keys it says when to ask for the callers again."""
+        return self.ping() if self.authorized is None else self.ping() | {"version": self.authorized.version}
+
+    def callers(self, _caller: Caller = ANYONE) -> dict[str, Any]:
+        """Those who may ask a worker for IDs, and the version of that list."""
+        authorized = self.authorized
+        if authorized is None:
+            return self.heard() | {"callers": []}
+        roles = METHODS[Method.IDS_NEXT].callers
+        callers = [[c.key, c.name, str(c.role)] for c in authorized.by_key.values() if c.role in roles]
+        return self.heard() | {"callers": callers}
+
+    def name_of(self, key: str) -> str:
+        """The name that people know a key by; the key itself if it is not authorized now."""
+        caller = None if self.authorized is None else self.authorized.by_key.get(key)
+        return key if caller is None else caller.name
+
+    def hello(self, caller: Caller = ANYONE) -> dict[str, Any]:
+        """The delegator's identity: its layout and its store, and for those who see all also its process."""
         clock, meta = self.executor.clock, self.executor.meta
-        return {
+        hello = {
             "service": "delegator",
             "protocol": PROTOCOL_VERSION,
-            "version": __version__,
             "layout": meta.layout.to_map(),
             "store_id": meta.store_id,
-            "address": clock.address,
-            "pid": os.getpid(),
-            "uptime_ms": (clock.local_us() - self.started_us) // 1000,
             **self.ping(),
         }
+        if sees_all(caller):
+            hello |= {
+                "version": __version__,
+                "address": clock.address,
+                "pid": os.getpid(),
+                "uptime_ms": (clock.local_us() - self.started_us) // 1000,
+            }
+        return hello
 
     def workers(self, turn: int) -> dict[str, Any]:
         """The directory: of more workers than fit on a page, those whose `turn` it is."""
         clock = self.executor.clock
         now = clock.tick()
         there = self.directory.workers(self.leases_at(), clock.local_us(), turn)
-        workers = [self._lease(record, now) for record, _ in there if record.holder.address]
+        workers = [
+            self._lease(record, now) | ({"key": record.holder.key} if record.holder.key else {})
+            for record, _ in there
+            if record.holder.address
+        ]
         return {"workers": workers, **self.ping()}
 
     def status(self, at: int) -> dict[str, Any]:
@@ -112,6 +142,7 @@ class Report:
             "dropped": self.requests.dropped,
             "requests": dict(self.requests.by_method),
             "errors": dict(self.requests.errors),
+            "denied": dict(self.requests.denied),
         }
 
     def _delegators(self) -> Iterator[dict[str, Any]]:
@@ -134,7 +165,8 @@ class Report:
             worker, load = self.directory.worker(record.machine, known_at, local_us), None
             if worker is not None:
                 load = worker.load | {"in_flight": self.broker.in_flight(worker.identity)}
-            yield self._lease(record, now) | {"worker": load}
+            key = {"key": self.name_of(record.holder.key)} if record.holder.key else {}
+            yield self._lease(record, now) | key | {"worker": load}
 
     def _lease(self, record: Record, now: int) -> dict[str, Any]:
         return {

@@ -14,13 +14,16 @@ import zmq
 
 from zflake import clock
 from zflake.daemon import Door, Liveness, Waker
+from zflake.daemon.gate import Gate
 from zflake.delegator.clock import begin_timeline
 from zflake.delegator.directory import Directory
 from zflake.delegator.executor import LeaseExecutor
 from zflake.delegator.service import SWEEP_US, Service
 from zflake.delegator.start import Wishes, check_wishes, start
 from zflake.errors import StoreError
+from zflake.keys import AUTHORIZED, Callers, Keys
 from zflake.stores import check_url, open_store
+from zflake.wire.callers import ANYONE
 from zflake.wire.endpoint import Endpoint, check_bind
 from zflake.wire.sockets import LARGE_BYTES, NOW, Intake, LargeAnswers, address_of, bound_router, send
 
@@ -52,7 +55,8 @@ class DelegatorConfig:
     accept_clock: bool = False
     """Whether the wall clock is right, however far it is from the store's time."""
     insecure: bool = False
-    """Whether binding an address that other machines reach is meant."""
+    """Whether binding an address that other machines reach is meant, though there are no keys."""
+    keys: Keys | None = None
 
 
 class Delegator:
@@ -65,17 +69,18 @@ class Delegator:
         self._waker = waker
         self.liveness = Liveness()
         self._woke_us = clock.local_us()
-        check_bind(config.bind, insecure=config.insecure)
-        check_wishes(config.wishes)
-        check_url(config.store)
+        keys = config.keys
+        authorized = check_config(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         with contextlib.ExitStack() as undo:
             undo.callback(self._context.destroy, linger=0)
+            self._gate = None if authorized is None else Gate(self._context, authorized)
             # Before the store is touched: a delegator that can't serve changes nothing.
             self._door = Door(self._context)
-            self._router = bound_router(self._context, config.bind, self._door.watch)
+            curve = None if keys is None else keys.as_server()
+            self._router = bound_router(self._context, config.bind, curve, self._door.watch)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
-            self._intake = Intake(self._router)
+            self._intake = Intake(self._router, keyed=keys is not None)
             self._large = LargeAnswers(self._router)
             self.address = address_of(self._router)
             self._store = store = open_store(config.store)
@@ -90,9 +95,13 @@ class Delegator:
             held = store.held(self.clock.tick())
             undo.pop_all()
         self.executor = LeaseExecutor(store, meta, self.clock, wake=waker.wake)
-        self.service = Service(self.executor, Directory(held), secrets.token_bytes, self._large.has_room)
+        self.service = Service(
+            self.executor, Directory(held), secrets.token_bytes, authorized, self._large.has_room
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
+        if self._gate is not None:
+            self._gate.register(self._poller)
         waker.register(self._poller)
         self._door.register(self._poller)
 
@@ -119,6 +128,8 @@ class Delegator:
         finally:
             self._door.close()
             self._router.close()
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
 
     def _tick(self) -> bool:
@@ -133,6 +144,8 @@ class Delegator:
         if overslept_us > STOPPED_US:
             service.directory.excuse(overslept_us)
         self._waker.take(events)
+        if self._gate is not None:
+            self._gate.take(events, woke_us)
         self._door.take(events)
         service.turn(woke_us)
         emptied = self._router not in events or self._receive(woke_us - overslept_us)
@@ -158,7 +171,8 @@ class Delegator:
             frames = intake.receive(flags)
             if frames is None:
                 return True
-            service.receive(frames, arrived_us, woke_us)
+            caller = ANYONE if self._gate is None else self._gate.caller(intake.sender)
+            service.receive(frames, arrived_us, woke_us, caller)
         return False
 
     def _flush(self) -> None:
@@ -183,3 +197,11 @@ class Delegator:
         else:
             _log.error("the store does not answer: left without waiting for it")
         _log.info("delegator at %s has stopped", self.address)
+
+
+def check_config(config: DelegatorConfig) -> Callers | None:
+    """Raise `ConfigError` if the settings can't be right; gives who is authorized, in a cluster with keys."""
+    check_bind(config.bind, insecure=config.insecure or config.keys is not None)
+    check_wishes(config.wishes)
+    check_url(config.store)
+    return None if config.keys is None else Callers(config.keys.folder / AUTHORIZED)

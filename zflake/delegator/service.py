@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
-from zflake.core.lease import Refusal, Renew, Request, Token, Trace
+from zflake.core.lease import Refusal, Renew, Request, Token, Trace, bound
 from zflake.delegator.broker import Broker, Outgoing
 from zflake.delegator.directory import MISSED_US, Directory
 from zflake.delegator.executor import LeaseExecutor, Ticket
 from zflake.delegator.report import Kept, Report
 from zflake.errors import ProtocolError
+from zflake.keys import Callers
+from zflake.wire.callers import ANYONE, Caller, Role
 from zflake.wire.cluster import Heartbeat, Ready
 from zflake.wire.codec import BUNDLE_HEAD, RESPONSE_HEAD, decode_bundle, encode_packed, encode_result
 from zflake.wire.dispatch import Dispatcher, Requests, told
@@ -45,7 +47,8 @@ Prefix: TypeAlias = list[bytes]
 class Service:
     """Answers the requests of workers, holders and clients; `draw` is the broker's.
 
-    `has_room` says whether the peer of that identity has taken its large answers, so that it may have one more.
+    `callers` are those who may come, in a cluster with keys.  `has_room` says whether the peer of that identity has taken
+    its large answers, so that it may have one more.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Service:
         executor: LeaseExecutor,
         directory: Directory,
         draw: Callable[[int], bytes],
+        callers: Callers | None = None,
         has_room: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
         self.broker = Broker(draw)
@@ -63,6 +67,7 @@ class Service:
         self.brokered_at_us = 0
         """When an ID request came last."""
         self._executor = executor
+        self._callers = callers
         self._clock = executor.clock
         self._known_at: int | None = None  # up to when the leases are known, while the store fails
         self._sweep_at_us = 0
@@ -72,7 +77,7 @@ class Service:
         self.requests = Requests()
         started_us = self._clock.local_us()
         self._report = report = Report(
-            executor, directory, self.broker, self.requests, self._leases_at, started_us=started_us
+            executor, directory, self.broker, self.requests, callers, self._leases_at, started_us=started_us
         )
         self._dispatcher: Dispatcher[Prefix] = Dispatcher(
             "delegator",
@@ -84,6 +89,7 @@ class Service:
                 Method.WORKER_READY: self._ready,
                 Method.WORKER_HEARTBEAT: self._heartbeat,
                 Method.WORKER_LEAVE: self._leave,
+                Method.WORKER_CALLERS: told(report.callers),
                 Method.HELLO: told(report.hello),
                 Method.PING: told(report.ping),
                 Method.CLUSTER_WORKERS: self._workers,
@@ -94,17 +100,17 @@ class Service:
         )
         self._refuse = self._dispatcher.refuse
 
-    def receive(self, frames: list[bytes], arrived_us: int, local_us: int) -> None:
-        """Take in a message, its sender's identity first, that came at `arrived_us`."""
+    def receive(self, frames: list[bytes], arrived_us: int, local_us: int, caller: Caller = ANYONE) -> None:
+        """Take in a message of the `caller`, its sender's identity first, that came at `arrived_us`."""
         message = split(frames)
         if message is None:
             self.requests.dropped += 1
             return
         prefix, body = message
         if body[:2] in (RESPONSE_HEAD, BUNDLE_HEAD):  # only workers send any
-            self._take_answers(prefix, body, local_us)
+            self._take_answers(prefix, body, local_us, caller)
             return
-        answer = self._dispatcher.dispatch(prefix, body, arrived_us, local_us)
+        answer = self._dispatcher.dispatch(prefix, body, arrived_us, local_us, caller)
         if answer is not None:
             self._say(prefix, answer)
 
@@ -125,7 +131,8 @@ class Service:
                 code = Code(answer.reason.value)
                 body = self._refuse(ticket.msgid, code, answer.message, answer.retry_after_ms)
             else:
-                body = encode_result(ticket.msgid, store_result(answer, self._clock.timeline_us()))
+                result = store_result(answer, self._clock.timeline_us(), self._report.name_of)
+                body = encode_result(ticket.msgid, result)
             self._say(ticket.prefix, body)
         if local_us >= self._sweep_at_us:
             self._sweep_at_us = local_us + SWEEP_US
@@ -159,22 +166,25 @@ class Service:
                     self.broker.lose(identity, local_us)
         self.broker.sweep(local_us)
 
-    def _take_answers(self, prefix: list[bytes], body: bytes, local_us: int) -> None:
-        identity, answer = prefix[0], self.broker.answer
+    def _take_answers(self, prefix: list[bytes], body: bytes, local_us: int, caller: Caller) -> None:
+        if caller is not ANYONE and caller.role is not Role.WORKER:
+            self.requests.denied[caller.name] += 1
+            return
+        identity, key, answer = prefix[0], caller.key, self.broker.answer
         if body[:2] == RESPONSE_HEAD:
-            counts: int = answer(identity, prefix[1:], body, local_us)
+            counts: int = answer(identity, prefix[1:], body, local_us, key)
         else:
             try:
                 answers = decode_bundle(body)
             except ProtocolError:
                 self.requests.dropped += 1
                 return
-            counts = sum(answer(identity, [tag, b""], each, local_us) for tag, each in answers)
+            counts = sum(answer(identity, [tag, b""], each, local_us, key) for tag, each in answers)
         if counts:
             self.directory.hear(identity, None, local_us)
 
     def _next(
-        self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int
+        self, asker: Prefix, msgid: int, request: NextIds, arrived_us: int, local_us: int, _caller: Caller
     ) -> bytes | None:
         count, timeout_ms, store_id = request
         self.brokered_at_us = local_us
@@ -186,7 +196,13 @@ class Service:
         return None
 
     def _ask_store(
-        self, asker: Prefix, msgid: int, request: Request | Trace, arrived_us: int, _local_us: int
+        self,
+        asker: Prefix,
+        msgid: int,
+        request: Request | Trace,
+        arrived_us: int,
+        _local_us: int,
+        caller: Caller,
     ) -> bytes | None:
         store_id = request.store_id if isinstance(request, Renew) else None
         if store_id is not None and store_id != self._executor.meta.store_id:
@@ -195,43 +211,60 @@ class Service:
             )
         if (outage := self._executor.outage) is not None:
             return self._refuse(msgid, Code.UNAVAILABLE, outage.message, outage.retry_after_ms)
+        if caller.key and not isinstance(request, Trace):
+            request = bound(request, caller.key)
         if self._executor.submit(Ticket(request, arrived_us, asker, msgid)):
             return None
         return self._refuse(msgid, Code.OVERLOADED, "the store is behind; ask again", BEHIND_MS)
 
-    def _ready(self, asker: Prefix, msgid: int, ready: Ready, _arrived_us: int, local_us: int) -> bytes:
-        identity, machine, token = asker[0], ready.machine, ready.token
-        before = self.directory.identity_of(machine)
-        if not self.directory.register(identity, machine, token, self._leases_at(), local_us):
+    def _ready(
+        self, asker: Prefix, msgid: int, ready: Ready, _arrived_us: int, local_us: int, caller: Caller
+    ) -> bytes:
+        identity, key = asker[0], caller.key
+        before = self.directory.identity_of(ready.machine)
+        if not self.directory.register(identity, ready, self._leases_at(), local_us, key):
             self._executor.hurry()
-            why = f"that is not the token of machine {machine}'s lease"
+            why = f"that is not the token of machine {ready.machine}'s lease"
             return self._refuse(msgid, Code.NOT_READY, why)
         if before is not None and before != identity:
             self.broker.lose(before, local_us)
-        self.broker.join(identity, token, local_us)
+        self.broker.join(identity, ready.token, local_us, key)
         return self._heard(msgid)
 
     def _heartbeat(
-        self, asker: Prefix, msgid: int, heartbeat: Heartbeat, _arrived_us: int, local_us: int
+        self,
+        asker: Prefix,
+        msgid: int,
+        heartbeat: Heartbeat,
+        _arrived_us: int,
+        local_us: int,
+        caller: Caller,
     ) -> bytes:
         identity = asker[0]
-        if not self.directory.proves(identity, heartbeat.token) or not self.broker.is_open(identity):
+        proven = self.directory.proves(identity, heartbeat.token, caller.key)
+        if not proven or not self.broker.is_open(identity):
             return self._refuse(msgid, Code.NOT_READY, "say worker.ready first")
         self.directory.hear(identity, heartbeat.load, local_us)
         return self._heard(msgid)
 
-    def _leave(self, asker: Prefix, msgid: int, token: Token, _arrived_us: int, local_us: int) -> bytes:
+    def _leave(
+        self, asker: Prefix, msgid: int, token: Token, _arrived_us: int, local_us: int, caller: Caller
+    ) -> bytes:
         identity = asker[0]
-        if self.directory.proves(identity, token):
+        if self.directory.proves(identity, token, caller.key):
             self.directory.drop(identity)
             self.broker.leave(identity)
             self._leaving[identity] = local_us + MISSED_US
         return self._heard(msgid)
 
-    def _workers(self, asker: Prefix, msgid: int, _none: None, _arrived_us: int, local_us: int) -> bytes:
+    def _workers(
+        self, asker: Prefix, msgid: int, _none: None, _arrived_us: int, local_us: int, _caller: Caller
+    ) -> bytes:
         return self._page(asker, msgid, "workers", lambda: self._report.workers(self._kept.turn), local_us)
 
-    def _status(self, asker: Prefix, msgid: int, after: int, _arrived_us: int, local_us: int) -> bytes:
+    def _status(
+        self, asker: Prefix, msgid: int, after: int, _arrived_us: int, local_us: int, _caller: Caller
+    ) -> bytes:
         at = self.directory.page_at(after)
         return self._page(asker, msgid, at, lambda: self._report.status(at), local_us)
 
@@ -241,7 +274,7 @@ class Service:
         return encode_packed(msgid, self._kept.get(key, build, local_us))
 
     def _heard(self, msgid: int) -> bytes:
-        return encode_result(msgid, self._report.ping())
+        return encode_result(msgid, self._report.heard())
 
     def _say(self, prefix: list[bytes], body: bytes) -> None:
         self.broker.outbox.append(Outgoing(prefix, body, None))

@@ -11,6 +11,7 @@ of `Ticks` only (ticks.py has the rules), and in the chain of sessions, which is
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 import weakref
@@ -29,6 +30,7 @@ from zflake.embedded.fork import MINE, UNTIL, Page, new_page, own_page
 from zflake.embedded.session import EXIT_S, Session
 from zflake.errors import Closed, ConfigError, LayoutError, Overloaded
 from zflake.holder.static import StaticHold
+from zflake.keys import open_keys
 from zflake.wire.endpoint import DEFAULT_DELEGATOR, parse_endpoint
 from zflake.wire.fields import check_name
 
@@ -137,7 +139,8 @@ class LeasedGenerator(_Generator):
     seconds without an ID (600 by default; None: never); the next ID takes a new one.  `timeout` is how long
     a call may wait while no window is open, in seconds.  `name` is for people who look at the cluster; by
     default it is made of host and process ID.  A `layout` is insisted on: a delegator with another one is
-    refused.
+    refused.  `keys` is the generator's folder of keys, in a cluster that has them; by default the one that the
+    environment variable ZFLAKE_KEYS names.
 
     Safe to share between threads, and with signal handlers.  After a fork the child takes a lease of its
     own at its first ID.  While no delegator answers it goes on to the end of its window.
@@ -147,7 +150,8 @@ class LeasedGenerator(_Generator):
     Calls raise, once the timeout is spent, `LeaseExpired` if the window has run out and none is granted,
     `NoFreeMachine`, `Unavailable` if the delegator can't reach its store, `Timeout` if no delegator answers,
     most of them with `retry_after`; `Overloaded` if a long tick is used up.  `LayoutError` if the
-    delegator's layout is not the one insisted on; `Closed` after `close`.
+    delegator's layout is not the one insisted on; `AuthError`, at once, if the cluster refuses the key; `Closed` after
+    `close`.
     """
 
     def __init__(
@@ -158,6 +162,7 @@ class LeasedGenerator(_Generator):
         idle: float | None = IDLE_S,
         name: str = "",
         layout: Layout | None = None,
+        keys: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         if (patched := sys.modules.get("gevent.monkey")) and patched.is_module_patched("threading"):
@@ -175,6 +180,7 @@ class LeasedGenerator(_Generator):
             layout=self._layout,
             idle_us=None if idle is None else int(_seconds(idle, "an idle time") * 1e6),
             wanted=lambda: me() is not None,
+            keys=open_keys(keys),
         )
         # Not always the newest: a reader follows the chain from here to its end.
         self._session = self._new_session()

@@ -30,9 +30,10 @@ from zflake.core.mint import Mint
 from zflake.core.ticks import Ticks
 from zflake.embedded.fork import MINE, UNTIL, new_page
 from zflake.embedded.waiting import News
-from zflake.errors import LeaseExpired, NoFreeMachine, Timeout, Unavailable, ZflakeError
+from zflake.errors import AuthError, LeaseExpired, NoFreeMachine, Timeout, Unavailable, ZflakeError
 from zflake.holder.lease import LeaseConversation
 from zflake.holder.lease_client import LeaseClient
+from zflake.keys import Keys, curves_of
 from zflake.wire.endpoint import Endpoint
 from zflake.wire.sockets import check_descriptors
 
@@ -63,6 +64,7 @@ class Session:
         layout: Layout | None,
         idle_us: int | None,
         wanted: Callable[[], bool],
+        keys: Keys | None = None,
     ) -> None:
         self.ticks: Ticks | None = None
         """Where to mint; None while there is no machine ID."""
@@ -86,6 +88,7 @@ class Session:
         self._endpoints = endpoints
         self._name = name
         self._layout = layout
+        self._keys = keys
         self._idle_us = idle_us
         self._wanted = wanted
         self._refusal: Refusal | None = None
@@ -151,8 +154,8 @@ class Session:
             )
         if refusal is None:
             return Timeout(f"no delegator at {self._where} answers", retry_after=retry_after)
-        kind = NoFreeMachine if refusal.reason is Refused.NO_FREE_MACHINE else Unavailable
-        return kind(refusal.message, retry_after=retry_after)
+        kinds = {Refused.NO_FREE_MACHINE: NoFreeMachine, Refused.DENIED: AuthError}
+        return kinds.get(refusal.reason, Unavailable)(refusal.message, retry_after=retry_after)
 
     @property
     def _where(self) -> str:
@@ -205,7 +208,7 @@ class Session:
     def _client(self, context: zmq.Context[zmq.Socket[bytes]]) -> LeaseClient:
         host, pid = socket.gethostname(), os.getpid()
         holder = Holder(self._name or f"{host}-{pid}", host, pid)
-        return LeaseClient(context, self._endpoints, holder, layout=self._layout)
+        return LeaseClient(context, self._endpoints, holder, curves_of(self._keys), layout=self._layout)
 
     def _keep(self, client: LeaseClient, ear: socket.socket) -> None:
         self._used_us = clock.local_us()
@@ -217,6 +220,8 @@ class Session:
             poller.poll(max(0, min(IDLE_MS, sleep_ms)))
             client.service(clock.local_us())
             self._follow(client.lease)
+            if client.lease.denied and client.lease.mint is None:
+                raise self.complaint()
             self.news.spread()
 
     def _follow(self, lease: LeaseConversation) -> None:

@@ -79,6 +79,7 @@ class LeaseConversation:
         self._pending: Request | Method | None = None
         self._answer_by_us = 0
         self._sent_us = 0
+        self._denials = 0  # in a row
         self._silences = 0  # requests in a row that had no answer in time
         self._trip_us = 0  # what the last answer took
         self._greeted = False
@@ -176,6 +177,20 @@ class LeaseConversation:
         except ProtocolError as error:
             self.complain(local_us, "%s: %s", self.endpoint, error)
 
+    def refuse(self, why: str, local_us: int) -> None:
+        """Note that the delegator refuses this holder's key, and ask the next one."""
+        self.complain(local_us, "the delegator at %s refuses this key: %s", self.endpoint, why)
+        self.refusal = Refusal(Refused.DENIED, f"{self.endpoint}: {why}")
+        self._denials += 1
+        if self.denied:
+            self._hold_until_us = local_us + RETRY_US
+        self._go_on()
+
+    @property
+    def denied(self) -> bool:
+        """Whether every delegator refuses this holder's key."""
+        return self._denials >= len(self._endpoints)
+
     def release(self) -> Release | None:
         """Stop minting for good; `poll` gives the machine ID back from now on, while `releasing`.
 
@@ -216,6 +231,10 @@ class LeaseConversation:
     def _take(self, response: Response, local_us: int) -> None:
         pending, self._pending = self._pending, None
         self._silences, self._trip_us = 0, local_us - self._sent_us
+        if response.error is not None and response.error.code == Code.DENIED:
+            self.refuse(response.error.message, local_us)
+            return
+        self._denials = 0
         if pending is Method.HELLO:
             self._greet(response, local_us)
         # Only a delegator's word is the timeline.

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import zmq
 
@@ -21,7 +22,10 @@ from zflake.errors import Unavailable
 from zflake.holder.clock import HolderClock
 from zflake.holder.lease import LeaseConversation
 from zflake.wire.endpoint import Endpoint
-from zflake.wire.sockets import connected
+from zflake.wire.sockets import Curve, Dialer, no_keys
+
+LOOK_US: Final = 50_000
+"""Microseconds between looks whether the delegator refuses the connection."""
 
 _log = logging.getLogger("zflake.lease")
 
@@ -38,6 +42,7 @@ class LeaseClient:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoints: Sequence[Endpoint],
         holder: Holder,
+        curves: Callable[[], Sequence[Curve | None]] = no_keys,
         *,
         layout: Layout | None = None,
     ) -> None:
@@ -51,8 +56,15 @@ class LeaseClient:
             layout=layout,
         )
         self._context = context
+        self._curves = curves
         self._connection = self.lease.connection
-        self.socket = self._connect()
+        self._dialer = self._dial()
+        self._look_at_us = 0
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """The socket of the present connection."""
+        return self._dialer.socket
 
     @property
     def wake_us(self) -> int:
@@ -65,15 +77,19 @@ class LeaseClient:
         Raises `LayoutError` if the delegator's layout is not the one that this holder was told to use.
         """
         self._receive()
-        body = self.lease.poll(local_us)
-        if self._connection != self.lease.connection:
-            try:
-                fresh = self._connect()
-            except Unavailable as error:  # what was to be sent is as good as lost, and sent again
-                self.lease.complain(local_us, "%s", error)
-                return
-            self.socket.close(linger=0)
-            self.socket, self._connection = fresh, self.lease.connection
+        try:
+            if local_us >= self._look_at_us:
+                self._look_at_us = local_us + LOOK_US
+                if (refusal := self._dialer.refusal()) is not None:
+                    self.lease.refuse(refusal, local_us)
+            body = self.lease.poll(local_us)
+            if self._connection != self.lease.connection:
+                fresh = self._dial()
+                self._dialer.close()
+                self._dialer, self._connection = fresh, self.lease.connection
+        except Unavailable as error:  # what was to be sent is as good as lost, and sent again
+            self.lease.complain(local_us, "%s", error)
+            return
         if body is not None:
             with contextlib.suppress(zmq.Again):  # as good as a lost message: it is sent again
                 self.socket.send_multipart([b"", body], zmq.NOBLOCK)
@@ -94,11 +110,11 @@ class LeaseClient:
 
     def close(self) -> None:
         """Close the socket."""
-        self.socket.close(linger=0)
+        self._dialer.close()
 
-    def _connect(self) -> zmq.Socket[bytes]:
+    def _dial(self) -> Dialer:
         # One message is under way at a time: let it wait for the peer.
-        return connected(self._context, zmq.DEALER, self.lease.endpoint, queue=True)
+        return Dialer(self._context, zmq.DEALER, self.lease.endpoint, self._curves(), queue=True)
 
     def _receive(self) -> None:
         while self._connection == self.lease.connection:

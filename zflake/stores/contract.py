@@ -54,6 +54,16 @@ def outdated(ends: Sequence[int], count: int, before: int, keep: int) -> int:
     return max(bisect_right(ends, before), min(len(ends), count - keep))
 
 
+def surplus(spans: Sequence[Span], keep: int) -> list[Span]:
+    """Which spans of a machine, given oldest first, to forget so that `keep` are left, 1 or more.
+
+    The newest half of these stays, and of the others the longest.  So it takes tenancies as long to push one out of the
+    record: a stranger that acquires and releases without end pushes its own out.
+    """
+    older = spans[: -max(1, keep // 2)]
+    return sorted(older, key=lambda span: span.end - span.start)[: max(0, len(spans) - keep)]
+
+
 def traced(latest: Span | None, tick: int, since: int) -> Traced:
     """The answer about a tick; `latest` is the last span of its machine that begins at the tick or before."""
     return Traced(latest if latest is not None and tick < latest.end else None, since)
@@ -202,7 +212,7 @@ class Store(ABC):
         If there is no meta (any more), nothing is written at all.
 
         The span `[span_start, fence)` of a record with a token is put in place of one with the same start;
-        if the record has none, the machine's spans are cut at its fence.
+        if the record has none, the machine's spans are cut at the swap's `cut`.
 
         True for each that found its record at the gen of `old` and meta at its version, and is durable now.
         If the store can change its incarnation while it is used, meta must be of the present one.  False for
@@ -220,6 +230,10 @@ class Store(ABC):
         At most `limit` at a time, oldest first.  Gives how many were forgotten; `Traced.since` is at or above
         the end of each.
         """
+
+    @abstractmethod
+    def thin(self, machines: Iterable[int], keep: int) -> None:
+        """Forget the `surplus` spans of these machines; `Traced.since` is at or above the end of each."""
 
     @abstractmethod
     def close(self) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import StoreError
-from zflake.stores.contract import Contents, Store, batched, check_current, outdated, traced
+from zflake.stores.contract import Contents, Store, batched, check_current, outdated, surplus, traced
 
 Key: TypeAlias = tuple[str | int | Token, ...]
 Thing: TypeAlias = Meta | Record | Span | Mark | int | str
@@ -244,7 +244,7 @@ class KeyedStore(Store):
         writes: dict[Key, Thing | None] = dict.fromkeys(key for key, _ in items_of(old)) if old.gen else {}
         writes.update(items_of(new))
         if new.token is None:
-            writes.update(self._cut(old, new.fence))
+            writes.update(self._cut(old, new.fence if swap.cut is None else swap.cut))
         else:
             conditions["token", new.token] = Found.NOTHING
             if old.gen and old.span_start == new.span_start:
@@ -252,18 +252,22 @@ class KeyedStore(Store):
             writes.update(items_of_span(Span(machine, new.span_start, new.fence, new.holder)))
         return Step(conditions, writes)
 
-    def _cut(self, old: Record, fence: int) -> dict[Key, Thing | None]:
-        """The writes after which no span of a machine reaches above the fence."""
+    def _cut(self, old: Record, at: int) -> dict[Key, Thing | None]:
+        """The writes after which no span of a machine reaches above a tick."""
         spans = [Span(old.machine, old.span_start, old.fence, old.holder)]
-        if fence < old.span_start:  # else those before end below
-            spans = [span for _, span in self._items(("span", old.machine), ("span", old.machine + 1))]
+        if at < old.span_start:  # else those before end below
+            spans = self._spans(old.machine)
         writes: dict[Key, Thing | None] = {}
         for span in spans:
-            if span.end > fence:
+            if span.end > at:
                 writes |= dict.fromkeys(key for key, _ in items_of_span(span))
-                if span.start < fence:
-                    writes.update(items_of_span(replace(span, end=fence)))
+                if span.start < at:
+                    writes.update(items_of_span(replace(span, end=at)))
         return writes
+
+    def _spans(self, machine: int) -> list[Span]:
+        """The spans of a machine, oldest first."""
+        return [span for _, span in self._items(("span", machine), ("span", machine + 1))]
 
     # --- marks ---
 
@@ -297,8 +301,16 @@ class KeyedStore(Store):
         forgotten = oldest[
             : outdated([key[1] for key in oldest], self._count(("end",), ("end~",)), before, keep)
         ]
+        return self._forget(forgotten)
+
+    def thin(self, machines: Iterable[int], keep: int) -> None:
+        forgotten = [span for machine in machines for span in surplus(self._spans(machine), keep)]
+        self._forget(sorted(("end", span.end, span.machine, span.start) for span in forgotten))
+
+    def _forget(self, ends: Sequence[Any]) -> int:
+        """Forget the spans with these keys of their ends, ascending; gives how many there were still."""
         pruned = 0
-        for some in batched(forgotten, min(CHUNK // 2, self.batch)):
+        for some in batched(ends, min(CHUNK // 2, self.batch)):
             (since,) = self._get([SINCE])
             later = Step(
                 {SINCE: Found.NOTHING if since is None else since}, {SINCE: max(since or 0, some[-1][1])}

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from zflake.core.layout import Layout
 from zflake.core.lease import Mark, Meta, Record, Span, Swap, Token, Traced
 from zflake.errors import StoreError
-from zflake.stores.contract import Contents, Store, check_current, check_schema, outdated, traced
+from zflake.stores.contract import Contents, Store, check_current, check_schema, outdated, surplus, traced
 from zflake.stores.text import holder_from_text, holder_to_text
 
 T = TypeVar("T")
@@ -100,8 +100,8 @@ ON CONFLICT (machine, start) DO UPDATE SET stop = excluded.stop, holder = exclud
 """
 ]
 _RELEASE: Final = [
-    "UPDATE span SET stop = :fence WHERE machine = :machine AND stop > :fence AND start < :fence AND {done}",
-    "DELETE FROM span WHERE machine = :machine AND start >= :fence AND {done}",
+    "UPDATE span SET stop = :cut WHERE machine = :machine AND stop > :cut AND start < :cut AND {done}",
+    "DELETE FROM span WHERE machine = :machine AND start >= :cut AND {done}",
 ]
 # A write of unknown outcome may come after the next one: a mark never goes back by one.
 _PUT_MARK: Final = (
@@ -232,14 +232,19 @@ class RowStore(Store):
                 self._run(_PUT_MARK, _mark_values(mark))
             version = self._current_version() if swaps else None
             for place, swap in self._in_order(swaps):
-                outcomes[place] = swap.version == version and self._swap(swap.old, swap.new)
+                outcomes[place] = swap.version == version and self._swap(swap)
         return [outcome for _, outcome in sorted(outcomes.items())]
 
-    def _swap(self, old: Record, new: Record) -> bool:
+    def _swap(self, swap: Swap) -> bool:
+        old, new = swap.old, swap.new
         return self._run_in_turn(
             _NEXT_RECORD if old.gen else _FIRST_RECORD,
             _GRANT if new.token is not None else _RELEASE,
-            {**_record_values(new), "old_gen": old.gen},
+            {
+                **_record_values(new),
+                "old_gen": old.gen,
+                "cut": new.fence if swap.cut is None else swap.cut,
+            },
         )
 
     # --- marks ---
@@ -266,12 +271,25 @@ class RowStore(Store):
         (count,) = self._rows(itemgetter(0), "SELECT count(*) FROM span")
         oldest = self._rows(_span, f"SELECT {SPAN} FROM span ORDER BY stop LIMIT :limit", limit=limit)
         forgotten = oldest[: outdated([span.end for span in oldest], count, before, keep)]
-        if forgotten:
+        self._forget(forgotten)
+        return len(forgotten)
+
+    def thin(self, machines: Iterable[int], keep: int) -> None:
+        spans = f"SELECT {SPAN} FROM span WHERE machine = :machine ORDER BY start"
+        self._forget(
+            [
+                span
+                for machine in machines
+                for span in surplus(self._rows(_span, spans, machine=machine), keep)
+            ]
+        )
+
+    def _forget(self, spans: Sequence[Span]) -> None:
+        if spans:
             with self._transaction():
                 # Meta first, as in a swap, so that neither waits for the other.
-                self._run(_RAISE_SINCE, {"stop": forgotten[-1].end})
-                self._run_many(_PRUNE, map(_span_values, forgotten))
-        return len(forgotten)
+                self._run(_RAISE_SINCE, {"stop": max(span.end for span in spans)})
+                self._run_many(_PRUNE, map(_span_values, spans))
 
     # --- inside ---
 

@@ -39,7 +39,9 @@ Source: TypeAlias = LeasedGenerator | Client
 KEY: Final = "zflake"
 """Key of an app's source of IDs in its `extensions`."""
 MODES: Final = ("leased", "client")
-ENVIRONMENT: Final = ("ZFLAKE_ENDPOINTS", "ZFLAKE_MODE", "ZFLAKE_TIMEOUT", "ZFLAKE_IDLE", "ZFLAKE_ROUTE")
+ENVIRONMENT: Final = (
+    *("ZFLAKE_ENDPOINTS", "ZFLAKE_KEYS", "ZFLAKE_MODE", "ZFLAKE_TIMEOUT", "ZFLAKE_IDLE", "ZFLAKE_ROUTE"),
+)
 
 
 class ZFlake:
@@ -49,6 +51,7 @@ class ZFlake:
 
     - `ZFLAKE_ENDPOINTS`: one endpoint or several, in a list or in one text with commas or spaces between
       (tcp://127.0.0.1:7410)
+    - `ZFLAKE_KEYS`: the app's folder of keys, in a cluster that has them
     - `ZFLAKE_MODE`: `leased`: each process leases a machine ID; or `client`: workers mint
       (`leased`)
     - `ZFLAKE_TIMEOUT`: how long a call may take, in seconds (5)
@@ -127,10 +130,11 @@ def source_of(config: Mapping[str, Any]) -> Source:
     mode = config.get("ZFLAKE_MODE", MODES[0])
     if mode not in MODES:
         raise ConfigError(f"no ZFLAKE_MODE {mode!r}: take one of {', '.join(MODES)}")
-    timeout = _seconds(config, "ZFLAKE_TIMEOUT", 5.0)
+    timeout, keys = _seconds(config, "ZFLAKE_TIMEOUT", 5.0), config.get("ZFLAKE_KEYS")
     if mode == "client":
-        return Client(endpoints, timeout=timeout, route=config.get("ZFLAKE_ROUTE", "auto"))
-    return LeasedGenerator(endpoints, timeout=timeout, idle=_seconds(config, "ZFLAKE_IDLE", 600.0))
+        return Client(endpoints, timeout=timeout, route=config.get("ZFLAKE_ROUTE", "auto"), keys=keys)
+    idle = _seconds(config, "ZFLAKE_IDLE", 600.0)
+    return LeasedGenerator(endpoints, timeout=timeout, idle=idle, keys=keys)
 
 
 def _seconds(config: Mapping[str, Any], key: str, default: float) -> float:

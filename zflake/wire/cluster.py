@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from zflake.core.layout import Layout
 from zflake.errors import LayoutError, ProtocolError
 from zflake.wire import fields
+from zflake.wire.callers import Caller, Role
 from zflake.wire.codec import WireError, show
 from zflake.wire.methods import PROTOCOL_VERSION
 
@@ -62,6 +63,26 @@ _take_ready: Final = fields.taking(machine=fields.number, token=fields.token)
 def check_ready(params: list[Any]) -> Ready:
     """The params of a `worker.ready`; raises `ProtocolError` if they are not right."""
     return Ready(*_take_ready(params))
+
+
+def callers_version(result: Any) -> int | None:
+    """The version of the callers that a delegator knows, in its answer to a worker; None in a cluster without keys."""
+    version = result.get("version") if type(result) is dict else None
+    return version if type(version) is int else None
+
+
+def check_callers(result: Any) -> dict[str, Caller] | None:
+    """The callers in an answer to `worker.callers`, by key; None if it is the answer to something else.
+
+    Raises `ProtocolError` if they can't be read.
+    """
+    callers = result.get("callers") if type(result) is dict else None
+    if callers is None:
+        return None
+    try:
+        return {key: Caller(fields.text("name", name), Role(role), key) for key, name, role in callers}
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"callers are [[key, name, role], ...]: {error}") from error
 
 
 PAGE: Final = 64

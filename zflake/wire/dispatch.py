@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from zflake.errors import ProtocolError
 from zflake.wire import fields
+from zflake.wire.callers import ANYONE, Caller, Role
 from zflake.wire.cluster import check_heartbeat, check_leave, check_ready, check_status
 from zflake.wire.codec import MAX_SHOWN, BadRequest, decode_request, encode_error, encode_result
 from zflake.wire.ids import check_next
@@ -21,14 +22,15 @@ from zflake.wire.methods import Code, Method
 
 A = TypeVar("A")
 """A daemon's reply address: the dispatcher hands it to the handler unchanged."""
-MethodHandler: TypeAlias = Callable[[A, int, Any, int, int], bytes | None]
-"""Called with reply address, msgid, checked params, time of arrival and time now (both on the local clock, µs).
+MethodHandler: TypeAlias = Callable[[A, int, Any, int, int, Caller], bytes | None]
+"""Called with reply address, msgid, checked params, time of arrival and time now (both on the local clock, µs), caller.
 Gives the answer; None if that comes later, or never."""
 
-
-ANYONE: Final = "anyone"
-"""The role of every caller: there is no authentication yet."""
-EVERYBODY: Final = frozenset({ANYONE})
+_EVERYBODY: Final = frozenset(Role)
+_TAKERS: Final = frozenset({Role.CLIENT, Role.GENERATOR, Role.ADMIN})
+_HOLDERS: Final = frozenset({Role.GENERATOR, Role.WORKER})
+_WORKERS: Final = frozenset({Role.WORKER})
+_ADMINS: Final = frozenset({Role.ADMIN})
 
 
 class Rule(NamedTuple):
@@ -36,23 +38,24 @@ class Rule(NamedTuple):
 
     check: Callable[[list[Any]], Any]
     """Turns params into what the handler takes; raises `ProtocolError` if they are wrong."""
-    callers: frozenset[str] = EVERYBODY
+    callers: frozenset[Role]
     """The roles of the callers that may call it."""
 
 
 METHODS: Final[Mapping[Method, Rule]] = {
-    Method.HELLO: Rule(fields.no_params),
-    Method.PING: Rule(fields.no_params),
-    Method.IDS_NEXT: Rule(check_next),
-    Method.LEASE_ACQUIRE: Rule(check_acquire),
-    Method.LEASE_RENEW: Rule(check_renew),
-    Method.LEASE_RELEASE: Rule(check_release),
-    Method.WORKER_READY: Rule(check_ready),
-    Method.WORKER_HEARTBEAT: Rule(check_heartbeat),
-    Method.WORKER_LEAVE: Rule(check_leave),
-    Method.CLUSTER_WORKERS: Rule(fields.no_params),
-    Method.CLUSTER_STATUS: Rule(check_status),
-    Method.CLUSTER_TRACE: Rule(check_trace),
+    Method.HELLO: Rule(fields.no_params, _EVERYBODY),
+    Method.PING: Rule(fields.no_params, _EVERYBODY),
+    Method.IDS_NEXT: Rule(check_next, _TAKERS | {Role.DELEGATOR}),
+    Method.LEASE_ACQUIRE: Rule(check_acquire, _HOLDERS),
+    Method.LEASE_RENEW: Rule(check_renew, _HOLDERS),
+    Method.LEASE_RELEASE: Rule(check_release, _HOLDERS),
+    Method.WORKER_READY: Rule(check_ready, _WORKERS),
+    Method.WORKER_HEARTBEAT: Rule(check_heartbeat, _WORKERS),
+    Method.WORKER_LEAVE: Rule(check_leave, _WORKERS),
+    Method.WORKER_CALLERS: Rule(fields.no_params, _WORKERS),
+    Method.CLUSTER_WORKERS: Rule(fields.no_params, _TAKERS),
+    Method.CLUSTER_STATUS: Rule(check_status, _ADMINS),
+    Method.CLUSTER_TRACE: Rule(check_trace, _ADMINS),
 }
 
 
@@ -66,6 +69,8 @@ class Requests:
     """Requests that could not be read, or of a method that the daemon lacks."""
     errors: Counter[str] = field(default_factory=Counter)
     """Errors answered, by code."""
+    denied: Counter[str] = field(default_factory=Counter)
+    """Requests that were denied, by the caller's name; those of unknown keys under an empty one."""
     dropped: int = 0
     """Messages that could not be answered, and answers that could not be delivered."""
 
@@ -89,7 +94,7 @@ class Dispatcher(Generic[A]):
         }
 
     def dispatch(
-        self, asker: A, body: bytes, arrived_us: int, local_us: int, role: str = ANYONE
+        self, asker: A, body: bytes, arrived_us: int, local_us: int, caller: Caller = ANYONE
     ) -> bytes | None:
         """The answer to one request; None if it comes later, or must not be answered."""
         msgid = None
@@ -102,9 +107,10 @@ class Dispatcher(Generic[A]):
                 return self.refuse(msgid, Code.UNKNOWN_METHOD, what)
             self.requests.by_method[method] += 1
             check, callers, handler = known
-            if role not in callers:
-                return self.refuse(msgid, Code.DENIED, f"{method} is not for callers of the role {role}")
-            return handler(asker, msgid, check(params), arrived_us, local_us)
+            if caller is not ANYONE and caller.role not in callers:
+                self.requests.denied[caller.name] += 1
+                return self.refuse(msgid, Code.DENIED, _why_denied(caller, method))
+            return handler(asker, msgid, check(params), arrived_us, local_us, caller)
         except BadRequest as error:
             self.requests.strange += 1
             if error.answerable:
@@ -120,10 +126,18 @@ class Dispatcher(Generic[A]):
         return encode_error(msgid, code, message, retry_after_ms)
 
 
-def told(tell: Callable[[], Any]) -> MethodHandler[Any]:
-    """The handler of a method that answers with what `tell` gives, whatever its params."""
+def told(tell: Callable[[Caller], Any]) -> MethodHandler[Any]:
+    """The handler of a method that answers with what `tell` gives the caller, whatever its params."""
 
-    def handler(_asker: Any, msgid: int, _params: Any, _arrived_us: int, _local_us: int) -> bytes:
-        return encode_result(msgid, tell())
+    def handler(
+        _asker: Any, msgid: int, _params: Any, _arrived_us: int, _local_us: int, caller: Caller
+    ) -> bytes:
+        return encode_result(msgid, tell(caller))
 
     return handler
+
+
+def _why_denied(caller: Caller, method: str) -> str:
+    if caller.role is None:
+        return f"the key {caller.key} is not authorized here (any more)"
+    return f"{method} is not for a key of the role {caller.role}"

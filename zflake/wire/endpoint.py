@@ -82,18 +82,25 @@ def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
     return Endpoint(text, host, None if port in ("*", "0") else int(port))
 
 
-def check_bind(endpoint: Endpoint, *, insecure: bool) -> None:
-    """Refuse to bind an address that strangers could reach, unless `insecure` says that this is meant.
-
-    Refuse also an ipc path at which another process serves: ZeroMQ would silently take it over.
+def check_exposed(endpoint: Endpoint, *, insecure: bool) -> None:
+    """Refuse to serve at an address that strangers could reach, unless `insecure` says that this is meant.
 
     Raises `ConfigError`.
     """
     if not endpoint.is_local and not insecure:
         raise ConfigError(
             f"refused to bind {endpoint}: other machines could reach it, and nothing checks who they are. "
-            "Bind a loopback address, or say --insecure if the network keeps strangers out"
+            "Give it --keys (see zflake keygen), bind a loopback address, or say --insecure if the network keeps "
+            "strangers out"
         )
+
+
+def check_bind(endpoint: Endpoint, *, insecure: bool) -> None:
+    """Refuse what `check_exposed` refuses, and an ipc path at which another process serves.
+
+    ZeroMQ would silently take that path over.  Raises `ConfigError`.
+    """
+    check_exposed(endpoint, insecure=insecure)
     if endpoint.text.startswith("ipc://") and _is_served(Path(endpoint.text.removeprefix("ipc://"))):
         raise ConfigError(f"{endpoint} is in use: another process serves at that path")
 

@@ -5,6 +5,7 @@ Functions come in pairs, one for each side of the wire.  What a peer sends is ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -70,8 +71,13 @@ def check_trace(params: list[Any]) -> Trace:
     return Trace(*_take_trace(params))
 
 
-def store_result(answer: Grant | Released | Traced, timeline_us: int) -> dict[str, Any]:
-    """The result of a request that the store answered; `timeline_us` is the timeline's now at the send."""
+def store_result(
+    answer: Grant | Released | Traced, timeline_us: int, name_of: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """The result of a request that the store answered; `timeline_us` is the timeline's now at the send.
+
+    `name_of` gives the name that people know a key by.
+    """
     if isinstance(answer, Released):
         return {"machine": answer.machine, "fence": answer.fence, "now_us": timeline_us}
     if isinstance(answer, Traced):
@@ -79,6 +85,7 @@ def store_result(answer: Grant | Released | Traced, timeline_us: int) -> dict[st
         described = None
         if span is not None:
             described = {"machine": span.machine, "start": span.start, "end": span.end, **asdict(span.holder)}
+            described["key"] = name_of(span.holder.key)
         return {"span": described, "since": answer.since, "now_us": timeline_us}
     return {
         "machine": answer.machine,

@@ -24,6 +24,7 @@ class Method(StrEnum):
     WORKER_READY = "worker.ready"
     WORKER_HEARTBEAT = "worker.beat"
     WORKER_LEAVE = "worker.leave"
+    WORKER_CALLERS = "worker.callers"
     CLUSTER_WORKERS = "cluster.workers"
     CLUSTER_STATUS = "cluster.status"
     CLUSTER_TRACE = "cluster.trace"

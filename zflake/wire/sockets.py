@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
-from typing import Final
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from zflake.errors import ConfigError, Unavailable
 from zflake.wire.endpoint import Endpoint
@@ -15,15 +19,17 @@ from zflake.wire.frames import MAX_FRAMES, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
+ZAP_DOMAIN: Final = "zflake"
+"""What a server's handshakes are asked under; without a domain libzmq would ask nobody, and let everybody in."""
 
 # libzmq counts messages, for each peer.  It learns only after each half of a mark that some were taken, so of a mark only
 # half is certain.
 UNTAKEN: Final = 256
 """Answers and brokered requests that may wait for one peer; a further one is dropped.  Half of it is more than a peer
 that takes its answers can have waiting: a worker's credit, or a pipeline of 64 requests, with heartbeats beside them."""
-UNTAKEN_LARGE: Final = 8
-"""Answers of `LARGE_BYTES` or more that may wait for one peer; a page of leases may have 20 kB.  One that was sent counts
-until pyzmq's thread has said so."""
+UNTAKEN_BYTES: Final = 128 * 1024
+"""Bytes in answers of `LARGE_BYTES` or more that may wait for one peer before it gets no further one; a page of leases may
+have 20 kB.  An answer that was sent counts until pyzmq's thread has said so."""
 LARGE_BYTES: Final = 1024
 SWEEP_AT: Final = 256
 """Peers with large answers at which a first look is taken whether they have got them."""
@@ -36,7 +42,7 @@ KERNEL_BYTES: Final = 64 * 1024
 STUCK_MS: Final = 20_000
 """Milliseconds without progress after which a peer that takes no bytes is let go, with all that waits for it."""
 DESCRIPTORS: Final = 16
-"""Descriptors that must be free before a context or a socket is made.  Both together take seven, and other threads some
+"""Descriptors that must be free before a context or a socket is made.  With a monitor they take nine, and other threads some
 meanwhile."""
 BACKLOG: Final = 256
 """Connections that the kernel accepts before libzmq does."""
@@ -44,12 +50,32 @@ HANDSHAKE_MS: Final = 10_000
 """Milliseconds that a peer has for its handshake."""
 
 
+class Curve(NamedTuple):
+    """The keys of a connection, in Z85."""
+
+    public: str
+    secret: str
+    server: str = ""
+    """The public key of the server to connect to; empty for the server itself."""
+
+
+def no_keys() -> tuple[None]:
+    """What a `Dialer` tries in a cluster without keys."""
+    return (None,)
+
+
 def bound_router(
     context: zmq.Context[zmq.Socket[bytes]],
     endpoint: Endpoint,
+    curve: Curve | None = None,
     watch: Callable[[zmq.Socket[bytes]], None] = lambda _: None,
 ) -> zmq.Socket[bytes]:
-    """A server's ROUTER, handed to `watch` before it binds.  Raises `ConfigError` if it can't bind (port in use, no such address)."""
+    """A server's ROUTER, handed to `watch` before it binds.
+
+    With `curve`, whose keys are the server's, peers prove their keys, and a ZAP handler in the context decides on them.
+
+    Raises `ConfigError` if it can't bind (port in use, no such address).
+    """
     import ctypes  # noqa: PLC0415  (clients, which bind nothing, do without)
 
     # libzmq numbers the peers that bring no identity, and aborts the process if one of its numbers is the identity that
@@ -72,6 +98,10 @@ def bound_router(
     router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
     router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    if curve is not None:
+        router.setsockopt(zmq.CURVE_SERVER, 1)
+        router.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
+        router.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
     watch(router)
     try:
         router.bind(endpoint.text)
@@ -102,16 +132,17 @@ def check_descriptors() -> None:
             os.close(descriptor)
 
 
-def connected(
+def connecting(
     context: zmq.Context[zmq.Socket[bytes]],
     kind: int,
     endpoint: Endpoint,
+    curve: Curve | None = None,
     *,
     queue: bool = False,
     unread: int = UNREAD_ANSWERS,
     most_bytes: int = MAX_RESPONSE_BYTES,
 ) -> zmq.Socket[bytes]:
-    """A REQ or DEALER (`kind`) to one peer.
+    """A REQ or DEALER (`kind`) that is to connect to one peer.
 
     A message that is sent while the peer is away is lost, or with `queue` waits until it is back.  The peer can make
     this process hold `unread` messages of `most_bytes` each, wanted or not.
@@ -125,7 +156,7 @@ def connected(
     try:
         asking = context.socket(kind)
     except zmq.ZMQError as error:
-        raise Unavailable(f"this process can't have another socket: {error.strerror}") from error
+        raise _no_socket(error) from error
     asking.setsockopt(zmq.LINGER, 0)
     asking.setsockopt(zmq.IMMEDIATE, int(not queue))
     asking.setsockopt(zmq.MAXMSGSIZE, most_bytes)
@@ -135,8 +166,107 @@ def connected(
     asking.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     asking.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     asking.setsockopt(zmq.IPV6, int(endpoint.is_ipv6))
-    asking.connect(endpoint.text)
+    if curve is not None:
+        asking.setsockopt_string(zmq.CURVE_PUBLICKEY, curve.public)
+        asking.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret)
+        asking.setsockopt_string(zmq.CURVE_SERVERKEY, curve.server)
     return asking
+
+
+def _no_socket(error: zmq.ZMQError) -> Unavailable:
+    return Unavailable(f"this process can't have another socket: {error.strerror}")
+
+
+_REFUSALS: Final = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "it does not know this key, or not any more",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "one side has keys and the other has none",
+    # libzmq learns no more if the server's key is another one.  The end of a server looks the same.
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "its own key is none of those that are trusted here",
+}
+_WRONG_KEY: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+
+
+class Dialer:
+    """Connects a REQ or DEALER to one peer, by the first of `curves` that has the peer's key.
+
+    `socket` is another one after each wrong key.  A peer that refuses says so by ending the handshake, which only the
+    socket's monitor shows: `refusal` and `wait` look there, until `done` or `close`.  `options` are those of `connecting`,
+    and so are the errors.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,
+        endpoint: Endpoint,
+        curves: Sequence[Curve | None],
+        **options: Any,
+    ) -> None:
+        self._make = partial(connecting, context, kind, endpoint, **options)
+        self._endpoint = endpoint
+        self._curves = iter(curves)
+        self._monitor: zmq.Socket[bytes] | None
+        self.socket, self._monitor = self._dial(next(self._curves))
+
+    def refusal(self) -> str | None:
+        """Why the peer refuses every key that was tried; None while it may yet take the connection.
+
+        Raises `Unavailable` if this process is short of what another try takes.
+        """
+        monitor = self._monitor
+        while monitor is not None and monitor.poll(0):
+            event = recv_monitor_message(monitor)["event"]
+            another = next(self._curves, None) if event == _WRONG_KEY else None
+            if another is None:
+                return _REFUSALS[event]
+            fresh, monitor = self._dial(another)
+            self.close()
+            self.socket, self._monitor = fresh, monitor
+        return None
+
+    def wait(self, timeout_s: float) -> str | None:
+        """Wait until the peer has taken the connection; gives why, if it refuses.
+
+        Raises `zmq.Again` if it does neither within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        refusal = None
+        while refusal is None and (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
+            poller = zmq.Poller()
+            poller.register(self.socket, zmq.POLLOUT)
+            poller.register(self._monitor, zmq.POLLIN)
+            if self.socket in dict(poller.poll(left_ms)):
+                self.done()
+                return None
+            refusal = self.refusal()
+        if refusal is None:
+            raise zmq.Again
+        return refusal
+
+    def done(self) -> None:
+        """Note that the peer has taken the connection."""
+        if self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+
+    def close(self, *, linger_ms: int = 0) -> None:
+        """Close the socket; what it has still to send has so many milliseconds."""
+        self.done()
+        self.socket.close(linger=linger_ms)
+
+    def _dial(self, curve: Curve | None) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        with contextlib.ExitStack() as undo:
+            socket = self._make(curve=curve)
+            undo.callback(socket.close, linger=0)
+            try:
+                monitor = socket.get_monitor_socket(sum(_REFUSALS))
+            except zmq.ZMQError as error:
+                raise _no_socket(error) from error
+            undo.callback(monitor.close, linger=0)
+            socket.connect(self._endpoint.text)
+            undo.pop_all()
+        return socket, monitor
 
 
 # Plain numbers: to combine zmq's flags, which are enums, takes as long as to send a frame.
@@ -150,12 +280,16 @@ class Intake:
 
     Of a message with more frames than the protocol knows only the first ones are kept, and it is skipped in
     pieces: one peer with a million frames must not keep the others waiting.
+
+    Of a `keyed` socket `sender` is the key by which the last message came.
     """
 
-    __slots__ = ("_more", "_recv", "_skipping")
+    __slots__ = ("_first", "_more", "_recv", "_skipping", "sender")
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], *, keyed: bool = False) -> None:
+        self.sender = ""
         self._recv = socket.recv
+        self._first = self._receive_keyed if keyed else socket.recv
         self._more = socket.getsockopt
         self._skipping = False
 
@@ -168,7 +302,7 @@ class Intake:
             return None
         recv, more = self._recv, self._more
         try:
-            frames = [recv(flags)]
+            frames = [self._first(flags)]
         except zmq.Again:
             return None
         while more(zmq.RCVMORE):
@@ -178,6 +312,11 @@ class Intake:
                 self._skip()
                 break
         return frames
+
+    def _receive_keyed(self, flags: int) -> bytes:
+        frame = self._recv(flags, copy=False)
+        self.sender = str(frame.get("User-Id"))
+        return frame.bytes
 
     def _skip(self) -> bool:
         for _ in range(SKIPPED_AT_ONCE):
@@ -203,14 +342,14 @@ def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes | zmq.Frame
 
 
 class LargeAnswers:
-    """Sends answers of `LARGE_BYTES` or more by a ROUTER: a peer has only so many, until it takes them.
+    """Sends answers of `LARGE_BYTES` or more by a ROUTER; a peer has few of them, until it takes them.
 
-    A peer that asks and reads nothing would else have `UNTAKEN` of them.
+    They are `UNTAKEN_BYTES` and one more.  A peer that asks and reads nothing would else have `UNTAKEN` of them.
     """
 
     def __init__(self, router: zmq.Socket[bytes]) -> None:
         self._router = router
-        self._untaken: dict[bytes, list[zmq.MessageTracker]] = {}
+        self._untaken: dict[bytes, list[tuple[zmq.MessageTracker, int]]] = {}
         self._sweep_at = SWEEP_AT
 
     def has_room(self, identity: bytes) -> bool:
@@ -218,10 +357,10 @@ class LargeAnswers:
         untaken = self._untaken.get(identity)
         if untaken is None:
             return True
-        untaken[:] = [tracker for tracker in untaken if not tracker.done]
+        untaken[:] = [(tracker, size) for tracker, size in untaken if not tracker.done]
         if not untaken:
             del self._untaken[identity]
-        return len(untaken) < UNTAKEN_LARGE
+        return sum(size for _, size in untaken) < UNTAKEN_BYTES
 
     def send(self, prefix: list[bytes], body: bytes) -> bool:
         """Send an answer, never waiting; False if the peer has gone or takes no more."""
@@ -231,7 +370,7 @@ class LargeAnswers:
         frame = zmq.Frame(body, track=True, copy=False, copy_threshold=0)
         if not send(self._router, prefix, frame, False):  # noqa: FBT003
             return False
-        self._untaken.setdefault(identity, []).append(frame.tracker)
+        self._untaken.setdefault(identity, []).append((frame.tracker, len(body)))
         if len(self._untaken) >= self._sweep_at:
             for each in list(self._untaken):
                 self.has_room(each)

@@ -1,17 +1,20 @@
 """A worker's answers: requests in, responses out, no socket and no clock of its own.
 
-`ids.next` mints in the current tick.  Once that is used up, requests are parked until the next one begins,
-and then share it: each gets a run, if a short one.  No request is parked twice: if the next tick could not
-give each waiting request an ID, the newest are told `overloaded` at once.
+`ids.next` mints in the current tick.  Once that is used up, requests are parked until the next one begins, and no
+longer.  The peers that wait share it: each gets what it asks for, or as much as any other.  A peer's share goes to its
+own requests in the same way, a run for each, if a short one.  So a peer that asks for more, or more often, takes
+nothing from another.  Requests that the tick, or their peer's share of it, has no ID for are told `overloaded`, the
+newest first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from zflake.core.timeline import tick_of, us_until
 from zflake.holder.hold import Hold
+from zflake.wire.callers import ANYONE, Caller, sees_all
 from zflake.wire.codec import packer
 from zflake.wire.dispatch import Dispatcher, Requests, told
 from zflake.wire.ids import NextIds
@@ -33,13 +36,26 @@ class Parked(NamedTuple, Generic[A]):
     deadline_us: int
 
 
+def shares(wanted: Sequence[int], there: int) -> list[int]:
+    """How much each may have of what is `there`: what it wants, or as much as any other."""
+    given = [0] * len(wanted)
+    # Whoever wants least is served first: what it leaves is the others'.
+    for served, place in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
+        given[place] = min(wanted[place], there // (len(wanted) - served))
+        there -= given[place]
+    return given
+
+
 class Handler(Generic[A]):
     """Answers the requests of all clients from one mint.
 
-    `describe` gives what the worker says of itself, beside its figures.
+    `describe` gives what the worker says of itself, beside its figures.  `peer_of` names the peer that an asker belongs
+    to: the requests of one peer share what it gets.
     """
 
-    def __init__(self, hold: Hold, describe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, hold: Hold, describe: Callable[[], dict[str, Any]], peer_of: Callable[[A], Hashable]
+    ) -> None:
         self.ids = 0
         """IDs minted since the start."""
         self.draining = False
@@ -47,7 +63,11 @@ class Handler(Generic[A]):
         self._hold = hold
         self._timeline_us = hold.clock.timeline_us
         self._describe = describe
-        self._parked: list[Parked[A]] = []
+        self._peer_of = peer_of
+        self.parked = 0
+        """Requests that wait for the next tick."""
+        self._parked: dict[Hashable, list[Parked[A]]] = {}  # by peer, none of which has an empty list
+        self._ousted: list[tuple[A, bytes]] = []  # answers to those that made room for another peer's
         self._pack = packer()
         self.requests = Requests()
         self._dispatcher: Dispatcher[A] = Dispatcher(
@@ -65,20 +85,24 @@ class Handler(Generic[A]):
 
     def turn(self, local_us: int) -> list[tuple[A, bytes]]:
         """The answers to what was parked, once the tick that it waits for has begun."""
-        if not self._parked or self.wait_us():  # None: the window was lost, or the clock stepped back
-            return []
+        answers, self._ousted = self._ousted, []
+        if not self._parked or (wait_us := self.wait_us()):
+            return answers
         mint = self._hold.mint
-        parked, self._parked = self._parked, []
-        answers = []
-        left = 0 if mint is None else mint.layout.ids_per_tick
-        for answered, (asker, msgid, asked, deadline_us) in enumerate(parked):
-            if deadline_us <= local_us:
-                answer = self._expire(msgid)
-            else:
-                share = max(1, min(asked, left // (len(parked) - answered)))
-                answer = self._mint(msgid, share) or self._refuse_for_now(msgid, local_us)
-                left -= share
-            answers.append((asker, answer))
+        peers, self._parked, self.parked = self._parked.values(), {}, 0
+        in_time = [[parked for parked in peer if parked.deadline_us > local_us] for peer in peers]
+        answers += [
+            (p.asker, self._expire(p.msgid)) for peer in peers for p in peer if p.deadline_us <= local_us
+        ]
+        wanted = [sum(parked.asked for parked in peer) for peer in in_time]
+        # None: the window was lost, or the clock stepped back.  Then there is nothing to share, and all are told so.
+        there = sum(wanted) if mint is None or wait_us is None else mint.layout.ids_per_tick
+        for peer, share in zip(in_time, shares(wanted, there), strict=True):
+            served = peer[:share]
+            counts = shares([parked.asked for parked in served], share)
+            for (asker, msgid, _, _), count in zip(served, counts, strict=True):
+                answers.append((asker, self._mint(msgid, count) or self._refuse_for_now(msgid, local_us)))
+            answers += [(parked.asker, self._overload(parked.msgid)) for parked in peer[share:]]
         return answers
 
     def wait_us(self) -> int | None:
@@ -96,17 +120,14 @@ class Handler(Generic[A]):
         return {
             "requests": requests.taken,
             "ids": self.ids,
-            "parked": len(self._parked),
+            "parked": self.parked,
             "dropped": requests.dropped,
             "errors": requests.errors.total(),
         }
 
-    @property
-    def parked(self) -> int:
-        """Requests that wait for the next tick."""
-        return len(self._parked)
-
-    def _next(self, asker: A, msgid: int, request: NextIds, arrived_us: int, local_us: int) -> bytes | None:
+    def _next(
+        self, asker: A, msgid: int, request: NextIds, arrived_us: int, local_us: int, _caller: Caller
+    ) -> bytes | None:
         count, timeout_ms, store_id = request
         deadline_us = arrived_us + timeout_ms * 1000
         if store_id is not None and self._hold.store_id not in (None, store_id):
@@ -116,17 +137,27 @@ class Handler(Generic[A]):
         if self.draining:
             why = "this worker is shutting down; ask another"
             return self._refuse(msgid, Code.UNAVAILABLE, why, LEAVING_MS)
-        parked = self._parked
-        if not parked and (answer := self._mint(msgid, count)) is not None:
+        if not self._parked and (answer := self._mint(msgid, count)) is not None:
             return answer
         mint = self._hold.mint
         if mint is None or self.wait_us() is None:
             return self._refuse_for_now(msgid, local_us)
-        if len(parked) >= mint.layout.ids_per_tick:
-            why = f"{len(parked)} requests wait for the next tick, which has no more IDs"
-            return self._refuse(msgid, Code.OVERLOADED, why, mint.layout.tick_ms)
-        parked.append(Parked(asker, msgid, count, deadline_us))
+        peer = self._peer_of(asker)
+        if self.parked >= mint.layout.ids_per_tick and not self._make_room(peer):
+            return self._overload(msgid)
+        self._parked.setdefault(peer, []).append(Parked(asker, msgid, count, deadline_us))
+        self.parked += 1
         return None
+
+    def _make_room(self, peer: Hashable) -> bool:
+        """Refuse the newest request of the peer that has most of them parked; False if that would be this peer."""
+        most = max(self._parked.values(), key=len)
+        if len(most) <= len(self._parked.get(peer, ())) + 1:
+            return False
+        ousted = most.pop()
+        self.parked -= 1
+        self._ousted.append((ousted.asker, self._overload(ousted.msgid)))
+        return True
 
     def _mint(self, msgid: int, count: int) -> bytes | None:
         mint, timeline_us = self._hold.mint, self._timeline_us()
@@ -143,25 +174,31 @@ class Handler(Generic[A]):
     def _expire(self, msgid: int) -> bytes:
         return self._refuse(msgid, Code.TIMEOUT, "the time ran out; nothing was minted")
 
+    def _overload(self, msgid: int) -> bytes:
+        mint = self._hold.mint
+        why = "the next tick has no ID left for this request: too many wait for it"
+        return self._refuse(msgid, Code.OVERLOADED, why, 1 if mint is None else mint.layout.tick_ms)
+
     def _refuse_for_now(self, msgid: int, local_us: int) -> bytes:
         why = "this worker holds no open window; ask another"
         return self._refuse(msgid, Code.LEASE_EXPIRED, why, self._hold.retry_after_ms(local_us))
 
-    def _ping(self) -> dict[str, Any]:
+    def _ping(self, _caller: Caller = ANYONE) -> dict[str, Any]:
         return {"now_us": self._timeline_us()}
 
-    def _hello(self) -> dict[str, Any]:
+    def _hello(self, caller: Caller = ANYONE) -> dict[str, Any]:
         mint = self._hold.mint
-        return {
+        hello = {
             "service": "worker",
             "protocol": PROTOCOL_VERSION,
             "layout": None if mint is None else mint.layout.to_map(),
-            "machine": None if mint is None else mint.machine,
             "store_id": self._hold.store_id,
-            "state": self._hold.state,
             **self._ping(),
-            **self._describe(),
         }
+        if sees_all(caller):
+            machine = None if mint is None else mint.machine
+            hello |= {"machine": machine, "state": self._hold.state, **self._describe()}
+        return hello
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self, _caller: Caller) -> dict[str, Any]:
         return self._hello() | self.load() | {"errors": dict(self.requests.errors)}

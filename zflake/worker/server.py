@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -18,16 +18,19 @@ from zflake import clock
 from zflake.core.layout import Layout
 from zflake.core.lease import Holder
 from zflake.daemon import Door, Liveness, Waker
+from zflake.daemon.gate import Gate
 from zflake.errors import ConfigError
 from zflake.holder.hold import Hold
 from zflake.holder.lease_client import LeaseClient
 from zflake.holder.static import StaticHold
+from zflake.keys import AUTHORIZED, Callers, Keys, curves_of
 from zflake.version import __version__
+from zflake.wire.callers import Caller
 from zflake.wire.endpoint import Endpoint, check_bind, parse_endpoint
 from zflake.wire.fields import check_name
 from zflake.wire.frames import split
 from zflake.wire.sockets import NOW, address_of, bound_router
-from zflake.worker.channel import Channel, LinkChannel
+from zflake.worker.channel import Channel, GatedChannel, LinkChannel
 from zflake.worker.handler import Handler
 from zflake.worker.link import Link
 
@@ -67,7 +70,8 @@ class WorkerConfig:
     layout: Layout | None = None
     """The layout to insist on; a static worker needs one."""
     insecure: bool = False
-    """Whether binding an address that other machines reach is meant."""
+    """Whether binding an address that other machines reach is meant, though there are no keys."""
+    keys: Keys | None = None
 
 
 class Worker:
@@ -83,34 +87,48 @@ class Worker:
         self.liveness = Liveness()
         self._name = check_name(config.name) or f"{socket.gethostname()}-{os.getpid()}"
         self._started_us = self._woke_us = self._arrived_us = clock.local_us()
-        check_addresses(config)
+        authorized = check_config(config)
+        keys = config.keys
+        self._named: list[Mapping[str, Caller]] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # A name server that is away would hold up all sockets of a context: delegators may have names.
         self._outward: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         with contextlib.ExitStack() as undo:
             undo.callback(self._context.destroy, linger=0)
             undo.callback(self._outward.destroy, linger=0)
+            self._gate = None if keys is None else Gate(self._context, authorized)
             self._door = Door(self._context)
-            router = bound_router(self._context, config.bind, self._door.watch)
+            curve = None if keys is None else keys.as_server()
+            router = bound_router(self._context, config.bind, curve, self._door.watch)
             self.address = _advertised(config, address_of(router))
             self._hold, self._holding = self._take_hold()
-            self.handler: Handler[Asker] = Handler(self._hold, self._describe)
+            self.handler: Handler[Asker] = Handler(
+                self._hold, self._describe, lambda asker: asker[0].peer_of(asker[1])
+            )
             self._links = [
                 LinkChannel(
-                    self._outward, delegator, Link(self._hold, self.handler.load), self.handler.requests
+                    self._outward,
+                    delegator,
+                    Link(self._hold, self.handler.load, keyed=keys is not None),
+                    self.handler.requests,
+                    curves_of(keys),
                 )
                 for delegator in (() if config.machine is not None else config.delegators)
             ]
             undo.pop_all()
-        self._channels = [Channel(router, self.handler.requests), *self._links]
+        requests = self.handler.requests
+        front = (
+            Channel(router, requests) if self._gate is None else GatedChannel(router, requests, self._gate)
+        )
+        self._channels = [front, *self._links]
         self._busy_channel: Channel | None = None
         self._busy_since_us = 0  # from when on requests have come in by that channel only
         self._poller = zmq.Poller()
-        for channel in self._channels:
-            self._poller.register(channel.socket, zmq.POLLIN)
+        if self._gate is not None:
+            self._gate.register(self._poller)
         self._waker.register(self._poller)
         self._door.register(self._poller)
-        self._polled: zmq.Socket[bytes] | None = None
+        self._polled: list[zmq.Socket[bytes] | None] = []
         # When the loop was stopped last, and until when messages of that time turn up.
         self._stalled_us = (0, 0)
 
@@ -133,7 +151,9 @@ class Worker:
             self._holding.close()
             self._door.close()
             for channel in self._channels:
-                channel.socket.close()
+                channel.close()
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
             closing = threading.Thread(target=self._outward.term, daemon=True)
             closing.start()
@@ -149,7 +169,9 @@ class Worker:
         config = self._config
         if config.machine is None:
             holder = Holder(self._name, socket.gethostname(), os.getpid(), self.address)
-            client = LeaseClient(self._outward, config.delegators, holder, layout=config.layout)
+            client = LeaseClient(
+                self._outward, config.delegators, holder, curves_of(config.keys), layout=config.layout
+            )
             return client.lease, client
         if config.layout is None:
             raise ConfigError("a static worker (--machine) needs a --layout")
@@ -169,10 +191,13 @@ class Worker:
         self._holding.service(local_us)
         for link in self._links:
             link.service(local_us)
+        if self._gate is not None:
+            self._follow_callers(self._gate)
+            self._gate.take(events, local_us)
         self._answer_parked(local_us)
 
     def _poll(self) -> dict[Any, int]:
-        self._follow_socket()
+        self._follow_sockets()
         wake_us = min([self._holding.wake_us, *(link.wake_us for link in self._links)])
         sleep_us = min(max(0, wake_us - clock.local_us()), IDLE_US)
         poll_ms = -(-sleep_us // 1000)
@@ -195,13 +220,23 @@ class Worker:
             self._arrived_us = self._stalled_us[0]
         return events
 
-    def _follow_socket(self) -> None:
-        current = self._holding.socket
-        if current is not self._polled:
-            if self._polled is not None:
-                self._poller.unregister(self._polled)
-            if current is not None:
-                self._poller.register(current, zmq.POLLIN)
+    def _follow_callers(self, gate: Gate) -> None:
+        """Let those in whom a delegator names that answers; if none does, whom they named last."""
+        named = [link.callers for link in self._links if link.callers is not None]
+        if named and named != self._named:
+            self._named = named
+            gate.callers = {key: caller for callers in named for key, caller in callers.items()}
+
+    def _follow_sockets(self) -> None:
+        """Have the poller look at the sockets of now: a connection that died is replaced by its owner."""
+        current = [self._holding.socket, *[channel.socket for channel in self._channels]]
+        if current != self._polled:
+            for socket in self._polled:
+                if socket is not None:
+                    self._poller.unregister(socket)
+            for socket in current:
+                if socket is not None:
+                    self._poller.register(socket, zmq.POLLIN)
             self._polled = current
 
     def _answer(self, channel: Channel, *, linger: bool) -> int:
@@ -222,7 +257,7 @@ class Worker:
                 handler.requests.dropped += 1
             else:
                 prefix, body = message
-                answer = handler.handle((channel, prefix), body, arrived_us, local_us)
+                answer = handler.handle((channel, prefix), body, arrived_us, local_us, channel.caller)
                 if answer is not None:
                     channel.answer(prefix, answer)
             if local_us >= until_us:
@@ -249,7 +284,7 @@ class Worker:
             self._answer_parked(clock.local_us())
         self.handler.draining = True  # requests that come now are sent to another worker
         self._holding.release(clock.local_us() + RELEASE_US)
-        self._follow_socket()
+        self._follow_sockets()
         self._answer_parked(clock.local_us())  # those that are parked still are sent there too
         until_us = clock.local_us() + DRAIN_US
         while (left_us := until_us - clock.local_us()) > 0:
@@ -268,9 +303,12 @@ class Worker:
         }
 
 
-def check_addresses(config: WorkerConfig) -> None:
-    """Raise `ConfigError` if the worker may not bind, or clients could not connect."""
-    check_bind(config.bind, insecure=config.insecure)
+def check_config(config: WorkerConfig) -> Callers | None:
+    """Raise `ConfigError` if the worker may not bind, clients could not connect, or keys are missing.
+
+    Gives who is authorized at a static worker with keys.
+    """
+    check_bind(config.bind, insecure=config.insecure or config.keys is not None)
     if config.advertise is not None and config.advertise.is_wildcard:
         raise ConfigError(
             f"clients can't connect to {config.advertise}: advertise one host's name or address"
@@ -289,6 +327,12 @@ def check_addresses(config: WorkerConfig) -> None:
             f"{config.bind} is every interface, and no address that clients could connect to: say which with "
             "--advertise tcp://HOST:*"
         )
+    if config.keys is None:
+        return None
+    if config.machine is not None:
+        return Callers(config.keys.folder / AUTHORIZED)
+    config.keys.to()  # the delegators hear its first word, and tell it who is authorized
+    return None
 
 
 def _advertised(config: WorkerConfig, bound: str) -> str:
