@@ -13,13 +13,15 @@ from typing import Any, TypeAlias, TypeVar
 import pytest
 
 from tests.fuzz import fuzz
-from tests.jobs import cluster, delegators, engines, kills
+from tests.jobs import cluster, crowd, delegators, engines, kills
 from tests.jobs.job import Report
 from tests.sim import mutants
 from tests.sim import soak as simulation
 from tests.system import flood
 
-Result: TypeAlias = flood.Result | fuzz.Result | kills.Result | cluster.Result | delegators.Result
+Result: TypeAlias = (
+    crowd.Result | flood.Result | fuzz.Result | kills.Result | cluster.Result | delegators.Result
+)
 N = TypeVar("N", int, float)
 Proof: TypeAlias = Callable[..., Result]
 """Takes a folder, and a verb's options and a `Report` by their names."""
@@ -52,6 +54,10 @@ def main() -> int:
     option("--messages", type=_at_least(1), default=1_000_000, help="how many (default: %(default)s)")
     option("--seed", type=int, default=1, help="of all that is sent")
     option("--episode", type=int, help="this one alone, of those that the seed makes")
+    option = verb("crowd", "peers that ask and read nothing, and idle ones, beside many leases", crowd.run)
+    option("--seconds", type=_at_least(1.0), default=40.0, help="how long (default: %(default)g)")
+    option("--peers", type=_at_least(1), default=1_000, help="those that read nothing (default: %(default)s)")
+    option("--idle", type=_at_least(1), default=8_000, help="those that say nothing (default: %(default)s)")
     option = verb("kills", "a delegator killed at every point around commit and reply", _kills)
     option("--rounds", type=int, default=3, help="how often at each (default: %(default)s)")
     option("--seed", type=int, default=1, help="of the points' order")

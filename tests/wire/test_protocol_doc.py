@@ -448,11 +448,10 @@ def test_the_numbers_in_the_document_are_the_code_s() -> None:
     assert f"Of more than {PAGE} workers, {PAGE} are listed" in TEXT
     assert f"a page of the leases, with at most {PAGE} of them" in TEXT
     # Of its marks libzmq vouches for one half.
-    least, large = sockets.UNTAKEN // 2, sockets.UNTAKEN_LARGE - 1
     assert (
-        f"at least {least} answers for a peer, at least {large} of them of {sockets.LARGE_BYTES:,} bytes"
-        in TEXT
+        f"at least {sockets.UNTAKEN // 2} answers for a peer, those of {sockets.LARGE_BYTES:,} bytes" in TEXT
     )
+    assert f"as long as they have {sockets.UNTAKEN_BYTES:,} bytes together" in TEXT
     assert f"takes no bytes for {sockets.STUCK_MS // 1000} s" in TEXT
     assert f"at most {CREDIT} requests under way" in TEXT
     assert f"not been heard of for {MISSED_US // 1000:,} ms" in TEXT

@@ -27,7 +27,7 @@ def ask(
     and the error that the answer carries.
     """
     with closing(Transport(keys)) as transport:
-        return _ask(transport, endpoint, method, params, timeout_s)
+        return _ask(transport, Ask(endpoint, method, params, timeout_s), time.monotonic() + timeout_s)
 
 
 def ask_pages(endpoint: str, method: Method, timeout_s: float, keys: Keys | None = None) -> Iterator[Any]:
@@ -39,13 +39,13 @@ def ask_pages(endpoint: str, method: Method, timeout_s: float, keys: Keys | None
     params: tuple[int, ...] = ()
     with closing(Transport(keys)) as transport:
         while True:
-            left_s = deadline - time.monotonic()
             try:
-                page = _ask(transport, endpoint, method, params, left_s)
+                page = _ask(transport, Ask(endpoint, method, params, timeout_s), deadline)
             except Overloaded as error:
-                if left_s < PAUSE_S:
+                pause_s = error.retry_after or PAUSE_S
+                if time.monotonic() + pause_s > deadline:
                     raise
-                time.sleep(min(left_s, error.retry_after or PAUSE_S))
+                time.sleep(pause_s)
                 continue
             yield page
             after = page.get("next") if isinstance(page, dict) else None
@@ -54,15 +54,13 @@ def ask_pages(endpoint: str, method: Method, timeout_s: float, keys: Keys | None
             params = (after,)
 
 
-def _ask(
-    transport: Transport, endpoint: str, method: Method, params: tuple[Any, ...], timeout_s: float
-) -> Any:
-    deadline, outcome = time.monotonic() + timeout_s, None
+def _ask(transport: Transport, ask: Ask, deadline: float) -> Any:
+    endpoint, outcome = ask.endpoint, None
     # The transport gives a connection up before the time is over, since a client has other endpoints.
     while outcome is None and (left_s := deadline - time.monotonic()) > 0:
-        outcome = transport.ask(Ask(endpoint, method, params, left_s))
+        outcome = transport.ask(ask._replace(timeout_s=left_s))
     if outcome is None:
-        raise Timeout(f"no answer from {endpoint} within {timeout_s:g} s; check that it is running")
+        raise Timeout(f"no answer from {endpoint} within {ask.timeout_s:g} s; check that it is running")
     if isinstance(outcome, AuthError | ProtocolError):
         raise type(outcome)(f"{endpoint}: {outcome}")
     if outcome.error is not None:

@@ -25,7 +25,7 @@ from zflake.keys import AUTHORIZED, Callers, Keys
 from zflake.stores import check_url, open_store
 from zflake.wire.callers import ANYONE
 from zflake.wire.endpoint import Endpoint, check_bind
-from zflake.wire.sockets import NOW, Intake, LargeAnswers, address_of, bound_router
+from zflake.wire.sockets import LARGE_BYTES, NOW, Intake, LargeAnswers, address_of, bound_router, send
 
 BROKERING_US: Final = 10_000
 """Microseconds after an ID request for which the loop lingers at its socket."""
@@ -81,7 +81,7 @@ class Delegator:
             self._router = bound_router(self._context, config.bind, curve, self._door.watch)
             self._router.setsockopt(zmq.RCVTIMEO, TURN_US // 1000)
             self._intake = Intake(self._router, keyed=keys is not None)
-            self._answers = LargeAnswers(self._router)
+            self._large = LargeAnswers(self._router)
             self.address = address_of(self._router)
             self._store = store = open_store(config.store)
             undo.callback(store.close)
@@ -96,7 +96,7 @@ class Delegator:
             undo.pop_all()
         self.executor = LeaseExecutor(store, meta, self.clock, wake=waker.wake)
         self.service = Service(
-            self.executor, Directory(held), secrets.token_bytes, authorized, self._answers.has_room
+            self.executor, Directory(held), secrets.token_bytes, authorized, self._large.has_room
         )
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
@@ -185,7 +185,9 @@ class Delegator:
         service = self.service
         while messages := service.collect():
             for message in messages:
-                if not self._answers.send(message.prefix, message.body):
+                prefix, body, _ = message
+                is_large = len(body) >= LARGE_BYTES
+                if not (self._large.send(prefix, body) if is_large else send(self._router, prefix, body)):
                     service.unsent(message, clock.local_us())
 
     def _drain(self) -> None:

@@ -28,8 +28,9 @@ ZAP_DOMAIN: Final = "zflake"
 UNTAKEN: Final = 256
 """Answers and brokered requests that may wait for one peer; a further one is dropped.  Half of it is more than a peer
 that takes its answers can have waiting: a worker's credit, or a pipeline of 64 requests, with heartbeats beside them."""
-UNTAKEN_LARGE: Final = 4
-"""Answers of `LARGE_BYTES` or more that may wait for one peer; a page of leases may have 20 kB."""
+UNTAKEN_BYTES: Final = 128 * 1024
+"""Bytes in answers of `LARGE_BYTES` or more that may wait for one peer before it gets no further one; a page of leases may
+have 20 kB.  An answer that was sent counts until pyzmq's thread has said so."""
 LARGE_BYTES: Final = 1024
 SWEEP_AT: Final = 256
 """Peers with large answers at which a first look is taken whether they have got them."""
@@ -42,7 +43,7 @@ KERNEL_BYTES: Final = 64 * 1024
 STUCK_MS: Final = 20_000
 """Milliseconds without progress after which a peer that takes no bytes is let go, with all that waits for it."""
 DESCRIPTORS: Final = 16
-"""Descriptors that must be free before a context or a socket is made.  Both together take seven, and other threads some
+"""Descriptors that must be free before a context or a socket is made.  With a monitor they take nine, and other threads some
 meanwhile."""
 BACKLOG: Final = 256
 """Connections that the kernel accepts before libzmq does."""
@@ -335,13 +336,13 @@ class Intake:
         return False
 
 
-def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes | zmq.Frame) -> bool:
-    """Send a message, never waiting; False if the peer has gone or takes no more."""
+def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes | zmq.Frame, copy: bool = True) -> bool:  # noqa: FBT001, FBT002  (by keyword it costs more)
+    """Send a message, never waiting; False if the peer has gone or takes no more.  A frame goes without a copy."""
     # Not send_multipart(), which costs more than its parts.
     try:
         for frame in prefix:
             socket.send(frame, _MORE)
-        socket.send(body, NOW, copy=type(body) is bytes)
+        socket.send(body, NOW, copy)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             raise
@@ -350,14 +351,14 @@ def send(socket: zmq.Socket[bytes], prefix: list[bytes], body: bytes | zmq.Frame
 
 
 class LargeAnswers:
-    """Sends answers of any size by a ROUTER: of the large ones a peer has only so many, until it takes them.
+    """Sends answers of `LARGE_BYTES` or more by a ROUTER; a peer has few of them, until it takes them.
 
-    A peer that asks and reads nothing would else have `UNTAKEN` of them.
+    They are `UNTAKEN_BYTES` and one more.  A peer that asks and reads nothing would else have `UNTAKEN` of them.
     """
 
     def __init__(self, router: zmq.Socket[bytes]) -> None:
         self._router = router
-        self._untaken: dict[bytes, list[zmq.MessageTracker]] = {}
+        self._untaken: dict[bytes, list[tuple[zmq.MessageTracker, int]]] = {}
         self._sweep_at = SWEEP_AT
 
     def has_room(self, identity: bytes) -> bool:
@@ -365,22 +366,20 @@ class LargeAnswers:
         untaken = self._untaken.get(identity)
         if untaken is None:
             return True
-        untaken[:] = [tracker for tracker in untaken if not tracker.done]
+        untaken[:] = [(tracker, size) for tracker, size in untaken if not tracker.done]
         if not untaken:
             del self._untaken[identity]
-        return len(untaken) < UNTAKEN_LARGE
+        return sum(size for _, size in untaken) < UNTAKEN_BYTES
 
     def send(self, prefix: list[bytes], body: bytes) -> bool:
         """Send an answer, never waiting; False if the peer has gone or takes no more."""
-        if len(body) < LARGE_BYTES:
-            return send(self._router, prefix, body)
         identity = prefix[0]
         if not self.has_room(identity):
             return False
         frame = zmq.Frame(body, track=True, copy=False, copy_threshold=0)
-        if not send(self._router, prefix, frame):
+        if not send(self._router, prefix, frame, False):  # noqa: FBT003
             return False
-        self._untaken.setdefault(identity, []).append(frame.tracker)
+        self._untaken.setdefault(identity, []).append((frame.tracker, len(body)))
         if len(self._untaken) >= self._sweep_at:
             for each in list(self._untaken):
                 self.has_room(each)
