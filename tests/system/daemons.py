@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from zflake import Client, LeasedGenerator
+from zflake.cli.ask import ask
 from zflake.cli.status import ask_status
 from zflake.errors import ZflakeError
+from zflake.wire.methods import Method
 
 WAIT_S: Final = 30.0
 """How long anything may take that should be there soon; generous, for a machine with other work."""
@@ -309,6 +311,16 @@ def status_of(endpoint: str) -> dict[str, Any]:
         return ask_status(endpoint, 1.0)
     except ZflakeError:
         return {}
+
+
+def counts_of(endpoint: str) -> dict[str, Any]:
+    """The same once it counts all that has happened: a delegator builds its account once a second."""
+    began_us = ask(endpoint, Method.PING, (), WAIT_S)["now_us"]
+    facts: dict[str, Any] = until(
+        lambda: (facts := status_of(endpoint)) and facts["now_us"] >= began_us and facts,
+        "an account of now",
+    )
+    return facts
 
 
 def names_of(delegator: Daemon) -> list[str]:

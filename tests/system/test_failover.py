@@ -36,6 +36,7 @@ from tests.system.daemons import (
     Daemon,
     Daemons,
     complaint,
+    counts_of,
     environment,
     names_of,
     printed,
@@ -340,10 +341,10 @@ def test_two_workers_of_one_address_give_distinct_ids(daemons: Daemons) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_next_takes_ids_by_every_route(route: str, cluster: Cluster) -> None:
-    before = status_of(cluster.delegator.address)["broker"]["brokered"]
+    before = counts_of(cluster.delegator.address)["broker"]["brokered"]
     ids = printed("next", "-n", "5000", "--route", route, "--to", cluster.delegator.address)
     assert len(set(ids.split())) == 5000
-    brokered = status_of(cluster.delegator.address)["broker"]["brokered"] - before
+    brokered = counts_of(cluster.delegator.address)["broker"]["brokered"] - before
     assert bool(brokered) == (route == "broker")
 
 

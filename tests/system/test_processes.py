@@ -23,6 +23,7 @@ from tests.system.daemons import (
     Daemon,
     Daemons,
     children_of,
+    counts_of,
     is_running,
     names_of,
     status_of,
@@ -202,7 +203,7 @@ def test_a_worker_without_a_free_machine_waits_says_so_once_and_takes_the_next(d
     second = daemons.worker(to=cluster.delegator)
     refused = "no_free_machine"
     until(lambda: second.said(refused), "the second worker to be refused")
-    asked = status_of(cluster.delegator.address)["errors"][refused]
+    asked = counts_of(cluster.delegator.address)["errors"][refused]
     until(
         lambda: status_of(cluster.delegator.address)["errors"][refused] >= asked + 2,
         "it to ask again and again",
