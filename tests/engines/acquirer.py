@@ -94,8 +94,8 @@ class Acquirer:
                     response = decode_response(socket.recv_multipart()[-1])
                     answers.append(lease_answer(method, response.error, response.result))
         finally:
-            for socket in sockets:
-                socket.close(linger=0)
+            for dialer in dialers:
+                dialer.close()
         return answers
 
 
