@@ -111,9 +111,10 @@ def run(
     try:
         with Daemons(folder) as daemons:
             site = Site(daemons, security or Open(), context, "tcp://127.0.0.1:*", via)
-            Fuzz(site, result, report).run(messages, episode, targets)
+            fuzz = Fuzz(site, result, report)
+            fuzz.run(messages, episode, targets)
     finally:
-        context.destroy(linger=0)
+        context.destroy(linger=0)  # and all sockets with it, which `fuzz` still has
     return result
 
 

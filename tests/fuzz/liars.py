@@ -31,7 +31,7 @@ from zflake.wire.codec import (
     encode_error,
     encode_result,
 )
-from zflake.wire.frames import split
+from zflake.wire.frames import MAX_REQUEST_BYTES, split
 from zflake.wire.ids import check_run
 from zflake.wire.methods import Code, Method
 
@@ -169,6 +169,8 @@ class Liar:
         self._send(self.link, frames)
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:
+        if max(map(len, frames)) > MAX_REQUEST_BYTES:
+            return  # that would close the connection
         self.tally.sent += 1
         self.socket.send_multipart([identity, *frames])
         if identity != self.link or frames[-1][:2] != REQUEST_HEAD:
@@ -204,7 +206,10 @@ class Liar:
     def _answer(self, identity: bytes, envelope: list[bytes], body: bytes) -> None:
         msgid, method, params = decode_request(body)
         if method.startswith("worker."):
-            self.link = identity
+            if identity != self.link:
+                # It connected anew, since it got no sound answer for a while: what it had not answered is lost.
+                self.link = identity
+                self.owed.clear()
         else:
             self.lease = identity
         sound = self._sound(method, params)
@@ -323,7 +328,7 @@ class Slot:
                 addresses = [self.address] * 3 + [values.draw.choice(ADDRESSES)] * values.draw.randrange(2)
                 return {"workers": [lease(k, each) for k, each in enumerate(addresses)], "now_us": now_us()}
             case Method.CLUSTER_STATUS:
-                return status(self.address)
+                return status(self.address) | {"next": values.draw.choice((None, None, 6))}
             case Method.CLUSTER_TRACE:
                 span = lease(1, self.address) | {"start": 0, "end": 10}
                 return {"span": values.draw.choice((span, None)), "since": 0, "now_us": now_us()}

@@ -240,6 +240,8 @@ class Values:
                 return [{key: draw.choice((0, 1, 2**63 - 1)) for key in load}, self.token()]
             case Method.WORKER_LEAVE:
                 return [self.token()]
+            case Method.CLUSTER_STATUS:
+                return draw.choice(([], [], [machine]))
             case Method.CLUSTER_TRACE:
                 return [machine, tick]
         return []
