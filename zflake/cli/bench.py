@@ -25,6 +25,7 @@ from typing import Final
 import zmq
 
 from zflake import clock
+from zflake.cli.keygen import make_cluster
 from zflake.client.sync import Client
 from zflake.core.layout import DEFAULT, parse
 from zflake.core.lease import TOKEN_BYTES, Acquire, Grant, Meta, Renew, Request
@@ -33,6 +34,7 @@ from zflake.delegator.clock import DelegatorClock
 from zflake.delegator.executor import BATCH, LeaseExecutor
 from zflake.embedded.generator import LeasedGenerator
 from zflake.stores.sqlite import SqliteStore
+from zflake.wire.callers import Role
 from zflake.wire.codec import encode_request
 
 REPEATS: Final = 7
@@ -59,6 +61,14 @@ def run_bench(show: Callable[[str], None]) -> None:
         req.connect(echo)
         one = _ratio_to_echo(client.next_id, req, 3000)
         show(_line("one ID, median time", "an echo's", one, "≤ 1.15"))
+        with ExitStack() as secure:
+            keys = Path(secure.enter_context(tempfile.TemporaryDirectory(prefix="zflake-bench-")))
+            make_cluster(keys)
+            static = ("-m", "zflake.cli.worker", "--machine", "2", "--keys", str(keys / Role.DELEGATOR))
+            keyed = Client(secure.enter_context(_server(*static))[0], timeout=30, keys=keys / Role.CLIENT)
+            secure.enter_context(keyed)
+            one = _ratio(lambda: _median_us(keyed.next_id, 3000), lambda: _median_us(client.next_id, 3000))
+        show(_line("one ID with keys, median time", "one without", one, "≤ 1.3"))
         with ExitStack() as cluster:
             flags = ("--bind", "tcp://127.0.0.1:*", "--store", "memory:", "--new")
             delegator, _ = cluster.enter_context(_server("-m", "zflake.cli.delegator", *flags))
