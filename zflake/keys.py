@@ -57,11 +57,11 @@ class Keys:
         self._known: list[str] = []
 
     def as_server(self) -> Curve:
-        """What a socket that binds needs."""
+        """The keys of a socket that binds."""
         return Curve(self.public, self.secret)
 
     def to(self, server: str = "") -> list[Curve]:
-        """What a socket that connects may need: for the server of that key, else for each trusted delegator's.
+        """The keys of a socket that connects to the server of that key, or to any delegator that is trusted, in turn.
 
         Raises `ConfigError` if no delegator's key was there so far.
         """

@@ -78,8 +78,7 @@ class Wait(NamedTuple):
 T = TypeVar("T")
 Action: TypeAlias = Ask | Pause | Wait
 Outcome: TypeAlias = Response | AuthError | ProtocolError | None
-"""How an ask ended: with an answer, with an error (the endpoint refuses the key, or its answer is not zflake's), or None
-if no answer came in time."""
+"""An ask's end: an answer, an error (the key is refused, or the answer is not zflake's), or None if nothing came."""
 Conversation: TypeAlias = Generator[Action, Outcome, T]
 
 
@@ -333,11 +332,9 @@ def _read_directory(balancer: Balancer, budget: Budget) -> Conversation[ZflakeEr
                     asked = bool(workers)  # a delegator that has just started may know none yet
             answered = True
             balancer.succeeded(seed)
-        except Timeout:
-            balancer.failed(seed, began)
         except (*_PASSING, AuthError) as error:
             balancer.failed(seed, began)
-            reason = _of(seed, error)
+            reason = reason if isinstance(error, Timeout) else _of(seed, error)
     balancer.check_one_cluster()
     if not answered:
         if isinstance(reason, AuthError):

@@ -31,7 +31,7 @@ class _Bucket:
 
 
 class AcquireLimits:
-    """What each key has asked for of late."""
+    """Counts of the machine IDs that each key has asked for of late."""
 
     def __init__(self) -> None:
         self._buckets: dict[str, _Bucket] = {}
