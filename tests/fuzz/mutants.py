@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -178,6 +179,24 @@ def catch(name: str, folder: Path, *, episode: int | None = None) -> Result:
     """Fuzz what is left without that guard."""
     via = ("tests.fuzz.mutants", name)
     return fuzz.run(folder, MESSAGES, seed=1, episode=episode, via=via, targets=MUTANTS[name].targets)
+
+
+def noticed(name: str, result: Result) -> bool:
+    """Whether the fuzzer saw that this guard is missing, and not something else."""
+    return any(MUTANTS[name].words in violation for violation in result.violations)
+
+
+def main() -> int:
+    """Look for each guard without it; gives an exit code."""
+    survivors = []
+    for name in MUTANTS:
+        with tempfile.TemporaryDirectory(prefix="zflake-fuzz-") as folder:
+            result = catch(name, Path(folder))
+        print(f"{name}: {result.messages:,} messages, {result.violations[:1]}"[:160], flush=True)  # noqa: T201
+        if not noticed(name, result):
+            survivors.append(name)
+    print(f"{len(MUTANTS)} mutants, {len(survivors)} survive: {', '.join(survivors)}")  # noqa: T201
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

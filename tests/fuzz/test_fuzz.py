@@ -79,18 +79,20 @@ def test_what_a_mutant_changes_is_there_once(name: str) -> None:
 
 # --- each guard that is taken out is missed ---
 
-USUAL = ("fields: a text of any kind",)
-
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.long) for n in MUTANTS]
+    "name",
+    [
+        "fields: a text of any kind",
+        pytest.param("broker: an answer without the worker's token", marks=pytest.mark.long),
+        pytest.param("codec: an error of any form", marks=pytest.mark.long),
+    ],
 )
 def test_a_missing_guard_is_noticed(name: str, tmp_path: Path) -> None:
+    # The other ones: ./scripts/soak fuzz-mutants
     result = mutants.catch(name, tmp_path)
-    assert result.violations, f"{result.messages} messages did not notice"
-    words = MUTANTS[name].words
-    assert any(words in violation for violation in result.violations), result.violations
+    assert mutants.noticed(name, result), str(result)
     assert f"--seed {result.seed}" in str(result)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import pytest
 
 from tests.fuzz import fuzz
+from tests.fuzz import mutants as fuzz_mutants
 from tests.jobs import cluster, crowd, delegators, engines, kills
 from tests.jobs.job import Report
 from tests.sim import mutants
@@ -54,6 +55,7 @@ def main() -> int:
     option("--messages", type=_at_least(1), default=1_000_000, help="how many (default: %(default)s)")
     option("--seed", type=int, default=1, help="of all that is sent")
     option("--episode", type=int, help="this one alone, of those that the seed makes")
+    verb("fuzz-mutants", "see that the fuzzer notices each missing guard")
     option = verb("crowd", "peers that ask and read nothing, and idle ones, beside many leases", crowd.run)
     option("--seconds", type=_at_least(1.0), default=40.0, help="how long (default: %(default)g)")
     option("--peers", type=_at_least(1), default=1_000, help="those that read nothing (default: %(default)s)")
@@ -86,6 +88,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.verb == "mutants":
         return mutants.main(given.jobs)
+    if given.verb == "fuzz-mutants":
+        return fuzz_mutants.main()
     if given.verb == "sim":
         if given.seed is not None:
             return simulation.replay(given.seed, trace=given.trace)
