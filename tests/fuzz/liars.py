@@ -97,6 +97,7 @@ class Liar:
     def __init__(self, site: Site, tally: Tally) -> None:
         self.socket = site.socket(zmq.ROUTER, "delegator", site.liar)
         site.liar = bound_at(self.socket)
+        self._site = site
         self.tally = tally
         self.values: Values | None = None
         """The lies' source; None while it is sound."""
@@ -147,6 +148,8 @@ class Liar:
     def _wait(self, condition: Callable[[], Any], attend: Callable[[], None], what: str) -> None:
         deadline = soon(4 * SETTLE_S)
         while not condition():
+            if not self._site.workers["lied-to"].alive:
+                raise Wrong("the worker that is lied to has ended")
             self.socket.poll(5)
             attend()
             if time.monotonic() > deadline:

@@ -404,6 +404,7 @@ def greeting(values: Values, method: Callable[[], bytes]) -> bytes:
     sent = hello + b"\x06" + len(ready).to_bytes(8) + ready
     for _ in range(draw.randrange(4)):
         body = method()
+        body += bytes(300_000) if values.chance(0.05) else b""
         size = draw.choice((len(body), len(body), len(body) + 1, 2**16 + 1, 2**63, 2**64 - 1))
         flags = draw.choice((2, 2, 2, 3, 6, 0xFF))
         sent += b"\x01\x00" + bytes([flags]) + size.to_bytes(8) + body
