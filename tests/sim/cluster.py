@@ -291,7 +291,7 @@ class Cluster:
         msgid, *_ = decode_request(body)
         forged = encode_result(msgid, self._seen)
         self.world.fault("forged answer")
-        stranger = b"w%d" % rng.randrange(1 + self._numbers)
+        stranger = b"w%d/link0" % rng.randrange(1 + self._numbers)
         self.world.after(1, delegator, delegator.receive, [stranger, tag, b"", forged])
 
     def stranger_hears(self, delegator: Delegator, frames: list[bytes]) -> None:
