@@ -93,7 +93,7 @@ def test_a_missing_guard_is_noticed(name: str, tmp_path: Path) -> None:
     # The other ones: ./scripts/soak fuzz-mutants
     result = mutants.catch(name, tmp_path)
     assert mutants.noticed(name, result), str(result)
-    assert f"--seed {result.seed}" in str(result)
+    assert f"seed {result.seed}" in str(result)
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ import zmq
 from zflake import clock
 from zflake.daemon.gate import Gate
 from zflake.errors import Unavailable
+from zflake.holder.lease import LOG_INTERVAL_US
 from zflake.wire.callers import ANYONE, BROKER, Caller
 from zflake.wire.codec import REQUEST_HEAD
 from zflake.wire.dispatch import Requests
@@ -95,7 +96,7 @@ class LinkChannel(Channel):
         self._connection = link.connection
         self._context, self._endpoint, self._curves = context, endpoint, curves
         self._dialer = self._dial()
-        self._look_at_us = 0
+        self._look_at_us = self._quiet_until_us = 0
         super().__init__(self._dialer.socket, requests)
         self.caller = BROKER if link.keyed else ANYONE
 
@@ -124,7 +125,9 @@ class LinkChannel(Channel):
     def _look(self, local_us: int) -> None:
         """See whether the delegator refuses the connection; the dialer tries another key then, if there is one."""
         self._look_at_us = local_us + LOOK_US
-        if (refusal := self._dialer.refusal()) is not None:
+        refusal = self._dialer.refusal()
+        if refusal is not None and local_us >= self._quiet_until_us:
+            self._quiet_until_us = local_us + LOG_INTERVAL_US
             _log.warning("the delegator at %s refuses the connection: %s", self._endpoint, refusal)
 
     @property
