@@ -77,7 +77,7 @@ class Line:
     def _wait(self, deadline: float) -> bytes:
         # Not with RCVTIMEO, which each signal to the process would start again.
         while (left_ms := int((deadline - time.monotonic()) * 1000)) > 0:
-            if self._socket is not None and self._socket.poll(left_ms):
+            if self.dialer.socket.poll(left_ms):
                 return self._recv(zmq.NOBLOCK)
         raise zmq.Again
 

@@ -6,6 +6,7 @@ clock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -36,8 +37,11 @@ class AcquireLimits:
     def __init__(self) -> None:
         self._buckets: dict[str, _Bucket] = {}
 
-    def take(self, caller: Caller, held: int, local_us: int) -> Over | None:
-        """Count an acquire of a key that holds so many machine IDs; the limit that it is over, if it is."""
+    def take(self, caller: Caller, count_held: Callable[[], int], local_us: int) -> Over | None:
+        """Count an acquire; gives the limit that its key is over, if it is.
+
+        `count_held` says how many machine IDs the key holds, and is asked only of those that do not ask too often.
+        """
         rate, most = caller.limits.acquires_per_s, caller.limits.leases
         full = float(max(1, rate * BURST_S))
         bucket = self._buckets.setdefault(caller.key, _Bucket(full, local_us))
@@ -47,6 +51,6 @@ class AcquireLimits:
             wait_ms = int((1 - bucket.left) * 1000 / rate) + 1 if rate else HELD_MS
             return Over(f"it asks for more than {rate} machine IDs a second (acquires-per-s)", wait_ms)
         bucket.left -= 1
-        if held >= most:
+        if (held := count_held()) >= most:
             return Over(f"it holds {held} machine IDs, and may hold {most} (leases)", HELD_MS)
         return None

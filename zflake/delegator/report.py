@@ -111,9 +111,7 @@ class Report:
         now = clock.tick()
         there = self.directory.workers(self.leases_at(), clock.local_us(), turn)
         workers = [
-            self._lease(record, now) | ({"key": record.holder.key} if record.holder.key else {})
-            for record, _ in there
-            if record.holder.address
+            self._lease(record, now, record.holder.key) for record, _ in there if record.holder.address
         ]
         return {"workers": workers, **self.ping()}
 
@@ -166,11 +164,12 @@ class Report:
             worker, load = self.directory.worker(record.machine, known_at, local_us), None
             if worker is not None:
                 load = worker.load | {"in_flight": self.broker.in_flight(worker.identity)}
-            key = {"key": self.name_of(record.holder.key)} if record.holder.key else {}
-            yield self._lease(record, now) | key | {"worker": load}
+            yield self._lease(record, now, self.name_of(record.holder.key)) | {"worker": load}
 
-    def _lease(self, record: Record, now: int) -> dict[str, Any]:
-        return {
+    def _lease(self, record: Record, now: int, key: str) -> dict[str, Any]:
+        """A lease as it is shown, with its key, or the key's name, in a cluster that has keys."""
+        shown = {"key": key} if key else {}
+        return shown | {
             "machine": record.machine,
             "address": record.holder.address,
             "name": record.holder.name,

@@ -13,6 +13,7 @@ and tells `unsent` what it could not send.  Times are in microseconds on the del
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from zflake.core.lease import Acquire, Refusal, Renew, Request, Token, Trace, bound
@@ -219,8 +220,8 @@ class Service:
         if caller.key and not isinstance(request, Trace):
             request = bound(request, caller.key)
             if isinstance(request, Acquire):
-                held = self.directory.held_by(caller.key, request.next, self._leases_at())
-                if (over := self._limits.take(caller, held, local_us)) is not None:
+                count_held = partial(self.directory.held_by, caller.key, request.next, self._leases_at())
+                if (over := self._limits.take(caller, count_held, local_us)) is not None:
                     return self._limit(msgid, caller, over.what, over.retry_after_ms)
         if self._executor.submit(Ticket(request, arrived_us, asker, msgid)):
             return None
